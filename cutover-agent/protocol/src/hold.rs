@@ -1,0 +1,174 @@
+//! The words between whoever commands a gate and the proxy that owns it: one JSON object a line, each way.
+//!
+//! Every command that changes anything names the epoch it expects, and repeating a command that already took
+//! effect answers with success. A commit and an abort are both a compare-and-set of the register from the same
+//! epoch, so exactly one of them wins and the loser is told the register that beat it.
+
+use serde::{Deserialize, Serialize};
+
+use crate::id::{Epoch, Register, ServiceName, Site};
+
+/// Longest line of the control protocol, in bytes, in either direction.
+pub const LINE_BYTES_MAX: usize = 1 << 20;
+
+/// One command to the proxy.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "command", rename_all = "snake_case", deny_unknown_fields)]
+pub enum Command {
+    /// Report every service, or one.
+    Status {
+        /// Only this service when given.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        service: Option<ServiceName>,
+    },
+    /// Hold new requests, drain those in flight, close idle upstream connections; answers once nothing is left
+    /// or the drain limit has passed (the gate then still holds, and the answer lists what is left).
+    Hold {
+        /// The service to hold.
+        service: ServiceName,
+        /// The epoch the caller believes in.
+        epoch: Epoch,
+        /// The hold aborts by itself when it is not renewed for this long, in milliseconds.
+        lease_ms: u64,
+        /// How long the drain may take, in milliseconds.
+        drain_ms_max: u64,
+    },
+    /// Give a hold another lease.
+    Renew {
+        /// The held service.
+        service: ServiceName,
+        /// The epoch of the hold.
+        epoch: Epoch,
+        /// The new lease, from now, in milliseconds.
+        lease_ms: u64,
+    },
+    /// Compare-and-set the register from `(epoch, owner)` to `(epoch + 1, to)`. The gate goes on holding.
+    Commit {
+        /// The held service.
+        service: ServiceName,
+        /// The epoch to commit from.
+        epoch: Epoch,
+        /// The new owner.
+        to: Site,
+    },
+    /// Compare-and-set the register from `(epoch, owner)` to `(epoch + 1, owner)`. The gate goes on holding.
+    Abort {
+        /// The service.
+        service: ServiceName,
+        /// The epoch to abort from.
+        epoch: Epoch,
+    },
+    /// Open the gate towards the register's owner, which must be `to`, at exactly this epoch.
+    Release {
+        /// The held service.
+        service: ServiceName,
+        /// The epoch *after* the commit or the abort.
+        epoch: Epoch,
+        /// The site the caller believes to be the owner.
+        to: Site,
+    },
+}
+
+/// What came of a command.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "answer", rename_all = "snake_case")]
+pub enum Answer {
+    /// Answer to `status`.
+    Status {
+        /// One entry a service, in the order of the configuration.
+        services: Vec<ServiceStatus>,
+    },
+    /// Answer to every other command that took effect, or had already.
+    Done {
+        /// The service after the command.
+        service: ServiceStatus,
+    },
+    /// The hold stands, but the drain did not end in time.
+    NotDrained {
+        /// The service after the command.
+        service: ServiceStatus,
+        /// What still keeps the source busy, oldest first, at most a hundred.
+        left: Vec<InFlight>,
+    },
+    /// Nothing was changed.
+    Refused {
+        /// Why, for a program.
+        reason: Refusal,
+        /// Why, for a person, and what to do.
+        message: String,
+        /// The register now, where the service is known.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        register: Option<Register>,
+    },
+}
+
+/// Why a command was refused.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Refusal {
+    /// No such service is configured.
+    UnknownService,
+    /// The register is at another epoch: somebody else was first.
+    WrongEpoch,
+    /// The register's owner is not the one the command names.
+    WrongOwner,
+    /// The gate does not hold.
+    NotHolding,
+    /// The state could not be made durable, so nothing was changed.
+    NotDurable,
+    /// The line was not a command.
+    BadCommand,
+}
+
+/// What a gate does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Gate {
+    /// Requests pass to the owner.
+    Open,
+    /// New requests are held; some are still in flight.
+    Draining,
+    /// New requests are held and nothing is in flight.
+    Holding,
+    /// The held are being let through, paced; newcomers queue behind them.
+    Releasing,
+}
+
+/// One service as the proxy sees it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ServiceStatus {
+    /// Its name.
+    pub service: ServiceName,
+    /// The arbiter's register.
+    pub register: Register,
+    /// What the gate does.
+    pub gate: Gate,
+    /// What is left of the lease in milliseconds, while the gate holds under one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lease_ms_left: Option<u64>,
+    /// Requests (or raw connections) between their admission and their last byte.
+    pub in_flight: u64,
+    /// Open connections to upstreams, idle ones included.
+    pub upstream_connections: u64,
+    /// Held now.
+    pub held_now: u64,
+    /// Ever held. `held = released + gave_up + evicted + held_now` at all times.
+    pub held: u64,
+    /// Held and then let through.
+    pub released: u64,
+    /// Held, and the client left.
+    pub gave_up: u64,
+    /// Held, and refused by us: over a limit, too old, or at shutdown.
+    pub evicted: u64,
+}
+
+/// One request (or raw connection) that is in flight.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct InFlight {
+    /// The client's address.
+    pub client: String,
+    /// Method and path, or `tcp`.
+    pub what: String,
+    /// Since its admission, in milliseconds.
+    pub age_ms: u64,
+}
