@@ -10,7 +10,9 @@ pub const NAME_BYTES_MAX: usize = 64;
 
 /// Why a name was refused.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("the name {name:?} is not usable: use 1 to {NAME_BYTES_MAX} of a-z, A-Z, 0-9, '-', '_' and '.', starting with a letter or digit")]
+#[error(
+    "the name {name:?} is not usable: use 1 to {NAME_BYTES_MAX} of a-z, A-Z, 0-9, '-', '_' and '.', starting with a letter or digit"
+)]
 pub struct NameError {
     /// The name as it was given.
     pub name: String,
@@ -18,11 +20,16 @@ pub struct NameError {
 
 fn check_name(name: &str) -> Result<(), NameError> {
     let allowed = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_' | b'.');
-    let starts_well = name.as_bytes().first().is_some_and(u8::is_ascii_alphanumeric);
+    let starts_well = name
+        .as_bytes()
+        .first()
+        .is_some_and(u8::is_ascii_alphanumeric);
     if starts_well && name.len() <= NAME_BYTES_MAX && name.bytes().all(allowed) {
         Ok(())
     } else {
-        Err(NameError { name: name.to_owned() })
+        Err(NameError {
+            name: name.to_owned(),
+        })
     }
 }
 
@@ -146,10 +153,23 @@ mod tests {
 
     #[test]
     fn a_name_that_could_leave_its_folder_is_refused() {
-        for bad in ["", ".", "..", "../x", "a/b", "a b", "-x", "a\n", &"x".repeat(65)] {
+        for bad in [
+            "",
+            ".",
+            "..",
+            "../x",
+            "a/b",
+            "a b",
+            "-x",
+            "a\n",
+            &"x".repeat(65),
+        ] {
             let error = bad.parse::<ServiceName>().unwrap_err();
             assert_eq!(error.name, bad);
         }
-        assert_eq!("web-1.prod".parse::<ServiceName>().unwrap().as_str(), "web-1.prod");
+        assert_eq!(
+            "web-1.prod".parse::<ServiceName>().unwrap().as_str(),
+            "web-1.prod"
+        );
     }
 }

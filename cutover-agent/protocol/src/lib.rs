@@ -5,4 +5,7 @@
 //! it depends on nothing that could do input or output.
 
 pub mod hold;
+pub mod hop;
 pub mod id;
+pub mod plan;
+pub mod wire;

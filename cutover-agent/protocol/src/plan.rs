@@ -1,0 +1,358 @@
+//! A plan: what is to hop, where to, and within which bounds. [`RawPlan`] is what an operator writes; [`Plan`]
+//! is what has been checked. Sites keep the paths; a plan only names containers, so the same plan serves both.
+
+use std::collections::BTreeSet;
+
+use serde::{Deserialize, Serialize};
+
+use crate::id::{ContainerName, ServiceName};
+
+/// How a container is moved.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, Default)]
+#[serde(rename_all = "lowercase")]
+pub enum Engine {
+    /// Checkpoint and restore with CRIU: memory and connections move with the container.
+    #[default]
+    Criu,
+    /// Stop cleanly, move the files, start: for hosts without CRIU and applications that keep all state on disk.
+    Restart,
+}
+
+impl Engine {
+    /// The word used in plans and reports.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Criu => "criu",
+            Self::Restart => "restart",
+        }
+    }
+}
+
+/// A plan as written.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RawPlan {
+    /// Services to hold, in this order; they are released in reverse.
+    pub services: Vec<ServiceName>,
+    /// The target agent's peer address, `address:port`.
+    pub target: String,
+    /// How containers are moved.
+    #[serde(default)]
+    pub engine: Engine,
+    /// Parallel data connections, 1 to 32.
+    #[serde(default = "default_streams")]
+    pub streams: u32,
+    /// Memory rounds at most; 0 means none.
+    #[serde(default = "default_rounds_max")]
+    pub rounds_max: u32,
+    /// How long a hold lasts when this agent dies, in milliseconds.
+    #[serde(default = "default_lease_ms")]
+    pub lease_ms: u64,
+    /// How long requests in flight may take to drain, in milliseconds.
+    #[serde(default = "default_drain_ms_max")]
+    pub drain_ms_max: u64,
+    /// The stall to stay within, in milliseconds; guides the number of rounds, and preflight warns past it.
+    #[serde(default = "default_stall_ms_max")]
+    pub stall_ms_max: u64,
+    /// How long any one step may take while clients are held, in milliseconds.
+    #[serde(default = "default_step_ms_max")]
+    pub step_ms_max: u64,
+    /// The containers that hop together.
+    #[serde(rename = "container")]
+    pub containers: Vec<PlannedContainer>,
+    /// What must answer at the target before the commit.
+    #[serde(rename = "probe", default)]
+    pub probes: Vec<Probe>,
+}
+
+const fn default_streams() -> u32 {
+    4
+}
+const fn default_rounds_max() -> u32 {
+    4
+}
+const fn default_lease_ms() -> u64 {
+    10_000
+}
+const fn default_drain_ms_max() -> u64 {
+    5_000
+}
+const fn default_stall_ms_max() -> u64 {
+    2_000
+}
+const fn default_step_ms_max() -> u64 {
+    60_000
+}
+
+/// One container of a plan.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PlannedContainer {
+    /// Its name at both sites.
+    pub name: ContainerName,
+    /// Containers that must run before this one.
+    #[serde(default)]
+    pub after: Vec<ContainerName>,
+}
+
+/// One HTTP GET the target agent makes through the fence before the commit.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Probe {
+    /// The container it proves; named in the report.
+    pub container: ContainerName,
+    /// `http://address:port/path`, as the target site reaches the container.
+    pub url: String,
+    /// The status that counts as alive.
+    #[serde(default = "default_status")]
+    pub status: u16,
+    /// How long the answer may take, tries included, in milliseconds.
+    #[serde(default = "default_probe_ms")]
+    pub timeout_ms: u64,
+}
+
+const fn default_status() -> u16 {
+    200
+}
+const fn default_probe_ms() -> u64 {
+    10_000
+}
+
+/// A plan that holds together.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Plan {
+    raw: RawPlan,
+    order: Vec<ContainerName>,
+}
+
+impl Plan {
+    /// Everything the plan says.
+    #[must_use]
+    pub const fn settings(&self) -> &RawPlan {
+        &self.raw
+    }
+
+    /// The containers so that each comes after all it depends on.
+    #[must_use]
+    pub fn order(&self) -> &[ContainerName] {
+        &self.order
+    }
+}
+
+/// Why a plan was refused.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum PlanError {
+    /// Nothing to hold.
+    #[error(
+        "`services` is empty: name at least one service of the proxy, so that clients are held and not cut"
+    )]
+    NoService,
+    /// Nothing to move.
+    #[error("the plan has no [[container]]: name at least one that both sites configure")]
+    NoContainer,
+    /// Named twice.
+    #[error("the container {0} is named twice: name each once")]
+    Twice(ContainerName),
+    /// A dependency that is not part of the plan.
+    #[error(
+        "the container {container} comes after {after}, which the plan does not contain: add it or drop it from `after`"
+    )]
+    UnknownDependency {
+        /// Who depends.
+        container: ContainerName,
+        /// On what.
+        after: ContainerName,
+    },
+    /// A ring of dependencies.
+    #[error("these containers wait for each other: {0}; break the ring in their `after`")]
+    Cycle(String),
+    /// A probe of nothing.
+    #[error("a probe names the container {0}, which the plan does not contain")]
+    UnknownProbe(ContainerName),
+    /// A number out of bounds.
+    #[error("`{key}` is {value}, but must be {allowed}")]
+    OutOfBounds {
+        /// Which setting.
+        key: &'static str,
+        /// What it is.
+        value: u64,
+        /// What it may be.
+        allowed: &'static str,
+    },
+    /// A probe that cannot be made.
+    #[error("the probe url {0:?} must look like http://address:port/path")]
+    ProbeUrl(String),
+}
+
+impl TryFrom<RawPlan> for Plan {
+    type Error = PlanError;
+
+    fn try_from(raw: RawPlan) -> Result<Self, PlanError> {
+        if raw.services.is_empty() {
+            return Err(PlanError::NoService);
+        }
+        if raw.containers.is_empty() {
+            return Err(PlanError::NoContainer);
+        }
+        check_bounds(&raw)?;
+        let names = distinct_names(&raw.containers)?;
+        for probe in &raw.probes {
+            if !names.contains(&probe.container) {
+                return Err(PlanError::UnknownProbe(probe.container.clone()));
+            }
+            if !probe.url.starts_with("http://") {
+                return Err(PlanError::ProbeUrl(probe.url.clone()));
+            }
+        }
+        let order = dependency_order(&raw.containers, &names)?;
+        Ok(Self { raw, order })
+    }
+}
+
+fn check_bounds(raw: &RawPlan) -> Result<(), PlanError> {
+    let bounds: [(
+        &'static str,
+        u64,
+        std::ops::RangeInclusive<u64>,
+        &'static str,
+    ); 5] = [
+        ("streams", u64::from(raw.streams), 1..=32, "1 to 32"),
+        ("rounds_max", u64::from(raw.rounds_max), 0..=64, "0 to 64"),
+        (
+            "lease_ms",
+            raw.lease_ms,
+            1_000..=3_600_000,
+            "1000 to 3600000 (one second to one hour)",
+        ),
+        (
+            "drain_ms_max",
+            raw.drain_ms_max,
+            1..=3_600_000,
+            "1 to 3600000",
+        ),
+        (
+            "step_ms_max",
+            raw.step_ms_max,
+            1_000..=3_600_000,
+            "1000 to 3600000",
+        ),
+    ];
+    for (key, value, range, allowed) in bounds {
+        if !range.contains(&value) {
+            return Err(PlanError::OutOfBounds {
+                key,
+                value,
+                allowed,
+            });
+        }
+    }
+    Ok(())
+}
+
+fn distinct_names(containers: &[PlannedContainer]) -> Result<BTreeSet<ContainerName>, PlanError> {
+    let mut names = BTreeSet::new();
+    for container in containers {
+        if !names.insert(container.name.clone()) {
+            return Err(PlanError::Twice(container.name.clone()));
+        }
+    }
+    Ok(names)
+}
+
+/// Kahn's topological order; among those that are free the plan's own order decides.
+fn dependency_order(
+    containers: &[PlannedContainer],
+    names: &BTreeSet<ContainerName>,
+) -> Result<Vec<ContainerName>, PlanError> {
+    for container in containers {
+        if let Some(after) = container.after.iter().find(|after| !names.contains(after)) {
+            return Err(PlanError::UnknownDependency {
+                container: container.name.clone(),
+                after: after.clone(),
+            });
+        }
+    }
+    let mut order: Vec<ContainerName> = Vec::with_capacity(containers.len());
+    while order.len() < containers.len() {
+        let free = containers.iter().find(|container| {
+            !order.contains(&container.name)
+                && container.after.iter().all(|after| order.contains(after))
+        });
+        match free {
+            Some(container) => order.push(container.name.clone()),
+            None => {
+                let ring: Vec<&str> = containers
+                    .iter()
+                    .filter(|container| !order.contains(&container.name))
+                    .map(|container| container.name.as_str())
+                    .collect();
+                return Err(PlanError::Cycle(ring.join(", ")));
+            }
+        }
+    }
+    Ok(order)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn plan(containers: &[(&str, &[&str])]) -> RawPlan {
+        let containers = containers
+            .iter()
+            .map(|(name, after)| PlannedContainer {
+                name: name.parse().unwrap(),
+                after: after.iter().map(|name| name.parse().unwrap()).collect(),
+            })
+            .collect();
+        RawPlan {
+            services: vec!["web".parse().unwrap()],
+            target: "192.0.2.2:7443".to_owned(),
+            engine: Engine::Criu,
+            streams: 4,
+            rounds_max: 4,
+            lease_ms: 10_000,
+            drain_ms_max: 5_000,
+            stall_ms_max: 2_000,
+            step_ms_max: 60_000,
+            containers,
+            probes: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn containers_come_after_all_they_depend_on() {
+        let plan = Plan::try_from(plan(&[
+            ("web", &["db", "cache"]),
+            ("cache", &["db"]),
+            ("db", &[]),
+        ]))
+        .unwrap();
+        let order: Vec<&str> = plan.order().iter().map(ContainerName::as_str).collect();
+        assert_eq!(order, ["db", "cache", "web"]);
+    }
+
+    #[test]
+    fn a_ring_of_dependencies_is_named() {
+        let error = Plan::try_from(plan(&[("a", &["b"]), ("b", &["a"]), ("c", &[])])).unwrap_err();
+        assert_eq!(error, PlanError::Cycle("a, b".to_owned()));
+    }
+
+    #[test]
+    fn an_unknown_dependency_is_named() {
+        let error = Plan::try_from(plan(&[("web", &["db"])])).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "the container web comes after db, which the plan does not contain: add it or drop it from `after`"
+        );
+    }
+
+    #[test]
+    fn a_number_out_of_bounds_is_named_with_what_is_allowed() {
+        let mut raw = plan(&[("web", &[])]);
+        raw.streams = 0;
+        let error = Plan::try_from(raw).unwrap_err();
+        assert_eq!(error.to_string(), "`streams` is 0, but must be 1 to 32");
+    }
+}
