@@ -1,0 +1,17 @@
+//! The lab: real applications in real containers on two sites that are network namespaces of one machine.
+
+pub mod app;
+pub mod by_hand;
+pub mod container;
+pub mod criu;
+pub mod delay;
+pub mod error;
+pub mod folders;
+pub mod link;
+pub mod netns;
+pub mod packages;
+pub mod process;
+pub mod rootfs;
+pub mod run_dir;
+pub mod setup;
+pub mod world;
