@@ -19,7 +19,7 @@ mod table;
 pub use action::{Action, ActionName, Undo};
 pub use event::{Event, Failure};
 pub use phase::Phase;
-pub use rounds::{Bounds, Link, NextRound, Round, next_round, predicted_stall_ms};
+pub use rounds::{Bounds, Link, NextRound, Round, next_round, predicted_stall_ms, stall_ms};
 
 use serde::{Deserialize, Serialize};
 

@@ -81,6 +81,12 @@ impl Phase {
         )
     }
 
+    /// True when nothing more will happen.
+    #[must_use]
+    pub const fn is_over(self) -> bool {
+        matches!(self, Self::Done | Self::Undone)
+    }
+
     /// True once clients may be waiting: from the hold on, every second is somebody's stall.
     #[must_use]
     pub const fn is_holding(self) -> bool {

@@ -56,7 +56,13 @@ const SHRINK_MAX: f64 = 0.9;
 /// fixed costs are counted.
 #[must_use]
 pub fn predicted_stall_ms(rounds: &[Round], link: &Link) -> u64 {
-    let dirty_bytes = rounds.last().map_or(0.0, |round| round.bytes as f64);
+    stall_ms(rounds.last().map_or(0, |round| round.bytes), link)
+}
+
+/// The stall in milliseconds when this many bytes must cross while frozen.
+#[must_use]
+pub fn stall_ms(dirty_bytes: u64, link: &Link) -> u64 {
+    let dirty_bytes = dirty_bytes as f64;
     let wire_ms = if link.bytes_per_second > 0.0 {
         dirty_bytes / link.bytes_per_second * 1e3
     } else {

@@ -1,0 +1,135 @@
+//! What to do by hand when CRIU died while it was parked: sockets stuck in repair mode, CRIU's own packet filter
+//! left behind. Only ever called while the container's cgroup is frozen by us.
+
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+/// `TCP_REPAIR_OFF_NO_WP`: leave repair mode without a window probe (tcp.h); the fence still stands anyway.
+const REPAIR_OFF_NO_PROBE: libc::c_int = -1;
+
+/// Takes every TCP socket of these processes out of repair mode; returns how many were in it.
+///
+/// Sockets are borrowed through `pidfd_getfd(2)`. A process or socket that is gone meanwhile is skipped: there is
+/// nothing left to cure.
+#[must_use]
+pub fn leave_repair_mode(pids: &[u32]) -> usize {
+    pids.iter().map(|&pid| leave_repair_mode_of(pid)).sum()
+}
+
+fn leave_repair_mode_of(pid: u32) -> usize {
+    let Some(raw_pid) = rustix::process::Pid::from_raw(pid.cast_signed()) else {
+        return 0;
+    };
+    let Ok(pidfd) = rustix::process::pidfd_open(raw_pid, rustix::process::PidfdFlags::empty())
+    else {
+        return 0;
+    };
+    let Ok(entries) = std::fs::read_dir(format!("/proc/{pid}/fd")) else {
+        return 0;
+    };
+    let sockets = entries.flatten().filter(|entry| {
+        std::fs::read_link(entry.path())
+            .is_ok_and(|target| target.to_string_lossy().starts_with("socket:"))
+    });
+    sockets
+        .filter_map(|entry| {
+            entry
+                .file_name()
+                .to_string_lossy()
+                .parse::<libc::c_int>()
+                .ok()
+        })
+        .filter(|&number| {
+            rustix::process::pidfd_getfd(&pidfd, number, rustix::process::PidfdGetfdFlags::empty())
+                .is_ok_and(|socket| repair_off(&socket))
+        })
+        .count()
+}
+
+fn repair_off(socket: &OwnedFd) -> bool {
+    let mut value: libc::c_int = 0;
+    let mut length = size_of::<libc::c_int>() as libc::socklen_t;
+    // SAFETY: value and length are valid for the call, and the descriptor is ours.
+    let read = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::IPPROTO_TCP,
+            libc::TCP_REPAIR,
+            (&raw mut value).cast(),
+            &raw mut length,
+        )
+    };
+    if read != 0 || value == 0 {
+        return false;
+    }
+    let off = REPAIR_OFF_NO_PROBE;
+    // SAFETY: off is valid for the call, and the descriptor is ours.
+    let written = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::IPPROTO_TCP,
+            libc::TCP_REPAIR,
+            (&raw const off).cast(),
+            size_of::<libc::c_int>() as libc::socklen_t,
+        )
+    };
+    written == 0
+}
+
+/// Deletes the packet filters CRIU locks a network namespace with, in each form its versions use.
+///
+/// Nothing found is success: the call is made after any death of CRIU, wherever it stood.
+pub fn unlock_network(namespace: &Path) {
+    for tool in ["iptables", "ip6tables"] {
+        for chain in ["INPUT", "OUTPUT"] {
+            in_namespace(namespace, tool, &["-w", "-D", chain, "-j", "CRIU"]);
+        }
+        in_namespace(namespace, tool, &["-w", "-F", "CRIU"]);
+        in_namespace(namespace, tool, &["-w", "-X", "CRIU"]);
+    }
+    let listed = Command::new("nsenter")
+        .arg(format!("--net={}", namespace.display()))
+        .args(["nft", "list", "tables"])
+        .stdin(Stdio::null())
+        .output();
+    let text = listed
+        .map(|output| String::from_utf8_lossy(&output.stdout).into_owned())
+        .unwrap_or_default();
+    for line in text.lines() {
+        // "table inet CRIU-1234"
+        if let [_, family, name] = line.split_whitespace().collect::<Vec<_>>()[..]
+            && name.starts_with("CRIU")
+        {
+            in_namespace(namespace, "nft", &["delete", "table", family, name]);
+        }
+    }
+}
+
+fn in_namespace(namespace: &Path, tool: &str, arguments: &[&str]) {
+    // Each of these fails when there is nothing to delete, which is what we want.
+    let _ = Command::new("nsenter")
+        .arg(format!("--net={}", namespace.display()))
+        .arg(tool)
+        .args(arguments)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .status();
+}
+
+/// Unmounts the cgroup mounts a killed CRIU leaves in its working folder, so that the folder can be removed.
+pub fn unmount_leftovers(work: &Path) {
+    let Ok(entries) = std::fs::read_dir(work) else {
+        return;
+    };
+    for entry in entries.flatten() {
+        if entry
+            .file_name()
+            .to_string_lossy()
+            .starts_with(".criu.cgyard.")
+        {
+            let _ = rustix::mount::unmount(entry.path(), rustix::mount::UnmountFlags::DETACH);
+        }
+    }
+}

@@ -1,0 +1,125 @@
+//! What runs inside CRIU: the action script that parks a dump at `post-dump` and a restore at `post-restore`.
+//!
+//! At `post-dump` everything is written and the tasks are stopped; at `post-restore` they are built and have not
+//! run. Exit code 0 lets CRIU go on (kill the source, run the target), anything else makes it roll back. CRIU
+//! waits for the script as long as it takes, so the process *is* the resource that the agent holds.
+//!
+//! If CRIU is killed while parked, its tasks would wake; so the cgroup is frozen and the network fenced before
+//! anything is told to the agent. The hook outlives a killed agent, and the next agent finds its socket.
+
+use std::io::{BufRead, BufReader, Write};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use serde::{Deserialize, Serialize};
+
+use crate::cgroup::Cgroup;
+use crate::fence::{self, Fence};
+use crate::sockets;
+
+/// The hook's own listening socket, in its park folder.
+pub(super) const PARK_SOCKET: &str = "park.sock";
+/// The agent's listening socket, in the same folder: the hook reports there.
+pub(super) const AGENT_SOCKET: &str = "agent.sock";
+/// What the hook is to do, written by the agent before it starts the runtime.
+pub(super) const SPEC_FILE: &str = "hook.json";
+/// What the hook froze, read by whoever has to thaw without it.
+pub(super) const FROZEN_FILE: &str = "frozen.json";
+/// Why the hook refused, for the agent's message.
+pub(super) const ERROR_FILE: &str = "hook-error";
+
+/// Which end of a hop a hook parks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ParkAt {
+    /// At `post-dump`, at the source.
+    Dump,
+    /// At `post-restore`, at the target.
+    Restore,
+}
+
+/// The hook's orders.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(super) struct Spec {
+    pub at: ParkAt,
+    pub network_namespace: PathBuf,
+}
+
+/// What the hook froze.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct Frozen {
+    pub cgroup: Cgroup,
+    pub init_pid: u32,
+}
+
+/// The entry point of the hidden `hook` command. `folder` is the park folder.
+#[must_use]
+pub fn run(folder: &Path) -> ExitCode {
+    let action = std::env::var("CRTOOLS_SCRIPT_ACTION").unwrap_or_default();
+    match act(folder, &action) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            // The agent reads the file; CRIU's log gets the same line.
+            let _ = std::fs::write(folder.join(ERROR_FILE), error.to_string());
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn act(folder: &Path, action: &str) -> std::io::Result<bool> {
+    let spec: Spec = serde_json::from_slice(&std::fs::read(folder.join(SPEC_FILE))?)?;
+    match (action, spec.at) {
+        ("post-dump", ParkAt::Dump) => {
+            let frozen = freeze(folder, &spec)?;
+            let released = park(folder)?;
+            // Under CRIU's hands the tasks stay stopped; a dump that goes on would hang on a frozen v1 cgroup.
+            frozen.cgroup.thaw().map_err(std::io::Error::other)?;
+            Ok(released)
+        }
+        ("post-restore", ParkAt::Restore) => park(folder),
+        _ => Ok(true),
+    }
+}
+
+fn freeze(folder: &Path, spec: &Spec) -> std::io::Result<Frozen> {
+    let init_pid: u32 = std::env::var("CRTOOLS_INIT_PID")
+        .ok()
+        .and_then(|pid| pid.parse().ok())
+        .ok_or_else(|| {
+            std::io::Error::other("CRIU did not say which process it dumps (CRTOOLS_INIT_PID)")
+        })?;
+    let cgroup = Cgroup::of(init_pid).map_err(std::io::Error::other)?;
+    let frozen = Frozen { cgroup, init_pid };
+    std::fs::write(folder.join(FROZEN_FILE), serde_json::to_vec(&frozen)?)?;
+    frozen.cgroup.freeze().map_err(std::io::Error::other)?;
+    fence::set(&spec.network_namespace, Fence::Shut).map_err(std::io::Error::other)?;
+    Ok(frozen)
+}
+
+/// Waits for the word: `go` or `veto`. Connections come and go; only a word ends the wait.
+fn park(folder: &Path) -> std::io::Result<bool> {
+    let listener = sockets::bind(&folder.join(PARK_SOCKET))?;
+    // Kept open until the process ends, so that the agent sees the end of the hook as the end of this stream.
+    // An agent that has died meanwhile finds the socket above.
+    let agent = sockets::connect(&folder.join(AGENT_SOCKET)).and_then(|mut stream| {
+        stream.write_all(b"parked\n")?;
+        Ok(stream)
+    });
+    let word = loop {
+        let (stream, _) = listener.accept()?;
+        let mut line = String::new();
+        if BufReader::new(&stream).read_line(&mut line).is_err() {
+            continue;
+        }
+        match line.trim() {
+            "go" => break (true, stream),
+            "veto" => break (false, stream),
+            _ => {}
+        }
+    };
+    // Deliberately leaked: both streams close when the process ends, after the thaw above us.
+    std::mem::forget((agent, word.1));
+    let _ = std::fs::remove_file(folder.join(PARK_SOCKET));
+    Ok(word.0)
+}

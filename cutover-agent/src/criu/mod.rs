@@ -1,0 +1,7 @@
+//! CRIU as this project uses it: run by the runtime, parked by our hook, cured when it dies.
+
+pub mod cure;
+pub mod features;
+pub mod hook;
+pub mod park;
+pub mod stats;

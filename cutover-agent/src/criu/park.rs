@@ -1,0 +1,271 @@
+//! The agent's end of a parked CRIU: prepare the folder, wait for the hook, give it the word.
+
+use std::io::{Read, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+use super::hook::{
+    AGENT_SOCKET, ERROR_FILE, FROZEN_FILE, Frozen, PARK_SOCKET, ParkAt, SPEC_FILE, Spec,
+};
+use crate::sockets;
+
+/// Something about a park folder went wrong.
+#[derive(Debug, thiserror::Error)]
+pub enum ParkError {
+    /// A file of the park folder could not be used.
+    #[error("cannot use {path}: {source}")]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The hook said something else than that it is parked.
+    #[error("the hook of {container} ended without parking{reason}")]
+    NotParked {
+        /// The container's folder.
+        container: String,
+        /// What it left behind, with a leading colon.
+        reason: String,
+    },
+    /// The hook took the word but did not end.
+    #[error("the hook of {container} took the word {word:?} and did not end within {seconds} s")]
+    Stuck {
+        /// The container's folder.
+        container: String,
+        /// What it was told.
+        word: &'static str,
+        /// How long we waited.
+        seconds: u64,
+    },
+}
+
+/// What a parked CRIU is told.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Word {
+    /// Go on: kill the dumped source, run the restored target.
+    Go,
+    /// Roll back: thaw the source, kill the target.
+    Veto,
+}
+
+impl Word {
+    const fn as_str(self) -> &'static str {
+        match self {
+            Self::Go => "go",
+            Self::Veto => "veto",
+        }
+    }
+}
+
+/// The folder through which one container's hook and the agent meet.
+#[derive(Debug, Clone)]
+pub struct Park {
+    folder: PathBuf,
+}
+
+/// The agent's listener, alive from before the runtime starts until the hook has reported.
+#[derive(Debug)]
+pub struct Waiting {
+    listener: tokio::net::UnixListener,
+    container: String,
+    error_file: PathBuf,
+}
+
+impl Park {
+    /// The park of a container below an agent's state folder.
+    #[must_use]
+    pub fn new(state_dir: &Path, container: &str) -> Self {
+        Self {
+            folder: state_dir.join("park").join(container),
+        }
+    }
+
+    /// Makes the folder ready for a new dump or restore and listens for its hook.
+    ///
+    /// # Errors
+    /// When the folder cannot be written.
+    pub fn prepare(&self, at: ParkAt, network_namespace: &Path) -> Result<Waiting, ParkError> {
+        self.clear()?;
+        self.make(|folder| std::fs::create_dir_all(folder))?;
+        let spec = Spec {
+            at,
+            network_namespace: network_namespace.to_owned(),
+        };
+        let spec = serde_json::to_vec(&spec).map_err(std::io::Error::other);
+        self.make(|folder| std::fs::write(folder.join(SPEC_FILE), spec?))?;
+        self.make(|folder| write_script(folder))?;
+        let path = self.folder.join(AGENT_SOCKET);
+        let listener = sockets::bind(&path)
+            .and_then(|listener| {
+                listener.set_nonblocking(true)?;
+                tokio::net::UnixListener::from_std(listener)
+            })
+            .map_err(|source| ParkError::File { path, source })?;
+        Ok(Waiting {
+            listener,
+            container: self.name(),
+            error_file: self.folder.join(ERROR_FILE),
+        })
+    }
+
+    /// The CRIU configuration file that names our hook.
+    #[must_use]
+    pub fn criu_configuration(&self) -> PathBuf {
+        self.folder.join("criu.conf")
+    }
+
+    /// True while a hook is parked here.
+    #[must_use]
+    pub fn is_parked(&self) -> bool {
+        sockets::connect(&self.folder.join(PARK_SOCKET)).is_ok()
+    }
+
+    /// What the hook froze, when it got that far.
+    #[must_use]
+    pub(crate) fn frozen(&self) -> Option<Frozen> {
+        serde_json::from_slice(&std::fs::read(self.folder.join(FROZEN_FILE)).ok()?).ok()
+    }
+
+    /// Gives the word and waits until the hook has ended. `Ok(false)` when no hook was parked.
+    ///
+    /// # Errors
+    /// When a hook took the word and did not end in time.
+    pub async fn tell(&self, word: Word, limit: Duration) -> Result<bool, ParkError> {
+        let path = self.folder.join(PARK_SOCKET);
+        let stream = match sockets::connect(&path) {
+            Ok(stream) => stream,
+            Err(_) => return Ok(false),
+        };
+        let told = async {
+            stream.set_nonblocking(true)?;
+            let mut stream = tokio::net::UnixStream::from_std(stream)?;
+            stream
+                .write_all(format!("{}\n", word.as_str()).as_bytes())
+                .await?;
+            // The hook keeps the stream open until it has ended.
+            let mut rest = Vec::new();
+            stream.read_to_end(&mut rest).await
+        };
+        match tokio::time::timeout(limit, told).await {
+            Ok(Ok(_)) => Ok(true),
+            // A reset means that the hook has ended, too.
+            Ok(Err(_)) => Ok(true),
+            Err(_) => Err(ParkError::Stuck {
+                container: self.name(),
+                word: word.as_str(),
+                seconds: limit.as_secs(),
+            }),
+        }
+    }
+
+    /// Forgets the folder.
+    ///
+    /// # Errors
+    /// When it cannot be removed.
+    pub fn clear(&self) -> Result<(), ParkError> {
+        match std::fs::remove_dir_all(&self.folder) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(ParkError::File {
+                path: self.folder.clone(),
+                source: error,
+            }),
+            _ => Ok(()),
+        }
+    }
+
+    fn name(&self) -> String {
+        self.folder
+            .file_name()
+            .map(|name| name.to_string_lossy().into_owned())
+            .unwrap_or_default()
+    }
+
+    fn make(&self, write: impl FnOnce(&Path) -> std::io::Result<()>) -> Result<(), ParkError> {
+        write(&self.folder).map_err(|source| ParkError::File {
+            path: self.folder.clone(),
+            source,
+        })
+    }
+}
+
+impl Waiting {
+    /// Waits until the hook says that it is parked.
+    ///
+    /// # Errors
+    /// When it ends without saying so.
+    ///
+    /// # Cancel safety
+    /// Dropping the future loses nothing: the hook stays parked and its own socket finds it.
+    pub async fn parked(self) -> Result<(), ParkError> {
+        let read = async {
+            let (mut stream, _) = self.listener.accept().await?;
+            let mut word = [0; 7];
+            stream.read_exact(&mut word).await?;
+            Ok::<_, std::io::Error>(word)
+        };
+        match read.await {
+            Ok(word) if &word == b"parked\n" => Ok(()),
+            _ => Err(self.witness().not_parked()),
+        }
+    }
+
+    /// What to say if the runtime ends before the hook reports; usable after the wait itself was given up.
+    #[must_use]
+    pub fn witness(&self) -> Witness {
+        Witness {
+            container: self.container.clone(),
+            error_file: self.error_file.clone(),
+        }
+    }
+}
+
+/// Remembers where a hook would have left its reason.
+#[derive(Debug, Clone)]
+pub struct Witness {
+    container: String,
+    error_file: PathBuf,
+}
+
+impl Witness {
+    /// The error for a runtime that ended although its hook never parked.
+    #[must_use]
+    pub fn not_parked(&self) -> ParkError {
+        ParkError::NotParked {
+            container: self.container.clone(),
+            reason: hook_error(&self.error_file),
+        }
+    }
+}
+
+fn hook_error(path: &Path) -> String {
+    let mut text = String::new();
+    match std::fs::File::open(path).and_then(|mut file| file.read_to_string(&mut text)) {
+        Ok(_) => format!(": {}", text.trim()),
+        Err(_) => String::new(),
+    }
+}
+
+/// CRIU runs one path without arguments, so a two-line script carries the folder to our own binary.
+fn write_script(folder: &Path) -> std::io::Result<()> {
+    let program = std::env::current_exe()?;
+    let script = folder.join("hook.sh");
+    let mut file = std::fs::File::create(&script)?;
+    writeln!(
+        file,
+        "#!/bin/sh\nexec {} hook --folder {}",
+        quote(&program),
+        quote(folder)
+    )?;
+    file.set_permissions(std::fs::Permissions::from_mode(0o700))?;
+    std::fs::write(
+        folder.join("criu.conf"),
+        format!("action-script {}\n", script.display()),
+    )
+}
+
+fn quote(path: &Path) -> String {
+    format!("'{}'", path.display().to_string().replace('\'', r"'\''"))
+}

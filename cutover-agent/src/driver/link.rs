@@ -1,0 +1,187 @@
+//! The driver's connection to the target's agent: opened when first needed, opened again when it broke.
+
+use std::collections::HashSet;
+use std::net::SocketAddr;
+use std::os::unix::fs::MetadataExt;
+use std::path::PathBuf;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use cutover_protocol::hop::Link as Measured;
+use cutover_protocol::plan::RawPlan;
+use cutover_protocol::wire::{Request, Response};
+
+use crate::config::{Config, IMAGES_TREE};
+use crate::peer::{self, PeerTimeouts, Session};
+use crate::tls::{ClientTls, TlsPaths};
+use crate::transfer::{Progress, SyncOptions, TreeName};
+
+/// A target that does not take a connection within this is treated as gone; clients may be held meanwhile.
+const CONNECT_MAX: Duration = Duration::from_secs(3);
+
+/// A target that gives no sign of life for this long is gone.
+const DEAD_AFTER: Duration = Duration::from_secs(3);
+
+/// What the measurement of the link sends: enough for TCP to open its windows at 1 Gbit/s and 20 ms.
+const MEASURE_BYTES: u64 = 16 << 20;
+
+/// How long the measurement may take: 16 MiB over 3 Mbit/s, with room.
+const MEASURE_MAX: Duration = Duration::from_secs(90);
+
+/// One tree on its way; the output is the bytes that crossed the link.
+pub(super) type SyncJob = Pin<Box<dyn Future<Output = Result<u64, String>> + Send>>;
+
+/// A lazily opened session.
+#[derive(Debug)]
+pub(super) struct Link {
+    target: String,
+    streams: u16,
+    tls: TlsPaths,
+    session: tokio::sync::Mutex<Option<Arc<Session>>>,
+    moving: Mutex<Vec<Arc<Progress>>>,
+}
+
+impl Link {
+    pub(super) fn new(config: &Config, settings: &RawPlan) -> Self {
+        Self {
+            target: settings.target.clone(),
+            // The plan's check bounds it to 32.
+            streams: u16::try_from(settings.streams).unwrap_or(1),
+            tls: TlsPaths {
+                ca: config.peer.ca.clone(),
+                certificate: config.peer.certificate.clone(),
+                key: config.peer.key.clone(),
+            },
+            session: tokio::sync::Mutex::new(None),
+            moving: Mutex::new(Vec::new()),
+        }
+    }
+
+    async fn session(&self) -> Result<Arc<Session>, String> {
+        let mut slot = self.session.lock().await;
+        if let Some(session) = slot.as_ref().filter(|session| session.is_alive()) {
+            return Ok(Arc::clone(session));
+        }
+        *slot = None;
+        let address: SocketAddr = tokio::net::lookup_host(&self.target)
+            .await
+            .ok()
+            .and_then(|mut found| found.next())
+            .ok_or_else(|| {
+                format!(
+                    "`target` is {:?}, which is no address:port that can be found",
+                    self.target
+                )
+            })?;
+        let tls = ClientTls::load(&self.tls, "target").map_err(|error| error.to_string())?;
+        let timeouts = PeerTimeouts {
+            connect: CONNECT_MAX,
+            dead_after: DEAD_AFTER,
+        };
+        let session = peer::connect(address, tls, timeouts, self.streams)
+            .await
+            .map_err(|error| error.to_string())?;
+        let session = Arc::new(session);
+        *slot = Some(Arc::clone(&session));
+        Ok(session)
+    }
+
+    /// Asks the target's agent; its own failure becomes ours.
+    pub(super) async fn call(
+        &self,
+        request: &Request,
+        limit: Duration,
+    ) -> Result<Response, String> {
+        let session = self.session().await?;
+        let response = session
+            .call(request, limit)
+            .await
+            .map_err(|error| error.to_string())?;
+        match response {
+            Response::Failed { message } => Err(message),
+            other => Ok(other),
+        }
+    }
+
+    /// Asks for something that is just done.
+    pub(super) async fn order(&self, request: &Request, limit: Duration) -> Result<(), String> {
+        match self.call(request, limit).await? {
+            Response::Done => Ok(()),
+            other => Err(format!("the target answered nonsense: {other:?}")),
+        }
+    }
+
+    pub(super) async fn measure(&self) -> Result<Measured, String> {
+        let session = self.session().await?;
+        let measured = session
+            .measure(MEASURE_BYTES, MEASURE_MAX)
+            .await
+            .map_err(|error| error.to_string())?;
+        Ok(Measured {
+            rtt_ms: measured.round_trip.as_secs_f64() * 1e3,
+            bytes_per_second: measured.bytes_per_second,
+        })
+    }
+
+    /// One round of one tree. `written` are the inodes that the container has open for writing.
+    pub(super) fn sync(
+        self: &Arc<Self>,
+        tree: String,
+        root: PathBuf,
+        frozen: bool,
+        written: HashSet<u64>,
+        limit: Duration,
+    ) -> SyncJob {
+        let link = Arc::clone(self);
+        Box::pin(async move {
+            let session = link.session().await?;
+            let device = std::fs::metadata(&root)
+                .map(|metadata| metadata.dev())
+                .unwrap_or(0);
+            let rehash = written.into_iter().map(|inode| (device, inode)).collect();
+            let mut options = if tree.ends_with(&format!("/{IMAGES_TREE}")) {
+                SyncOptions::images(limit)
+            } else if frozen {
+                SyncOptions::frozen(limit, rehash)
+            } else {
+                SyncOptions::live(limit)
+            };
+            options.progress = link.new_progress();
+            let name = TreeName::new(&tree).map_err(|error| error.to_string())?;
+            let report = session
+                .sync(&name, &root, options)
+                .await
+                .map_err(|error| format!("{tree}: {error}"))?;
+            tracing::debug!(
+                %tree, bytes_wire = report.bytes_wire, bytes_data = report.bytes_data, bytes_read = report.bytes_read,
+                took = ?report.took, "synced"
+            );
+            Ok(report.bytes_wire)
+        })
+    }
+
+    fn new_progress(&self) -> Arc<Progress> {
+        let progress = Arc::<Progress>::default();
+        let mut moving = self.moving.lock().unwrap_or_else(PoisonError::into_inner);
+        // Only the driver and finished rounds hold the others: forget those nobody counts on any more.
+        moving.retain(|known| Arc::strong_count(known) > 1);
+        moving.push(Arc::clone(&progress));
+        progress
+    }
+
+    /// Bytes done and bytes known of all running rounds.
+    pub(super) fn progress(&self) -> (u64, u64) {
+        let moving = self.moving.lock().unwrap_or_else(PoisonError::into_inner);
+        moving.iter().fold((0, 0), |(done, total), one| {
+            (done + one.bytes_done(), total + one.bytes_total())
+        })
+    }
+
+    /// Closes the session, if one is open.
+    pub(super) fn close(&self) {
+        if let Ok(mut slot) = self.session.try_lock() {
+            *slot = None;
+        }
+    }
+}

@@ -1,0 +1,459 @@
+//! The driver: the only owner of a hop. It journals an event, steps the machine, does the action, and so on.
+//!
+//! What it never does: act before the event that led there is durable, keep two actions outstanding, or decide
+//! anything that the machine or the register should decide.
+
+mod act;
+pub mod journal;
+mod lease;
+mod link;
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use cutover_protocol::hop::{
+    Action, Bounds, Ending, Event, Failure, Hop, Phase, Step, StepError, Undo, stall_ms,
+};
+use cutover_protocol::id::{ContainerName, Epoch, HopId, ServiceName};
+use cutover_protocol::plan::{Engine, Plan, RawPlan};
+use cutover_protocol::wire::{Inspect, Inspected, Request, Response};
+use tokio::sync::{broadcast, watch};
+
+use crate::engine::Host;
+use crate::proxy::{Proxy, ProxyError};
+use crate::report::{Outcome, Progress, Report};
+use journal::{Header, Journal, JournalError};
+use lease::Lease;
+use link::Link;
+
+/// Pauses between tries to read the register or to finish a committed hop: doubled up to the last.
+const RETRY_FIRST: Duration = Duration::from_millis(100);
+const RETRY_LAST: Duration = Duration::from_secs(5);
+
+/// How often the register is asked, or a redirect tried, before the hop is left to `recover`: about a minute.
+const TRIES_MAX: u32 = 16;
+
+/// A hop could not be begun or recovered.
+#[derive(Debug, thiserror::Error)]
+pub enum DriverError {
+    /// The journal cannot be used.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+    /// The register cannot be read.
+    #[error(transparent)]
+    Proxy(#[from] ProxyError),
+    /// The site has no proxy.
+    #[error(
+        "this agent's configuration has no [proxy]: a hop is driven by the agent that commands the gate"
+    )]
+    NoProxy,
+    /// The service is not the source's.
+    #[error(
+        "the service {service} belongs to the {owner} at epoch {epoch}: this site cannot hop it away"
+    )]
+    NotOurs {
+        /// The service.
+        service: ServiceName,
+        /// Its owner.
+        owner: cutover_protocol::id::Site,
+        /// The epoch.
+        epoch: Epoch,
+    },
+    /// The journal and the machine do not agree.
+    #[error("the machine refused its own journal: {0}")]
+    Step(#[from] StepError),
+}
+
+/// What the driver shares with whoever watches or aborts a hop.
+#[derive(Debug, Clone)]
+pub struct Watch {
+    /// The hop.
+    pub hop: HopId,
+    /// Lines of progress.
+    pub progress: broadcast::Sender<Progress>,
+    /// Set to true to ask for an abort.
+    pub abort: watch::Sender<bool>,
+    /// Where the hop stands.
+    pub phase: watch::Sender<Phase>,
+}
+
+impl Watch {
+    fn new(hop: HopId) -> Self {
+        Self {
+            hop,
+            progress: broadcast::Sender::new(PROGRESS_LINES_MAX),
+            abort: watch::Sender::new(false),
+            phase: watch::Sender::new(Phase::Plan),
+        }
+    }
+}
+
+/// A watcher that falls further behind than this misses lines, never the hop.
+const PROGRESS_LINES_MAX: usize = 1024;
+
+/// One hop being driven.
+#[derive(Debug)]
+pub struct Driver {
+    host: Host,
+    proxy: Proxy,
+    header: Header,
+    hop: Hop,
+    journal: Journal,
+    report: Report,
+    watch: Watch,
+    link: Arc<Link>,
+    lease: Option<Lease>,
+    fail_at: Option<Phase>,
+    first: Event,
+    bytes: u64,
+}
+
+impl Driver {
+    /// Begins a hop: reads the registers and writes the journal's header.
+    ///
+    /// # Errors
+    /// [`DriverError`]; nothing has been changed then.
+    pub async fn begin(
+        host: Host,
+        plan: Plan,
+        fail_at: Option<Phase>,
+    ) -> Result<Self, DriverError> {
+        let proxy = Proxy::new(&proxy_socket(&host)?);
+        let mut epochs = BTreeMap::new();
+        for service in &plan.settings().services {
+            let status = proxy.status(service).await?;
+            if status.register.owner != host.config.site {
+                return Err(DriverError::NotOurs {
+                    service: service.clone(),
+                    owner: status.register.owner,
+                    epoch: status.register.epoch,
+                });
+            }
+            epochs.insert(service.clone(), status.register.epoch);
+        }
+        let bounds = Bounds {
+            rounds_max: rounds_max(&host, &plan).await,
+            stall_ms_max: plan.settings().stall_ms_max,
+        };
+        let header = Header {
+            hop: new_hop_id(),
+            plan,
+            epochs,
+            bounds,
+        };
+        let journal = Journal::begin(&host.config.state_dir, &header)?;
+        let epoch = header
+            .epochs
+            .get(&header.plan.settings().services[0])
+            .copied()
+            .unwrap_or(Epoch::FIRST);
+        let hop = Hop::new(bounds);
+        Ok(Self::new(
+            host,
+            proxy,
+            header,
+            hop,
+            journal,
+            Event::Begun { epoch },
+            fail_at,
+        ))
+    }
+
+    /// Takes up the unfinished hop of this agent, if there is one.
+    ///
+    /// # Errors
+    /// [`DriverError`] when the journal cannot be read or folded.
+    pub fn resume(host: Host) -> Result<Option<Self>, DriverError> {
+        let Some((journal, header, events)) = Journal::resume(&host.config.state_dir)? else {
+            return Ok(None);
+        };
+        let proxy = Proxy::new(&proxy_socket(&host)?);
+        let mut hop = Hop::new(header.bounds);
+        for event in events {
+            hop.step(event)?;
+        }
+        let first = match hop.phase() {
+            // The first event never became durable: nothing was done, and nothing is to be undone.
+            Phase::Plan => Event::Begun {
+                epoch: header
+                    .epochs
+                    .values()
+                    .next()
+                    .copied()
+                    .unwrap_or(Epoch::FIRST),
+            },
+            _ => Event::Restarted,
+        };
+        Ok(Some(Self::new(
+            host, proxy, header, hop, journal, first, None,
+        )))
+    }
+
+    fn new(
+        host: Host,
+        proxy: Proxy,
+        header: Header,
+        hop: Hop,
+        journal: Journal,
+        first: Event,
+        fail_at: Option<Phase>,
+    ) -> Self {
+        let report = Report::new(header.hop.clone(), header.plan.settings().engine.as_str());
+        let watch = Watch::new(header.hop.clone());
+        let link = Arc::new(Link::new(&host.config, header.plan.settings()));
+        Self {
+            host,
+            proxy,
+            header,
+            hop,
+            journal,
+            report,
+            watch,
+            link,
+            lease: None,
+            fail_at,
+            first,
+            bytes: 0,
+        }
+    }
+
+    /// What watchers and aborters use.
+    #[must_use]
+    pub fn watch(&self) -> Watch {
+        self.watch.clone()
+    }
+
+    /// Drives the hop to its end.
+    ///
+    /// # Errors
+    /// [`DriverError`] when the journal cannot be written or refuses to be stepped: the hop then stands as it is,
+    /// frozen and holding, until `recover`.
+    pub async fn run(mut self) -> Result<Report, DriverError> {
+        let mut event = self.first.clone();
+        let mut tries = 0;
+        loop {
+            if *self.watch.abort.borrow()
+                && self.hop.phase().is_before_commit()
+                && self.hop.phase() != Phase::Plan
+            {
+                self.step(Event::AbortAsked)?;
+                self.watch.abort.send_replace(false);
+            }
+            let before = self.hop.phase();
+            let action = match self.step(event)? {
+                Step::Act(action) => action,
+                Step::Over(ending) => return self.over(ending),
+                Step::Nothing => {
+                    return Err(StepError {
+                        phase: before,
+                        event: "a repetition".to_owned(),
+                    }
+                    .into());
+                }
+            };
+            tries = if self.hop.phase() == before {
+                tries + 1
+            } else {
+                0
+            };
+            if matches!(self.hop.phase(), Phase::Settle | Phase::Redirect) && tries > 0 {
+                if tries >= TRIES_MAX {
+                    return Ok(self.unfinished());
+                }
+                tokio::time::sleep((RETRY_FIRST * 2_u32.pow(tries.min(10))).min(RETRY_LAST)).await;
+            }
+            event = self.timed(action).await;
+        }
+    }
+
+    fn step(&mut self, event: Event) -> Result<Step, DriverError> {
+        self.journal.append(&event)?;
+        let step = self.hop.step(event)?;
+        self.watch.phase.send_replace(self.hop.phase());
+        Ok(step)
+    }
+
+    /// Does one action and reports how long it took.
+    async fn timed(&mut self, action: Action) -> Event {
+        let name = match action {
+            Action::Undo(undo) => format!("Undo{undo}"),
+            _ => self.hop.phase().to_string(),
+        };
+        self.tell(Progress::Began {
+            name: name.clone(),
+            phase: self.hop.phase(),
+        });
+        let begun = Instant::now();
+        self.bytes = 0;
+        let mut result = self.act(action).await;
+        if result.is_ok()
+            && self.fail_at == Some(self.hop.phase())
+            && self.hop.phase().is_before_commit()
+        {
+            result = Err(format!(
+                "a drill: --fail-at {} was asked for",
+                self.hop.phase()
+            ));
+        }
+        let seconds = begun.elapsed().as_secs_f64();
+        self.report.add(&name, seconds, self.bytes);
+        let failure = result.as_ref().err().cloned();
+        match &failure {
+            Some(message) => {
+                tracing::warn!(hop = %self.header.hop, phase = %name, seconds, "failed: {message}")
+            }
+            None => {
+                tracing::info!(hop = %self.header.hop, phase = %name, seconds, bytes = self.bytes, "done")
+            }
+        }
+        self.tell(Progress::Ended {
+            name,
+            seconds,
+            bytes: self.bytes,
+            failure,
+        });
+        result.unwrap_or_else(|message| Event::Failed {
+            action: action.name(),
+            failure: Failure::new(&message),
+        })
+    }
+
+    fn tell(&self, progress: Progress) {
+        // Nobody watching is not an error.
+        let _ = self.watch.progress.send(progress);
+    }
+
+    fn over(mut self, ending: Ending) -> Result<Report, DriverError> {
+        self.report.outcome = match ending {
+            Ending::Committed => Outcome::Committed,
+            Ending::Undone => Outcome::Undone,
+        };
+        self.fill();
+        self.journal.finish(&self.header.hop)?;
+        Ok(self.report)
+    }
+
+    fn unfinished(mut self) -> Report {
+        self.report.outcome = Outcome::Unfinished;
+        self.fill();
+        self.report
+    }
+
+    fn fill(&mut self) {
+        if self.report.outcome != Outcome::Committed {
+            self.report.cause = self.hop.failure().map(ToString::to_string);
+        }
+        self.report.rounds = self.hop.rounds().to_vec();
+        self.report.owed = self.hop.owed().iter().map(ToString::to_string).collect();
+    }
+}
+
+fn proxy_socket(host: &Host) -> Result<PathBuf, DriverError> {
+    host.config
+        .proxy_control
+        .clone()
+        .ok_or(DriverError::NoProxy)
+}
+
+/// No rounds where the engine moves no memory or the kernel does not track dirty pages.
+async fn rounds_max(host: &Host, plan: &Plan) -> u32 {
+    let tracks = plan.settings().engine == Engine::Criu
+        && plan.settings().rounds_max > 0
+        && crate::criu::features::tracks_dirty_pages(&host.config.runtime.criu).await;
+    if tracks {
+        plan.settings().rounds_max
+    } else {
+        0
+    }
+}
+
+fn new_hop_id() -> HopId {
+    let id = format!("hop-{}", crate::preflight::now_ms());
+    // "hop-" and digits are always a valid name; the fallback keeps this total.
+    id.parse()
+        .unwrap_or_else(|_| unreachable!("hop-<digits> is a valid name"))
+}
+
+impl Driver {
+    /// What [`pay`] will need if the target cannot be reached during the unwinding.
+    #[must_use]
+    pub fn debts(&self) -> (RawPlan, Vec<ContainerName>) {
+        (
+            self.header.plan.settings().clone(),
+            self.header.plan.order().to_vec(),
+        )
+    }
+}
+
+/// Does at the target what an unwinding could not do because the target was gone.
+///
+/// # Errors
+/// One line for a person; everything stays owed then.
+pub async fn pay(
+    host: &Host,
+    settings: &RawPlan,
+    hop: &HopId,
+    containers: &[ContainerName],
+    undos: &[Undo],
+) -> Result<(), String> {
+    let link = Link::new(&host.config, settings);
+    for undo in undos {
+        let request = match undo {
+            Undo::KillTarget => Request::Kill { hop: hop.clone() },
+            Undo::DropStaging => Request::Drop {
+                hop: hop.clone(),
+                containers: containers.to_vec(),
+            },
+            Undo::CloseTunnel | Undo::Reopen | Undo::Thaw => continue,
+        };
+        link.order(&request, act::KILL_MAX).await?;
+    }
+    Ok(())
+}
+
+/// Inspects the target, compares, and predicts; changes nothing anywhere.
+///
+/// # Errors
+/// When the target cannot be reached.
+pub async fn dry_run(
+    host: &Host,
+    plan: &Plan,
+    source: Inspected,
+) -> Result<crate::control::Checked, String> {
+    let link = Link::new(&host.config, plan.settings());
+    let inspect = Inspect {
+        containers: plan.order().to_vec(),
+        engine: plan.settings().engine,
+    };
+    let begun = Instant::now();
+    let target = match link.call(&Request::Inspect(inspect), act::KILL_MAX).await? {
+        Response::Inspected(facts) => facts,
+        other => {
+            return Err(format!(
+                "the target answered nonsense to inspect: {other:?}"
+            ));
+        }
+    };
+    let round_trip_ms = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX);
+    let measured = link.measure().await?;
+    let rounds_max = if source.tracks_dirty_pages {
+        plan.settings().rounds_max
+    } else {
+        0
+    };
+    let images: u64 = source
+        .trees
+        .iter()
+        .filter(|tree| tree.name.ends_with("/images"))
+        .map(|tree| tree.bytes)
+        .sum();
+    let moved = if rounds_max == 0 { images } else { 0 };
+    Ok(crate::control::Checked {
+        findings: crate::preflight::compare(&source, &target, round_trip_ms),
+        stall_ms_predicted: stall_ms(moved, &measured),
+        trees: source.trees,
+        rounds_max,
+    })
+}

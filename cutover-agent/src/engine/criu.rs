@@ -1,0 +1,329 @@
+//! The engine `criu`: memory, processes and connections move. See [`crate::criu::hook`] for how a dump and a
+//! restore are parked.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use cutover_protocol::id::ContainerName;
+use tokio::process::Child;
+
+use super::{EngineError, Host};
+use crate::config::Container;
+use crate::criu::hook::ParkAt;
+use crate::criu::park::{Waiting, Word};
+use crate::criu::{cure, stats};
+use crate::runtime::runc::ImageFolders;
+
+/// The folder of the final dump below a container's images.
+const FINAL: &str = "final";
+
+/// Poll interval for kernel state that has no event: a ptrace detach, an emptied cgroup.
+const POLL: Duration = Duration::from_millis(2);
+
+/// Copies one memory round of a running container into `images/<round>`; returns the pages written.
+///
+/// # Errors
+/// [`EngineError`]; the container runs on.
+pub async fn pre_dump(
+    host: &Host,
+    name: &ContainerName,
+    round: u32,
+    limit: Duration,
+) -> Result<u64, EngineError> {
+    let images = host.config.images(name).join(round.to_string());
+    let work = host.work(name).join(round.to_string());
+    fresh(&images);
+    let parent = parent_of(round);
+    let folders = ImageFolders {
+        images: &images,
+        work: &work,
+        parent: parent.as_deref(),
+    };
+    host.runc.pre_dump(name.as_str(), folders, limit).await?;
+    let stats = stats::read(&work)
+        .or_else(|| stats::read(&images))
+        .unwrap_or_default();
+    if parent.is_some() && stats.pages_skipped_parent == 0 && stats.pages_scanned > 0 {
+        return Err(EngineError::NoParent(name.clone()));
+    }
+    Ok(stats.pages_written)
+}
+
+/// Images of a round name the round before it by a relative path; the first has none.
+fn parent_of(round: u32) -> Option<PathBuf> {
+    (round > 1).then(|| PathBuf::from(format!("../{}", round - 1)))
+}
+
+/// An image folder must not hold files of an earlier try: CRIU would mix them.
+fn fresh(images: &Path) {
+    let _ = std::fs::remove_dir_all(images);
+    let _ = std::fs::create_dir_all(images);
+}
+
+pub(super) async fn checkpoint(
+    host: &Host,
+    name: &ContainerName,
+    rounds: u32,
+    limit: Duration,
+) -> Result<(), EngineError> {
+    let container = host.container(name)?;
+    let park = host.park(name);
+    let waiting = park.prepare(ParkAt::Dump, &container.network_namespace)?;
+    let images = host.config.images(name).join(FINAL);
+    let work = host.work(name).join(FINAL);
+    fresh(&images);
+    let parent = parent_of(rounds + 1);
+    let folders = ImageFolders {
+        images: &images,
+        work: &work,
+        parent: parent.as_deref(),
+    };
+    let child = host
+        .runc
+        .checkpoint(name.as_str(), folders, &park.criu_configuration())?;
+    until_parked(
+        host,
+        child,
+        waiting,
+        Call {
+            verb: "checkpoint",
+            name,
+            work: &work,
+        },
+        limit,
+    )
+    .await
+    .map(drop)
+}
+
+struct Call<'a> {
+    verb: &'static str,
+    name: &'a ContainerName,
+    work: &'a Path,
+}
+
+/// Waits for the hook, or for the runtime to end without it, or for the limit.
+async fn until_parked(
+    host: &Host,
+    mut child: Child,
+    waiting: Waiting,
+    call: Call<'_>,
+    limit: Duration,
+) -> Result<Child, EngineError> {
+    let witness = waiting.witness();
+    tokio::select! {
+        // The hook is asked first: a runtime that ends at once may have parked and been killed since.
+        biased;
+        parked = waiting.parked() => parked.map(|()| child).map_err(EngineError::from),
+        ended = child.wait() => {
+            let judged = match ended {
+                Ok(status) => host.runc.judge(status, call.verb, call.name.as_str(), call.work),
+                Err(source) => return Err(spawn_error(host, source)),
+            };
+            judged?;
+            // Success without the hook: CRIU ignored our configuration and went on by itself.
+            Err(witness.not_parked().into())
+        }
+        () = tokio::time::sleep(limit) => Err(EngineError::TimedOut {
+            verb: call.verb,
+            container: call.name.clone(),
+            seconds: limit.as_secs(),
+        }),
+    }
+}
+
+fn spawn_error(host: &Host, source: std::io::Error) -> EngineError {
+    crate::runtime::runc::RuntimeError::Spawn {
+        program: host.config.runtime.runc.clone(),
+        source,
+    }
+    .into()
+}
+
+pub(super) async fn thaw(
+    host: &Host,
+    name: &ContainerName,
+    limit: Duration,
+) -> Result<(), EngineError> {
+    let container = host.container(name)?.clone();
+    let park = host.park(name);
+    park.tell(Word::Veto, limit).await?;
+    if let Some(state) = host.runc.state(name.as_str()).await?
+        && state.pid != 0
+    {
+        until_untraced(name, state.pid, limit).await?;
+    }
+    if let Some(frozen) = park.frozen() {
+        // The hook or CRIU may have died without taking back what they did. Each step is harmless when they did.
+        let namespace = container.network_namespace.clone();
+        tokio::task::spawn_blocking(move || {
+            let _ = cure::leave_repair_mode(&frozen.cgroup.pids());
+            cure::unlock_network(&namespace);
+            frozen.cgroup.thaw()
+        })
+        .await??;
+    }
+    host.lift(name).await?;
+    Ok(park.clear()?)
+}
+
+/// Waits until no debugger (CRIU) holds any task of the container.
+async fn until_untraced(
+    name: &ContainerName,
+    init_pid: u32,
+    limit: Duration,
+) -> Result<(), EngineError> {
+    let pids = crate::cgroup::Cgroup::of(init_pid)
+        .map(|cgroup| cgroup.pids())
+        .unwrap_or_default();
+    let deadline = tokio::time::Instant::now() + limit;
+    while pids.iter().any(|&pid| is_traced(pid)) {
+        if tokio::time::Instant::now() > deadline {
+            return Err(EngineError::TimedOut {
+                verb: "thaw",
+                container: name.clone(),
+                seconds: limit.as_secs(),
+            });
+        }
+        tokio::time::sleep(POLL).await;
+    }
+    Ok(())
+}
+
+fn is_traced(pid: u32) -> bool {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    status.lines().any(|line| {
+        line.strip_prefix("TracerPid:")
+            .is_some_and(|value| value.trim() != "0")
+    })
+}
+
+pub(super) async fn retire(
+    host: &Host,
+    name: &ContainerName,
+    limit: Duration,
+) -> Result<(), EngineError> {
+    let container = host.container(name)?.clone();
+    let park = host.park(name);
+    let parked = park.tell(Word::Go, limit).await?;
+    if let Some(frozen) = park.frozen() {
+        if parked {
+            until_empty(&frozen.cgroup, name, limit).await?;
+        }
+        let namespace = container.network_namespace.clone();
+        tokio::task::spawn_blocking(move || {
+            frozen.cgroup.kill()?;
+            // The fence stays; CRIU's lock would outlive it and shut the address for a hop back.
+            cure::unlock_network(&namespace);
+            Ok::<_, EngineError>(())
+        })
+        .await??;
+    }
+    host.runc.delete(name.as_str(), &host.work(name)).await?;
+    Ok(park.clear()?)
+}
+
+async fn until_empty(
+    cgroup: &crate::cgroup::Cgroup,
+    name: &ContainerName,
+    limit: Duration,
+) -> Result<(), EngineError> {
+    let deadline = tokio::time::Instant::now() + limit;
+    while !cgroup.pids().is_empty() {
+        if tokio::time::Instant::now() > deadline {
+            return Err(EngineError::TimedOut {
+                verb: "retire",
+                container: name.clone(),
+                seconds: limit.as_secs(),
+            });
+        }
+        tokio::time::sleep(POLL).await;
+    }
+    Ok(())
+}
+
+pub(super) async fn build(
+    host: &Host,
+    container: &Container,
+    limit: Duration,
+) -> Result<(), EngineError> {
+    let name = &container.name;
+    let park = host.park(name);
+    let waiting = park.prepare(ParkAt::Restore, &container.network_namespace)?;
+    let images = host.config.images(name).join(FINAL);
+    let work = host.work(name).join("restore");
+    let folders = ImageFolders {
+        images: &images,
+        work: &work,
+        parent: None,
+    };
+    let child = host.runc.restore(
+        name.as_str(),
+        &container.bundle,
+        folders,
+        &park.criu_configuration(),
+    )?;
+    until_parked(
+        host,
+        child,
+        waiting,
+        Call {
+            verb: "restore",
+            name,
+            work: &work,
+        },
+        limit,
+    )
+    .await
+    .map(drop)
+}
+
+pub(super) async fn run(
+    host: &Host,
+    name: &ContainerName,
+    limit: Duration,
+) -> Result<(), EngineError> {
+    let park = host.park(name);
+    if !park.tell(Word::Go, limit).await? {
+        return Err(EngineError::NotRunning(name.clone()));
+    }
+    let deadline = tokio::time::Instant::now() + limit;
+    loop {
+        let state = host.runc.state(name.as_str()).await?;
+        if let Some(state) = state
+            && state.status == "running"
+            && state.pid != 0
+            && !is_traced(state.pid)
+        {
+            return Ok(());
+        }
+        if tokio::time::Instant::now() > deadline {
+            return Err(EngineError::TimedOut {
+                verb: "run",
+                container: name.clone(),
+                seconds: limit.as_secs(),
+            });
+        }
+        tokio::time::sleep(POLL).await;
+    }
+}
+
+/// Takes down a restore wherever it stands, and a container of the engine `restart` as well.
+pub(super) async fn kill(
+    host: &Host,
+    container: &Container,
+    limit: Duration,
+) -> Result<(), EngineError> {
+    let name = &container.name;
+    let park = host.park(name);
+    park.tell(Word::Veto, limit).await?;
+    let work = host.work(name);
+    host.runc.delete(name.as_str(), &work).await?;
+    let namespace = container.network_namespace.clone();
+    tokio::task::spawn_blocking(move || {
+        cure::unlock_network(&namespace);
+        cure::unmount_leftovers(&work.join("restore"));
+    })
+    .await?;
+    Ok(park.clear()?)
+}

@@ -1,0 +1,231 @@
+//! How containers are stopped at the source and started at the target. Both engines offer the same verbs:
+//! `checkpoint`, `thaw`, `retire` at the source; `build`, `run`, `kill` at the target. Every verb is idempotent,
+//! and `thaw`, `retire` and `kill` are also right after a crash at any point.
+
+mod criu;
+mod overlay;
+mod restart;
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use cutover_protocol::id::ContainerName;
+use cutover_protocol::plan::Engine;
+
+use crate::cgroup::CgroupError;
+use crate::config::{Config, Container};
+use crate::criu::park::{Park, ParkError};
+use crate::fence::{self, FenceError};
+use crate::runtime::runc::{Runc, RuntimeError};
+
+pub use criu::pre_dump;
+
+/// Something an engine tried on a container did not work.
+#[derive(Debug, thiserror::Error)]
+pub enum EngineError {
+    /// The plan names a container this site does not configure.
+    #[error(
+        "this site knows no container {0}: add a [[container]] with this name to its configuration"
+    )]
+    UnknownContainer(ContainerName),
+    /// The container does not run.
+    #[error("the container {0} does not run here: start it, then hop")]
+    NotRunning(ContainerName),
+    /// A runtime call failed.
+    #[error(transparent)]
+    Runtime(#[from] RuntimeError),
+    /// The hook failed.
+    #[error(transparent)]
+    Park(#[from] ParkError),
+    /// The fence could not be moved.
+    #[error(transparent)]
+    Fence(#[from] FenceError),
+    /// The cgroup could not be moved.
+    #[error(transparent)]
+    Cgroup(#[from] CgroupError),
+    /// The root file system could not be mounted.
+    #[error("cannot mount the root file system of {container} on {path}: {source}")]
+    Mount {
+        /// The container.
+        container: ContainerName,
+        /// Where.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// Dump or restore took too long.
+    #[error("{verb} of {container} did not end within {seconds} s")]
+    TimedOut {
+        /// What was under way.
+        verb: &'static str,
+        /// The container.
+        container: ContainerName,
+        /// How long we waited.
+        seconds: u64,
+    },
+    /// CRIU dumped everything again although it was given a parent.
+    #[error("the memory round of {0} ignored the round before it: its images are not a chain")]
+    NoParent(ContainerName),
+    /// A blocking call was lost.
+    #[error("a helper thread failed: {0}")]
+    Thread(#[from] tokio::task::JoinError),
+}
+
+/// One site's containers and the tools to move them.
+#[derive(Debug, Clone)]
+pub struct Host {
+    /// The site's configuration.
+    pub config: Config,
+    /// Its runtime.
+    pub runc: Runc,
+}
+
+impl Host {
+    /// The host a configuration describes.
+    #[must_use]
+    pub fn new(config: Config) -> Self {
+        let runc = Runc::new(&config.runtime);
+        Self { config, runc }
+    }
+
+    /// The container of this name.
+    ///
+    /// # Errors
+    /// [`EngineError::UnknownContainer`].
+    pub fn container(&self, name: &ContainerName) -> Result<&Container, EngineError> {
+        self.config
+            .container(name)
+            .ok_or_else(|| EngineError::UnknownContainer(name.clone()))
+    }
+
+    /// Where logs of the current hop's calls for a container go.
+    #[must_use]
+    pub fn work(&self, name: &ContainerName) -> PathBuf {
+        self.config.state_dir.join("work").join(name.as_str())
+    }
+
+    fn park(&self, name: &ContainerName) -> Park {
+        Park::new(&self.config.state_dir, name.as_str())
+    }
+
+    /// Stops a running container so that it can still be thawed: frozen and fenced, everything written.
+    ///
+    /// # Errors
+    /// [`EngineError`]; [`Self::thaw`] then puts everything back.
+    pub async fn checkpoint(
+        &self,
+        engine: Engine,
+        name: &ContainerName,
+        rounds: u32,
+        limit: Duration,
+    ) -> Result<(), EngineError> {
+        match engine {
+            Engine::Criu => criu::checkpoint(self, name, rounds, limit).await,
+            Engine::Restart => restart::checkpoint(self, name, limit).await,
+        }
+    }
+
+    /// Lets a checkpointed container run again at the source, wherever the checkpoint stood.
+    ///
+    /// # Errors
+    /// [`EngineError`]; it may be called again.
+    pub async fn thaw(
+        &self,
+        engine: Engine,
+        name: &ContainerName,
+        limit: Duration,
+    ) -> Result<(), EngineError> {
+        match engine {
+            Engine::Criu => criu::thaw(self, name, limit).await,
+            Engine::Restart => restart::thaw(self, name).await,
+        }
+    }
+
+    /// Ends a checkpointed container at the source for good. Its fence stays.
+    ///
+    /// # Errors
+    /// [`EngineError`]; it may be called again.
+    pub async fn retire(
+        &self,
+        engine: Engine,
+        name: &ContainerName,
+        limit: Duration,
+    ) -> Result<(), EngineError> {
+        match engine {
+            Engine::Criu => criu::retire(self, name, limit).await,
+            Engine::Restart => Ok(self.runc.delete(name.as_str(), &self.work(name)).await?),
+        }
+    }
+
+    /// Builds a container at the target behind a shut fence, without running any of its code.
+    ///
+    /// # Errors
+    /// [`EngineError`]; [`Self::kill`] then takes everything down.
+    pub async fn build(
+        &self,
+        engine: Engine,
+        name: &ContainerName,
+        limit: Duration,
+    ) -> Result<(), EngineError> {
+        let container = self.container(name)?.clone();
+        overlay::mount(&container)?;
+        let namespace = container.network_namespace.clone();
+        tokio::task::spawn_blocking(move || fence::set(&namespace, fence::Fence::Shut)).await??;
+        match engine {
+            Engine::Criu => criu::build(self, &container, limit).await,
+            Engine::Restart => Ok(self
+                .runc
+                .create(name.as_str(), &container.bundle, &self.work(name))
+                .await?),
+        }
+    }
+
+    /// Runs a built container behind a fence that lets its neighbours through.
+    ///
+    /// # Errors
+    /// [`EngineError`].
+    pub async fn run(
+        &self,
+        engine: Engine,
+        name: &ContainerName,
+        limit: Duration,
+    ) -> Result<(), EngineError> {
+        match engine {
+            Engine::Criu => criu::run(self, name, limit).await,
+            Engine::Restart => Ok(self.runc.start(name.as_str(), &self.work(name)).await?),
+        }
+    }
+
+    /// Takes down whatever was built of a container at the target: tasks, mounts, packet filters.
+    ///
+    /// # Errors
+    /// [`EngineError`]; it may be called again.
+    pub async fn kill(&self, name: &ContainerName, limit: Duration) -> Result<(), EngineError> {
+        let container = self.container(name)?.clone();
+        criu::kill(self, &container, limit).await?;
+        overlay::unmount(&container)?;
+        self.lift(name).await
+    }
+
+    /// Moves the fence of a container.
+    ///
+    /// # Errors
+    /// [`EngineError`].
+    pub async fn fence(
+        &self,
+        name: &ContainerName,
+        fence: fence::Fence,
+    ) -> Result<(), EngineError> {
+        let namespace = self.container(name)?.network_namespace.clone();
+        Ok(tokio::task::spawn_blocking(move || fence::set(&namespace, fence)).await??)
+    }
+
+    /// Lifts the fence of a container.
+    ///
+    /// # Errors
+    /// [`EngineError`].
+    pub async fn lift(&self, name: &ContainerName) -> Result<(), EngineError> {
+        let namespace = self.container(name)?.network_namespace.clone();
+        Ok(tokio::task::spawn_blocking(move || fence::lift(&namespace)).await??)
+    }
+}

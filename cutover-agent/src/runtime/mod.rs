@@ -1,0 +1,3 @@
+//! Container runtimes.
+
+pub mod runc;

@@ -1,0 +1,348 @@
+//! The target's side of a hop: it does what the source's agent asks and never decides. What it built stays parked
+//! or fenced until it is told otherwise, also across a restart of this agent.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use cutover_protocol::id::{ContainerName, HopId};
+use cutover_protocol::plan::{Engine, Probe};
+use cutover_protocol::wire::{Request, Response};
+use serde::{Deserialize, Serialize};
+use tokio::sync::Mutex;
+
+use crate::config::Config;
+use crate::durable;
+use crate::engine::{EngineError, Host};
+use crate::fence::Fence;
+use crate::{preflight, probe};
+
+/// How long taking down one container may take.
+const KILL_MAX: Duration = Duration::from_secs(15);
+
+/// How far a hop has come at this target.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Stage {
+    /// Files arrive; nothing was built.
+    Staging,
+    /// Containers are built or being built; nothing runs.
+    Built,
+    /// Containers run behind the fence.
+    Fenced,
+    /// The target serves.
+    Serving,
+}
+
+/// What this target remembers of the current hop.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Standing {
+    /// The hop.
+    pub hop: HopId,
+    /// Its containers in dependency order.
+    pub containers: Vec<ContainerName>,
+    /// How they are moved.
+    pub engine: Engine,
+    /// How far it has come.
+    pub stage: Stage,
+}
+
+/// The target agent.
+#[derive(Debug)]
+pub struct Target {
+    host: Host,
+    standing: Mutex<Option<Standing>>,
+}
+
+/// The target could not do what it was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum TargetError {
+    /// An engine failed.
+    #[error(transparent)]
+    Engine(#[from] EngineError),
+    /// A probe failed.
+    #[error("{0}")]
+    Probe(String),
+    /// The standing could not be kept.
+    #[error("cannot keep the state of the hop in {path}: {source}")]
+    State {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// Another hop, or none, is current.
+    #[error("this target knows no hop {0}: it was taken down or never begun; start a new hop")]
+    UnknownHop(HopId),
+    /// The target owns the service.
+    #[error("the containers of hop {0} serve here: they are not taken down")]
+    Serving(HopId),
+    /// Something already runs under a name of the plan.
+    #[error(
+        "the container {0} already exists at this target: delete it (runc delete), or take it out of the plan"
+    )]
+    Exists(ContainerName),
+}
+
+impl Target {
+    /// The target of a configuration, with what it remembers from before a restart.
+    ///
+    /// # Errors
+    /// When the remembered standing cannot be read: deleting it would forget what is parked here.
+    pub fn new(config: Config) -> Result<Self, TargetError> {
+        let path = standing_path(&config);
+        let standing =
+            durable::read_json(&path).map_err(|source| TargetError::State { path, source })?;
+        Ok(Self {
+            host: Host::new(config),
+            standing: Mutex::new(standing),
+        })
+    }
+
+    /// What this target remembers of the current hop.
+    pub async fn standing(&self) -> Option<Standing> {
+        self.standing.lock().await.clone()
+    }
+
+    /// Answers one request; a failure becomes a sentence for the source.
+    pub async fn answer(&self, request: Request) -> Response {
+        match self.act(request).await {
+            Ok(response) => response,
+            Err(error) => Response::Failed {
+                message: format!("target: {error}"),
+            },
+        }
+    }
+
+    async fn act(&self, request: Request) -> Result<Response, TargetError> {
+        match request {
+            Request::Inspect(inspect) => {
+                let facts =
+                    preflight::inspect(&self.host, &inspect, cutover_protocol::id::Site::Target)
+                        .await;
+                Ok(Response::Inspected(Box::new(facts)))
+            }
+            Request::Begin { hop, containers } => self.begin(hop, containers).await,
+            Request::Restore {
+                hop,
+                containers,
+                engine,
+                timeout_ms,
+            } => {
+                self.restore(hop, containers, engine, Duration::from_millis(timeout_ms))
+                    .await
+            }
+            Request::Verify {
+                hop,
+                probes,
+                timeout_ms,
+            } => {
+                self.verify(&hop, &probes, Duration::from_millis(timeout_ms))
+                    .await
+            }
+            Request::Unfence { hop } => self.unfence(&hop).await,
+            Request::Kill { hop } => self.kill(&hop).await,
+            Request::Drop { hop, containers } => self.drop_staged(&hop, &containers).await,
+            Request::Finish { hop } => self.finish(&hop).await,
+        }
+    }
+
+    async fn begin(
+        &self,
+        hop: HopId,
+        containers: Vec<ContainerName>,
+    ) -> Result<Response, TargetError> {
+        let mut standing = self.standing.lock().await;
+        if let Some(old) = standing.as_ref()
+            && old.stage != Stage::Serving
+        {
+            self.take_down(&old.containers).await?;
+        }
+        for name in &containers {
+            self.host.container(name)?;
+            if self
+                .host
+                .runc
+                .state(name.as_str())
+                .await
+                .map_err(EngineError::from)?
+                .is_some()
+            {
+                return Err(TargetError::Exists(name.clone()));
+            }
+        }
+        self.keep(
+            &mut standing,
+            Some(Standing {
+                hop,
+                containers,
+                engine: Engine::Criu,
+                stage: Stage::Staging,
+            }),
+        )?;
+        Ok(Response::Done)
+    }
+
+    async fn restore(
+        &self,
+        hop: HopId,
+        containers: Vec<ContainerName>,
+        engine: Engine,
+        limit: Duration,
+    ) -> Result<Response, TargetError> {
+        let mut standing = self.standing.lock().await;
+        Self::check(&standing, &hop)?;
+        // Kept before the first task exists, so that a killed agent knows what to take down.
+        self.keep(
+            &mut standing,
+            Some(Standing {
+                hop,
+                containers: containers.clone(),
+                engine,
+                stage: Stage::Built,
+            }),
+        )?;
+        // Nothing runs yet, so the order of dependencies does not matter before `verify`.
+        let mut builds = tokio::task::JoinSet::new();
+        for name in containers {
+            let host = self.host.clone();
+            builds.spawn(async move { host.build(engine, &name, limit).await });
+        }
+        while let Some(built) = builds.join_next().await {
+            built.map_err(EngineError::from)??;
+        }
+        Ok(Response::Done)
+    }
+
+    async fn verify(
+        &self,
+        hop: &HopId,
+        probes: &[Probe],
+        limit: Duration,
+    ) -> Result<Response, TargetError> {
+        let mut standing = self.standing.lock().await;
+        let mut current = Self::check(&standing, hop)?.clone();
+        current.stage = Stage::Fenced;
+        self.keep(&mut standing, Some(current.clone()))?;
+        // Every fence is moved before the first task runs: a container may talk to a later one at once.
+        for name in &current.containers {
+            self.host.fence(name, Fence::Inside).await?;
+        }
+        for name in &current.containers {
+            self.host.run(current.engine, name, limit).await?;
+        }
+        let mut told = Vec::with_capacity(probes.len());
+        for probe in probes {
+            told.push(probe::ask(probe).await.map_err(TargetError::Probe)?);
+        }
+        Ok(Response::Verified(told))
+    }
+
+    async fn unfence(&self, hop: &HopId) -> Result<Response, TargetError> {
+        let mut standing = self.standing.lock().await;
+        let mut current = Self::check(&standing, hop)?.clone();
+        for name in &current.containers {
+            self.host.lift(name).await?;
+        }
+        current.stage = Stage::Serving;
+        self.keep(&mut standing, Some(current))?;
+        Ok(Response::Done)
+    }
+
+    async fn kill(&self, hop: &HopId) -> Result<Response, TargetError> {
+        let mut standing = self.standing.lock().await;
+        match standing.as_ref() {
+            Some(current) if &current.hop == hop && current.stage == Stage::Serving => {
+                return Err(TargetError::Serving(hop.clone()));
+            }
+            Some(current) if &current.hop == hop => {
+                self.take_down(&current.containers).await?;
+                let staged = Standing {
+                    stage: Stage::Staging,
+                    ..current.clone()
+                };
+                self.keep(&mut standing, Some(staged))?;
+            }
+            // Another hop has begun meanwhile and took ours down, or ours never began here.
+            _ => {}
+        }
+        Ok(Response::Done)
+    }
+
+    async fn take_down(&self, containers: &[ContainerName]) -> Result<(), TargetError> {
+        for name in containers.iter().rev() {
+            self.host.kill(name, KILL_MAX).await?;
+        }
+        Ok(())
+    }
+
+    async fn drop_staged(
+        &self,
+        hop: &HopId,
+        containers: &[ContainerName],
+    ) -> Result<Response, TargetError> {
+        let mut standing = self.standing.lock().await;
+        match standing.as_ref() {
+            Some(current) if &current.hop == hop && current.stage == Stage::Serving => {
+                return Err(TargetError::Serving(hop.clone()));
+            }
+            Some(current) if &current.hop == hop => self.take_down(&current.containers).await?,
+            // Whatever is staged now belongs to somebody else.
+            _ => return Ok(Response::Done),
+        }
+        for name in containers {
+            let container = self.host.container(name)?;
+            let folders = container.trees.iter().map(|tree| tree.path.clone());
+            for folder in folders.chain([self.host.config.images(name)]) {
+                tokio::task::spawn_blocking(move || {
+                    durable::empty_folder(&folder).map_err(|source| TargetError::State {
+                        path: folder,
+                        source,
+                    })
+                })
+                .await
+                .map_err(EngineError::from)??;
+            }
+        }
+        self.keep(&mut standing, None)?;
+        Ok(Response::Done)
+    }
+
+    async fn finish(&self, hop: &HopId) -> Result<Response, TargetError> {
+        let standing = self.standing.lock().await;
+        let current = Self::check(&standing, hop)?;
+        for name in &current.containers {
+            let images = self.host.config.images(name);
+            tokio::task::spawn_blocking(move || {
+                durable::empty_folder(&images).map_err(|source| TargetError::State {
+                    path: images,
+                    source,
+                })
+            })
+            .await
+            .map_err(EngineError::from)??;
+        }
+        Ok(Response::Done)
+    }
+
+    fn check<'a>(standing: &'a Option<Standing>, hop: &HopId) -> Result<&'a Standing, TargetError> {
+        standing
+            .as_ref()
+            .filter(|current| &current.hop == hop)
+            .ok_or_else(|| TargetError::UnknownHop(hop.clone()))
+    }
+
+    fn keep(
+        &self,
+        standing: &mut Option<Standing>,
+        new: Option<Standing>,
+    ) -> Result<(), TargetError> {
+        let path = standing_path(&self.host.config);
+        durable::write_json(&path, &new).map_err(|source| TargetError::State { path, source })?;
+        *standing = new;
+        Ok(())
+    }
+}
+
+fn standing_path(config: &Config) -> PathBuf {
+    config.state_dir.join("target.json")
+}
