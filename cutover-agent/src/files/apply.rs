@@ -1,0 +1,363 @@
+//! Makes a tree at the target equal to a manifest: room first, content in place, then metadata, deletions last.
+//!
+//! [`prepare`] removes what is in the way and makes directories, [`write`] puts blocks in place (from any thread, in
+//! any order), [`finish`] does the rest. Between the three the tree is neither old nor new.
+
+use std::collections::HashSet;
+use std::os::fd::OwnedFd;
+
+use rustix::fs::{
+    AtFlags, FallocateFlags, FileType, Gid, Mode, OFlags, RawMode, Timestamps, Uid, XattrFlags,
+};
+use rustix::io::Errno;
+
+use super::FilesError;
+use super::manifest::{self, Entry, Kind, Manifest};
+use super::root::{Place, Root};
+use super::walk;
+
+/// Whether an entry can stay where it is and become the other one.
+fn has_shape(old: &Kind, new: &Kind) -> bool {
+    matches!((old, new), (Kind::File { .. }, Kind::File { .. })) || old == new
+}
+
+fn matching<'a>(entries: &'a [Entry], path: &[u8]) -> Option<&'a Entry> {
+    let at = entries
+        .binary_search_by(|entry| manifest::order(&entry.path, path))
+        .ok()?;
+    entries.get(at)
+}
+
+fn parent_of(path: &[u8]) -> Option<&[u8]> {
+    path.iter()
+        .rposition(|byte| *byte == b'/')
+        .map(|cut| &path[..cut])
+}
+
+/// Removes whatever would be in the way of `new`, and makes its directories, writable for us.
+///
+/// # Errors
+/// When the tree cannot be changed; it may then be half prepared.
+pub(crate) fn prepare(root: &Root, base: &Manifest, new: &[Entry]) -> Result<(), FilesError> {
+    let mut removed: HashSet<&[u8]> = HashSet::new();
+    for old in &base.entries {
+        let is_inside = parent_of(&old.path).is_some_and(|parent| removed.contains(parent));
+        let is_blocking =
+            || matching(new, &old.path).is_some_and(|entry| !has_shape(&old.kind, &entry.kind));
+        if is_inside || is_blocking() {
+            removed.insert(&old.path);
+        }
+    }
+    for old in base
+        .entries
+        .iter()
+        .rev()
+        .filter(|old| removed.contains(old.path.as_slice()))
+    {
+        remove(root, old)?;
+    }
+    for entry in new.iter().filter(|entry| entry.kind == Kind::Directory) {
+        let failed = |errno| FilesError::write(root.shown(&entry.path), errno);
+        let place = root.parent(&entry.path).map_err(failed)?;
+        match rustix::fs::mkdirat(&place.directory, &place.name, Mode::RWXU) {
+            Ok(()) => continue,
+            Err(Errno::EXIST) => {}
+            Err(errno) => return Err(failed(errno)),
+        }
+        let stat = place.stat().map_err(failed)?;
+        if FileType::from_raw_mode(stat.st_mode) != FileType::Directory {
+            return Err(failed(Errno::NOTDIR));
+        }
+        if stat.st_mode & 0o700 != 0o700 {
+            change_mode(&place, stat.st_mode & 0o7777 | 0o700).map_err(failed)?;
+        }
+    }
+    Ok(())
+}
+
+fn remove(root: &Root, entry: &Entry) -> Result<(), FilesError> {
+    let failed = |errno| FilesError::write(root.shown(&entry.path), errno);
+    let flags = if entry.kind == Kind::Directory {
+        AtFlags::REMOVEDIR
+    } else {
+        AtFlags::empty()
+    };
+    let removal = || {
+        let place = root.parent(&entry.path)?;
+        match rustix::fs::unlinkat(&place.directory, &place.name, flags) {
+            Err(Errno::ACCESS) => {
+                // Not root, and the folder is not writable for its owner: it was made so by an earlier round.
+                let folder = root.parent(parent_of(&entry.path).unwrap_or_default())?;
+                change_mode(&folder, 0o700)?;
+                rustix::fs::unlinkat(&place.directory, &place.name, flags)
+            }
+            other => other,
+        }
+    };
+    match removal() {
+        // Gone already, or with a folder that is something else by now.
+        Ok(()) | Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP) => Ok(()),
+        Err(errno) => Err(failed(errno)),
+    }
+}
+
+/// Opens a file of the tree for writing blocks, making it when it is not there.
+///
+/// # Errors
+/// When it cannot be written, or is no regular file.
+pub(crate) fn open_file(root: &Root, path: &[u8]) -> Result<OwnedFd, FilesError> {
+    let failed = |errno| FilesError::write(root.shown(path), errno);
+    let flags = OFlags::RDWR | OFlags::CREATE | OFlags::NONBLOCK;
+    let opened = match root.open_beneath(path, flags, 0o600) {
+        Err(Errno::ACCESS) => {
+            let place = root.parent(path).map_err(failed)?;
+            change_mode(&place, 0o600).map_err(failed)?;
+            root.open_beneath(path, flags, 0o600)
+        }
+        other => other,
+    };
+    let file = opened.map_err(failed)?;
+    let stat = rustix::fs::fstat(&file).map_err(failed)?;
+    if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
+        return Err(failed(Errno::INVAL));
+    }
+    Ok(file)
+}
+
+/// Writes bytes at a place in an open file.
+///
+/// # Errors
+/// When the file system is full or fails.
+pub(crate) fn write(
+    root: &Root,
+    path: &[u8],
+    file: &OwnedFd,
+    bytes: &[u8],
+    start: u64,
+) -> Result<(), FilesError> {
+    let mut written = 0;
+    while written < bytes.len() {
+        match rustix::io::pwrite(file, &bytes[written..], start + written as u64) {
+            Ok(0) => {
+                return Err(FilesError::NoSpace {
+                    path: root.shown(path),
+                });
+            }
+            Ok(count) => written += count,
+            Err(Errno::INTR) => {}
+            Err(errno) => return Err(FilesError::write(root.shown(path), errno)),
+        }
+    }
+    Ok(())
+}
+
+/// Makes a range read as zeros: a hole where the file system can, written zeros elsewhere.
+///
+/// # Errors
+/// When the file system fails.
+pub(crate) fn write_zeros(
+    root: &Root,
+    path: &[u8],
+    file: &OwnedFd,
+    start: u64,
+    length: u64,
+) -> Result<(), FilesError> {
+    let failed = |errno| FilesError::write(root.shown(path), errno);
+    let size = rustix::fs::fstat(file).map_err(failed)?.st_size as u64;
+    // Beyond the end nothing is needed: the final truncation makes the hole.
+    let end = size.min(start + length);
+    if start >= end {
+        return Ok(());
+    }
+    let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+    match rustix::fs::fallocate(file, flags, start, end - start) {
+        Err(Errno::OPNOTSUPP | Errno::NOSYS) => {
+            let zeros = [0; super::blocks::BLOCK_BYTES];
+            let mut at = start;
+            while at < end {
+                let count = (end - at).min(zeros.len() as u64);
+                write(root, path, file, &zeros[..count as usize], at)?;
+                at += count;
+            }
+            Ok(())
+        }
+        other => other.map_err(failed),
+    }
+}
+
+/// Brings everything but content in order: lengths, links, nodes, deletions, metadata. `touched` are the indices of
+/// entries whose content was written.
+///
+/// # Errors
+/// When the tree cannot be changed.
+pub(crate) fn finish(
+    root: &Root,
+    base: &Manifest,
+    new: &[Entry],
+    touched: &HashSet<usize>,
+) -> Result<(), FilesError> {
+    for (index, entry) in new.iter().enumerate() {
+        let is_same = matching(&base.entries, &entry.path) == Some(entry);
+        if (is_same && !touched.contains(&index)) || entry.kind == Kind::Directory {
+            continue;
+        }
+        make(root, entry)?;
+        if !matches!(entry.kind, Kind::HardLink { .. }) {
+            set_metadata(root, entry)?;
+        }
+    }
+    for old in base
+        .entries
+        .iter()
+        .rev()
+        .filter(|old| matching(new, &old.path).is_none())
+    {
+        remove(root, old)?;
+    }
+    // Children first: making and removing them changed their directories' times.
+    for entry in new
+        .iter()
+        .rev()
+        .filter(|entry| entry.kind == Kind::Directory)
+    {
+        set_metadata(root, entry)?;
+    }
+    Ok(())
+}
+
+/// Makes sure that something of the right kind and length is there.
+fn make(root: &Root, entry: &Entry) -> Result<(), FilesError> {
+    let failed = |errno| FilesError::write(root.shown(&entry.path), errno);
+    if let Kind::File { size } = entry.kind {
+        let file = open_file(root, &entry.path)?;
+        if rustix::fs::fstat(&file).map_err(failed)?.st_size as u64 != size {
+            rustix::fs::ftruncate(&file, size).map_err(failed)?;
+        }
+        return Ok(());
+    }
+    let place = root.parent(&entry.path).map_err(failed)?;
+    let mode = Mode::RUSR | Mode::WUSR;
+    let node =
+        |kind, number| rustix::fs::mknodat(&place.directory, &place.name, kind, mode, number);
+    let made = match &entry.kind {
+        Kind::Symlink { to } => rustix::fs::symlinkat(to.as_slice(), &place.directory, &place.name),
+        Kind::HardLink { to } => root.parent(to).and_then(|first| {
+            rustix::fs::linkat(
+                &first.directory,
+                &first.name,
+                &place.directory,
+                &place.name,
+                AtFlags::empty(),
+            )
+        }),
+        Kind::CharacterDevice { number } => node(FileType::CharacterDevice, *number),
+        Kind::BlockDevice { number } => node(FileType::BlockDevice, *number),
+        Kind::Fifo => node(FileType::Fifo, 0),
+        Kind::Directory | Kind::File { .. } => Ok(()),
+    };
+    match made {
+        // Entries of another shape were removed before: what is there is what we want.
+        Ok(()) | Err(Errno::EXIST) => Ok(()),
+        Err(errno) => Err(failed(errno)),
+    }
+}
+
+/// Sets owner, mode, attributes and time, in the order in which the kernel does not undo them: a change of owner
+/// clears setuid and `security.capability`, everything changes the time.
+fn set_metadata(root: &Root, entry: &Entry) -> Result<(), FilesError> {
+    let place = root
+        .parent(&entry.path)
+        .map_err(|errno| FilesError::write(root.shown(&entry.path), errno))?;
+    set_all(&place, entry).map_err(|errno| FilesError::write(root.shown(&entry.path), errno))
+}
+
+fn set_all(place: &Place, entry: &Entry) -> Result<(), Errno> {
+    let stat = place.stat()?;
+    if (stat.st_uid, stat.st_gid) != (entry.uid, entry.gid) {
+        let (uid, gid) = (Uid::from_raw(entry.uid), Gid::from_raw(entry.gid));
+        match rustix::fs::chownat(
+            &place.directory,
+            &place.name,
+            Some(uid),
+            Some(gid),
+            AtFlags::SYMLINK_NOFOLLOW,
+        ) {
+            // Only root can give files away; without it everything stays ours, as with any copying program.
+            Err(Errno::PERM) if !rustix::process::geteuid().is_root() => {}
+            other => other?,
+        }
+    }
+    let is_symlink = matches!(entry.kind, Kind::Symlink { .. });
+    set_attributes(place, entry)?;
+    if !is_symlink {
+        change_mode(place, entry.mode)?;
+    }
+    let mtime = walk::timespec(entry.mtime_ns);
+    let times = Timestamps {
+        last_access: mtime,
+        last_modification: mtime,
+    };
+    rustix::fs::utimensat(
+        &place.directory,
+        &place.name,
+        &times,
+        AtFlags::SYMLINK_NOFOLLOW,
+    )
+}
+
+fn set_attributes(place: &Place, entry: &Entry) -> Result<(), Errno> {
+    let present = place.attributes()?;
+    if present == entry.attributes {
+        return Ok(());
+    }
+    let path = place.through_proc();
+    for (name, _) in present
+        .iter()
+        .filter(|(name, _)| !entry.attributes.iter().any(|(wanted, _)| wanted == name))
+    {
+        match rustix::fs::lremovexattr(&path, name.as_slice()) {
+            Ok(()) | Err(Errno::NODATA) => {}
+            Err(errno) => return Err(errno),
+        }
+    }
+    for (name, value) in entry
+        .attributes
+        .iter()
+        .filter(|wanted| !present.contains(wanted))
+    {
+        rustix::fs::lsetxattr(&path, name.as_slice(), value, XattrFlags::empty())?;
+    }
+    Ok(())
+}
+
+/// Follows a symlink in the last place, so only for names that were just seen not to be one.
+fn change_mode(place: &Place, mode: u32) -> Result<(), Errno> {
+    rustix::fs::chmodat(
+        &place.directory,
+        &place.name,
+        Mode::from_raw_mode(mode as RawMode),
+        AtFlags::empty(),
+    )
+}
+
+/// Removes everything in the tree, the root itself stays.
+///
+/// # Errors
+/// When something cannot be removed.
+pub(crate) fn clear(root: &Root, cancel: &std::sync::atomic::AtomicBool) -> Result<(), FilesError> {
+    let walked = walk::walk(root, cancel)?;
+    walked
+        .entries
+        .iter()
+        .skip(1)
+        .rev()
+        .try_for_each(|entry| remove(root, entry))
+}
+
+/// Has the file system write everything it holds back, so that the tree survives a power cut.
+///
+/// # Errors
+/// When the file system reports a failed write.
+pub(crate) fn sync(root: &Root) -> Result<(), FilesError> {
+    rustix::fs::syncfs(root.fd()).map_err(|errno| FilesError::write(root.shown(b""), errno))
+}

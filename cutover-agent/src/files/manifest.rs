@@ -1,0 +1,279 @@
+//! What a tree is, entry by entry, in one canonical order: the thing both sites hash and compare.
+//!
+//! The order is component by component, so a directory comes before everything in it. A manifest from a peer is
+//! checked before anything is done with it: no entry may leave the tree or sit inside anything but a directory.
+
+use std::cmp::Ordering;
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+use super::blocks::{self, Digest};
+
+/// The most blocks one tree may have: 64 GiB of logical size, 128 MiB of digests.
+pub const TREE_BLOCKS_MAX: u64 = 1 << 22;
+
+/// The longest relative path, in bytes; the kernel's PATH_MAX.
+pub const PATH_BYTES_MAX: usize = 4095;
+
+/// What kind of thing an entry is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Kind {
+    /// A directory; the first entry, with the empty path, is the root itself.
+    Directory,
+    /// A regular file of so many bytes.
+    File {
+        /// Its length in bytes.
+        size: u64,
+    },
+    /// A symbolic link.
+    Symlink {
+        /// Where it points; kept as it is, never followed.
+        to: Vec<u8>,
+    },
+    /// Another name of a file that comes earlier in the order.
+    HardLink {
+        /// The first name's path.
+        to: Vec<u8>,
+    },
+    /// A character device; 0/0 is overlayfs' mark for a deleted file.
+    CharacterDevice {
+        /// The device number as the kernel encodes it.
+        number: u64,
+    },
+    /// A block device.
+    BlockDevice {
+        /// The device number as the kernel encodes it.
+        number: u64,
+    },
+    /// A named pipe.
+    Fifo,
+}
+
+/// One entry of a tree, without its content.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Entry {
+    /// The path relative to the root, as bytes.
+    pub path: Vec<u8>,
+    /// What it is.
+    pub kind: Kind,
+    /// Permission bits with setuid, setgid and sticky.
+    pub mode: u32,
+    /// Owner.
+    pub uid: u32,
+    /// Group.
+    pub gid: u32,
+    /// Modification time: nanoseconds since 1970.
+    pub mtime_ns: i64,
+    /// Extended attributes by name (POSIX ACLs and overlayfs' marks are among them).
+    pub attributes: Vec<(Vec<u8>, Vec<u8>)>,
+}
+
+impl Entry {
+    /// The file's length in bytes; 0 for everything else.
+    #[must_use]
+    pub fn size(&self) -> u64 {
+        match self.kind {
+            Kind::File { size } => size,
+            _ => 0,
+        }
+    }
+}
+
+/// A tree: its entries and, for files, the digest of each block.
+#[derive(Debug, Clone, Default)]
+pub struct Manifest {
+    /// In canonical order.
+    pub entries: Vec<Entry>,
+    /// As many as entries; empty for whatever is not a file. Shared between rounds while a file does not change.
+    pub digests: Vec<Arc<Vec<Digest>>>,
+}
+
+/// Why a peer's manifest is refused.
+#[derive(Debug, Error, PartialEq, Eq)]
+pub enum ManifestError {
+    /// A path that could leave the tree, or is none.
+    #[error("the peer named the path {0:?}, which is not allowed in a tree: nothing was written")]
+    Path(String),
+    /// Entries out of order, doubled, or inside something that is not a directory.
+    #[error("the peer's list of files is out of order at {0:?}: nothing was written")]
+    Order(String),
+    /// A hard link to something that is not an earlier file.
+    #[error("the peer's hard link {0:?} leads to no earlier file: nothing was written")]
+    Link(String),
+    /// More data than digests can be kept for.
+    #[error("the tree has more than {} GiB of logical size in {TREE_BLOCKS_MAX} blocks: split it into several trees", TREE_BLOCKS_MAX >> 16)]
+    TooLarge,
+    /// The list could not be decoded, or refers to entries that do not exist.
+    #[error("the peer's list of files cannot be read")]
+    Garbled,
+}
+
+/// Compares two paths component by component.
+#[must_use]
+pub fn order(left: &[u8], right: &[u8]) -> Ordering {
+    left.split(|byte| *byte == b'/')
+        .cmp(right.split(|byte| *byte == b'/'))
+}
+
+impl Manifest {
+    /// Finds an entry by its path.
+    #[must_use]
+    pub fn find(&self, path: &[u8]) -> Option<usize> {
+        self.entries
+            .binary_search_by(|entry| order(&entry.path, path))
+            .ok()
+    }
+
+    /// The digests known for the file at `path`; none when it is not a file there.
+    pub(crate) fn digests_at(&self, path: &[u8]) -> Option<&Arc<Vec<Digest>>> {
+        let index = self.find(path)?;
+        matches!(self.entries[index].kind, Kind::File { .. }).then(|| &self.digests[index])
+    }
+
+    /// All bytes of all files.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        self.entries.iter().map(Entry::size).sum()
+    }
+
+    /// How many files there are, hard links not counted.
+    #[must_use]
+    pub fn files(&self) -> u64 {
+        self.entries
+            .iter()
+            .filter(|entry| matches!(entry.kind, Kind::File { .. }))
+            .count() as u64
+    }
+
+    /// The hash of everything: metadata, content, names. Equal roots mean equal trees.
+    #[must_use]
+    pub fn root(&self) -> Digest {
+        let mut hasher = blake3::Hasher::new_derive_key("hopgate tree manifest 1");
+        for (entry, digests) in self.entries.iter().zip(&self.digests) {
+            // Serialising these plain types into memory cannot fail; an empty entry would only change the hash.
+            let bytes = postcard::to_stdvec(entry).unwrap_or_default();
+            hasher.update(&(bytes.len() as u64).to_le_bytes());
+            hasher.update(&bytes);
+            hasher.update(&(digests.len() as u64).to_le_bytes());
+            for digest in digests.iter() {
+                hasher.update(&digest.0);
+            }
+        }
+        Digest(*hasher.finalize().as_bytes())
+    }
+}
+
+/// Checks entries that a peer sent.
+///
+/// # Errors
+/// Names the first entry that breaks a rule.
+pub fn check(entries: &[Entry]) -> Result<(), ManifestError> {
+    let shown = |entry: &Entry| String::from_utf8_lossy(&entry.path).into_owned();
+    let mut open: Vec<&[u8]> = Vec::new();
+    let blocks = entries.iter().fold(0_u64, |sum, entry| {
+        sum.saturating_add(blocks::count(entry.size()))
+    });
+    if blocks > TREE_BLOCKS_MAX {
+        return Err(ManifestError::TooLarge);
+    }
+    let is_rooted = entries
+        .first()
+        .is_some_and(|root| root.path.is_empty() && root.kind == Kind::Directory);
+    if !is_rooted {
+        return Err(ManifestError::Order(String::new()));
+    }
+    for (index, entry) in entries.iter().enumerate().skip(1) {
+        let path = entry.path.as_slice();
+        if !is_contained(path) {
+            return Err(ManifestError::Path(shown(entry)));
+        }
+        if index > 1 && order(&entries[index - 1].path, path) != Ordering::Less {
+            return Err(ManifestError::Order(shown(entry)));
+        }
+        let parent = path
+            .iter()
+            .rposition(|byte| *byte == b'/')
+            .map_or(&path[..0], |cut| &path[..cut]);
+        while open.last().is_some_and(|directory| *directory != parent) {
+            open.pop();
+        }
+        if !parent.is_empty() && open.is_empty() {
+            return Err(ManifestError::Order(shown(entry)));
+        }
+        match &entry.kind {
+            Kind::Directory => open.push(path),
+            Kind::HardLink { to } => {
+                let first = entries[..index].binary_search_by(|earlier| order(&earlier.path, to));
+                let is_file = first.is_ok_and(|at| matches!(entries[at].kind, Kind::File { .. }));
+                if !is_file {
+                    return Err(ManifestError::Link(shown(entry)));
+                }
+            }
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+fn is_contained(path: &[u8]) -> bool {
+    path.len() <= PATH_BYTES_MAX
+        && !path.contains(&0)
+        && path
+            .split(|byte| *byte == b'/')
+            .all(|part| !part.is_empty() && part != b"." && part != b"..")
+}
+
+/// A manifest's entries as differences from a base both sides know, so that a round costs what changed.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) enum Step {
+    /// So many entries of the base, from this index on, unchanged.
+    Same { from: u32, count: u32 },
+    /// An entry that is new or changed.
+    Entry(Entry),
+}
+
+/// Expresses `entries` through `base`.
+pub(crate) fn difference(base: &[Entry], entries: &[Entry]) -> Vec<Step> {
+    let mut steps = Vec::new();
+    let mut at = 0;
+    for entry in entries {
+        while at < base.len() && order(&base[at].path, &entry.path) == Ordering::Less {
+            at += 1;
+        }
+        if base.get(at) != Some(entry) {
+            steps.push(Step::Entry(entry.clone()));
+            continue;
+        }
+        match steps.last_mut() {
+            Some(Step::Same { from, count }) if *from + *count == at as u32 => *count += 1,
+            _ => steps.push(Step::Same {
+                from: at as u32,
+                count: 1,
+            }),
+        }
+    }
+    steps
+}
+
+/// The entries that `steps` describe.
+///
+/// # Errors
+/// When they refer to entries the base does not have.
+pub(crate) fn rebuild(base: &[Entry], steps: Vec<Step>) -> Result<Vec<Entry>, ManifestError> {
+    let mut entries = Vec::new();
+    for step in steps {
+        match step {
+            Step::Entry(entry) => entries.push(entry),
+            Step::Same { from, count } => {
+                let range = from as usize..(from as usize).saturating_add(count as usize);
+                entries.extend_from_slice(base.get(range).ok_or(ManifestError::Garbled)?);
+            }
+        }
+        if entries.len() > u32::MAX as usize {
+            return Err(ManifestError::Garbled);
+        }
+    }
+    Ok(entries)
+}

@@ -1,0 +1,141 @@
+//! A directory nobody can lead us out of: every path is resolved by the kernel beneath it, never through a symlink.
+//!
+//! The source walks trees that running containers can change under its feet, the target writes where a peer tells it
+//! to; in both cases a planted symlink must not reach the host's own files.
+
+use std::ffi::{CString, OsStr};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{AtFlags, CWD, Mode, OFlags, ResolveFlags, Stat};
+use rustix::io::Errno;
+
+/// An open directory and the path it was opened by, for messages.
+#[derive(Debug)]
+pub struct Root {
+    fd: OwnedFd,
+    path: PathBuf,
+}
+
+impl Root {
+    /// Opens an existing directory. The operator's own path may lead through symlinks.
+    ///
+    /// # Errors
+    /// The system's, when it is no directory or not accessible.
+    pub fn open(path: &Path) -> Result<Self, Errno> {
+        let fd = rustix::fs::openat(
+            CWD,
+            path,
+            OFlags::DIRECTORY | OFlags::RDONLY | OFlags::CLOEXEC,
+            Mode::empty(),
+        )?;
+        Ok(Self {
+            fd,
+            path: path.to_owned(),
+        })
+    }
+
+    /// The path to show for an entry.
+    #[must_use]
+    pub fn shown(&self, relative: &[u8]) -> PathBuf {
+        self.path.join(OsStr::from_bytes(relative))
+    }
+
+    /// Opens an entry beneath the root, following no symlink at any place of the path.
+    pub(crate) fn open_beneath(
+        &self,
+        relative: &[u8],
+        flags: OFlags,
+        mode: u32,
+    ) -> Result<OwnedFd, Errno> {
+        let name: &[u8] = if relative.is_empty() { b"." } else { relative };
+        let resolve =
+            ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
+        let flags = flags | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+        rustix::fs::openat2(&self.fd, name, flags, Mode::from_raw_mode(mode), resolve)
+    }
+
+    /// Opens the directory that holds an entry, and gives the entry's name within it. The root is its own parent.
+    pub(crate) fn parent(&self, relative: &[u8]) -> Result<Place, Errno> {
+        let (directory, name) = match relative.iter().rposition(|byte| *byte == b'/') {
+            Some(cut) => (&relative[..cut], &relative[cut + 1..]),
+            None => (&relative[..0], relative),
+        };
+        let name =
+            CString::new(if name.is_empty() { b"." } else { name }).map_err(|_| Errno::INVAL)?;
+        Ok(Place {
+            directory: self.open_beneath(directory, OFlags::DIRECTORY | OFlags::PATH, 0)?,
+            name,
+        })
+    }
+
+    /// The root's own descriptor.
+    pub(crate) fn fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+/// One name in one open directory: what every change of metadata is applied to.
+pub(crate) struct Place {
+    pub(crate) directory: OwnedFd,
+    pub(crate) name: CString,
+}
+
+impl Place {
+    /// The entry's own status; a symlink is not followed.
+    pub(crate) fn stat(&self) -> Result<Stat, Errno> {
+        rustix::fs::statat(&self.directory, &self.name, AtFlags::SYMLINK_NOFOLLOW)
+    }
+
+    /// A path for the calls that take no descriptor; only its last part could be a symlink, and the `l` forms of
+    /// those calls do not follow it.
+    pub(crate) fn through_proc(&self) -> PathBuf {
+        let mut path = PathBuf::from(format!("/proc/self/fd/{}", self.directory.as_raw_fd()));
+        path.push(OsStr::from_bytes(self.name.as_bytes()));
+        path
+    }
+
+    /// The extended attributes by name, sorted; empty where the file system has none.
+    pub(crate) fn attributes(&self) -> Result<Vec<(Vec<u8>, Vec<u8>)>, Errno> {
+        let path = self.through_proc();
+        let mut names = Vec::new();
+        let listed = grow(256, |buffer| rustix::fs::llistxattr(&path, buffer));
+        match listed {
+            Ok(list) => names.extend(
+                list.split(|byte| *byte == 0)
+                    .filter(|name| !name.is_empty())
+                    .map(<[u8]>::to_vec),
+            ),
+            Err(Errno::NOTSUP) => {}
+            Err(other) => return Err(other),
+        }
+        names.sort();
+        let mut found = Vec::with_capacity(names.len());
+        for name in names {
+            match grow(256, |buffer| {
+                rustix::fs::lgetxattr(&path, name.as_slice(), buffer)
+            }) {
+                Ok(value) => found.push((name, value)),
+                Err(Errno::NODATA) => {}
+                Err(other) => return Err(other),
+            }
+        }
+        Ok(found)
+    }
+}
+
+/// Calls with a growing buffer until the answer fits. The kernel bounds both lists and values at 64 KiB.
+fn grow(start: usize, call: impl Fn(&mut [u8]) -> Result<usize, Errno>) -> Result<Vec<u8>, Errno> {
+    let mut buffer = vec![0; start];
+    loop {
+        match call(&mut buffer) {
+            Ok(length) => {
+                buffer.truncate(length);
+                return Ok(buffer);
+            }
+            Err(Errno::RANGE) if buffer.len() < 128 << 10 => buffer.resize(buffer.len() * 8, 0),
+            Err(other) => return Err(other),
+        }
+    }
+}

@@ -1,0 +1,336 @@
+//! The accepting side: lets one trusted session in at a time, hands its requests to the handler and its trees to the
+//! receiver. It never connects anywhere.
+
+use std::convert::Infallible;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use tokio::io::ReadHalf;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::task::JoinSet;
+use tokio_rustls::TlsAcceptor;
+use tokio_rustls::server::TlsStream;
+
+use super::hello::{self, Hello, Purpose, Refusal, SessionId, VERSION, Welcome};
+use super::message::{self, Inbox, Outbox, Topic};
+use super::{FrameError, PeerError, PeerTimeouts, frame, socket};
+use crate::tls::{self, ServerTls};
+use crate::transfer::{Receiver, TreeName};
+
+/// Connections that may be greeting at once; more wait in the kernel.
+const GREETINGS_MAX: usize = 64;
+/// Requests that may wait for the handler.
+const CALLS_QUEUED: usize = 64;
+/// Pause after a failed accept (no descriptors left): the next one would fail as well.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
+/// What the accepting agent does with the driver's requests.
+pub trait Handler: Send + Sync + 'static {
+    /// What the driver asks.
+    type Request: DeserializeOwned + Send;
+    /// What it gets.
+    type Response: Serialize + Send;
+
+    /// Carries out one request. Requests come one at a time, also across sessions: the next one waits.
+    fn handle(&self, request: Self::Request) -> impl Future<Output = Self::Response> + Send;
+
+    /// The session ended, for whatever reason; comes after all its requests were handled.
+    fn peer_lost(&self) -> impl Future<Output = ()> + Send {
+        async {}
+    }
+}
+
+/// Where the trees are at this site: by our own configuration only, a peer can never name a path.
+pub type Trees = Arc<dyn Fn(&TreeName) -> Option<PathBuf> + Send + Sync>;
+
+enum Job {
+    Call {
+        number: u64,
+        bytes: Vec<u8>,
+        outbox: Outbox,
+    },
+    Lost,
+}
+
+type Stream = TlsStream<TcpStream>;
+
+struct Server {
+    tls: ServerTls,
+    timeouts: PeerTimeouts,
+    trees: Trees,
+    jobs: mpsc::Sender<Job>,
+    /// One permit: the session in charge holds it until its last write is done.
+    charge: Arc<Semaphore>,
+    current: Mutex<Option<(SessionId, mpsc::Sender<Stream>)>>,
+}
+
+/// Serves sessions until it is dropped.
+///
+/// # Errors
+/// Never by itself; a failed connection is logged and only ends that connection.
+///
+/// # Cancel safety
+/// Dropping it aborts the handler at its next await and closes all connections.
+pub async fn serve<H: Handler>(
+    listener: TcpListener,
+    tls: ServerTls,
+    timeouts: PeerTimeouts,
+    handler: Arc<H>,
+    trees: Trees,
+) -> Result<Infallible, PeerError> {
+    let (jobs, queue) = mpsc::channel(CALLS_QUEUED);
+    let server = Arc::new(Server {
+        tls,
+        timeouts,
+        trees,
+        jobs,
+        charge: Arc::new(Semaphore::new(1)),
+        current: Mutex::new(None),
+    });
+    let mut tasks = JoinSet::new();
+    tasks.spawn(work(handler, queue));
+    let greetings = Arc::new(Semaphore::new(GREETINGS_MAX));
+    loop {
+        while tasks.try_join_next().is_some() {}
+        let Ok(greeting) = Arc::clone(&greetings).acquire_owned().await else {
+            continue;
+        };
+        match listener.accept().await {
+            Ok((stream, addr)) => {
+                let server = Arc::clone(&server);
+                tasks.spawn(async move {
+                    if let Err(error) = server.connection(stream, greeting).await {
+                        tracing::warn!(%addr, %error, "connection refused");
+                    }
+                });
+            }
+            Err(error) => {
+                tracing::error!(%error, "cannot accept a connection");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+            }
+        }
+    }
+}
+
+/// The only place where the handler runs.
+async fn work<H: Handler>(handler: Arc<H>, mut queue: mpsc::Receiver<Job>) {
+    while let Some(job) = queue.recv().await {
+        match job {
+            Job::Lost => handler.peer_lost().await,
+            Job::Call {
+                number,
+                bytes,
+                outbox,
+            } => {
+                let Ok(request) = postcard::from_bytes(&bytes) else {
+                    outbox.send(Topic::Unreadable, number, &[]).await;
+                    continue;
+                };
+                let response = handler.handle(request).await;
+                let bytes = postcard::to_stdvec(&response).unwrap_or_default();
+                // Who asked may be gone; then the answer has no reader, and the request is done all the same.
+                outbox.send(Topic::Reply, number, &bytes).await;
+            }
+        }
+    }
+}
+
+impl Server {
+    async fn connection(
+        &self,
+        stream: TcpStream,
+        greeting: OwnedSemaphorePermit,
+    ) -> Result<(), PeerError> {
+        let limit = self.timeouts.connect;
+        let greeted = tokio::time::timeout(limit, self.greet(stream)).await;
+        let (mut stream, hello) = greeted.map_err(|_| PeerError::Deadline {
+            what: "the greeting",
+            limit,
+        })??;
+        drop(greeting);
+        match hello.purpose {
+            Purpose::Data { .. } => self.attach(stream, hello.session).await,
+            Purpose::Control { dead_after_ms, .. } => {
+                let dead_after = Duration::from_millis(dead_after_ms);
+                // A session that just died still has writes to finish.
+                let charge =
+                    tokio::time::timeout(limit / 4, Arc::clone(&self.charge).acquire_owned()).await;
+                let Ok(Ok(charge)) = charge else {
+                    return answer(&mut stream, &Welcome::Refused(Refusal::Busy)).await;
+                };
+                self.control(stream, hello.session, dead_after).await;
+                drop(charge);
+                Ok(())
+            }
+        }
+    }
+
+    async fn greet(&self, stream: TcpStream) -> Result<(Stream, Hello), PeerError> {
+        let addr = stream
+            .peer_addr()
+            .map_err(|source| PeerError::Accept { source })?;
+        socket::prepare(&stream, self.timeouts.dead_after)
+            .map_err(|source| PeerError::Accept { source })?;
+        let accepted = TlsAcceptor::from(Arc::clone(&self.tls.config))
+            .accept(stream)
+            .await;
+        let mut stream = accepted.map_err(|source| match tls::explain(&source, "") {
+            Some(source) => PeerError::Tls { addr, source },
+            None => PeerError::Greeting {
+                addr,
+                source: source.into(),
+            },
+        })?;
+        let hello: Hello = hello::receive(&mut stream)
+            .await
+            .map_err(|source| PeerError::Greeting { addr, source })?;
+        let refusal = match self.tls.check_role(stream.get_ref().1.peer_certificates()) {
+            Err(error) => Some(Refusal::Role(error.to_string())),
+            Ok(()) if hello.version != VERSION => Some(Refusal::Version { theirs: VERSION }),
+            Ok(()) if !hello.purpose.is_reasonable() => Some(Refusal::Bounds),
+            Ok(()) => None,
+        };
+        match refusal {
+            None => Ok((stream, hello)),
+            Some(refusal) => {
+                answer(&mut stream, &Welcome::Refused(refusal.clone())).await?;
+                Err(PeerError::Refused { addr, refusal })
+            }
+        }
+    }
+
+    async fn attach(&self, mut stream: Stream, session: SessionId) -> Result<(), PeerError> {
+        let current = self
+            .current
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone();
+        match current.filter(|(known, _)| *known == session) {
+            None => answer(&mut stream, &Welcome::Refused(Refusal::UnknownSession)).await,
+            Some((_, streams)) => {
+                answer(&mut stream, &Welcome::Accepted).await?;
+                streams.send(stream).await.map_err(|_| PeerError::Lost {
+                    reason: "its session ended".into(),
+                })
+            }
+        }
+    }
+
+    /// Runs a session to its end.
+    async fn control(&self, mut stream: Stream, session: SessionId, dead_after: Duration) {
+        let (tx, streams) = mpsc::channel(usize::from(hello::STREAMS_MAX));
+        *self.current.lock().unwrap_or_else(PoisonError::into_inner) = Some((session, tx));
+        let receiver = Arc::new(Receiver::new(Arc::clone(&self.trees), dead_after));
+        let reason = match answer(&mut stream, &Welcome::Accepted).await {
+            Err(error) => error.to_string(),
+            Ok(()) => self.session(stream, streams, &receiver, dead_after).await,
+        };
+        *self.current.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        tracing::info!(reason, "the session with the peer ended");
+        receiver.close().await;
+        // The queue only closes with the server itself.
+        let _ = self.jobs.send(Job::Lost).await;
+    }
+
+    async fn session(
+        &self,
+        control: Stream,
+        mut streams: mpsc::Receiver<Stream>,
+        receiver: &Arc<Receiver>,
+        dead_after: Duration,
+    ) -> String {
+        let (outbox, pending) = message::outbox();
+        let (mut read, mut write) = tokio::io::split(control);
+        let mut tasks: JoinSet<()> = JoinSet::new();
+        let writer = Arc::clone(receiver);
+        tasks.spawn(async move {
+            let outcome = message::write(pending, &mut write).await;
+            writer.fail(
+                outcome
+                    .err()
+                    .map_or_else(|| "closed by us".to_owned(), |error| error.to_string()),
+            );
+        });
+        tasks.spawn(beat(outbox.clone(), dead_after));
+        let mut asks: JoinSet<()> = JoinSet::new();
+        let reading = async {
+            let mut inbox = Inbox::default();
+            loop {
+                while asks.try_join_next().is_some() {}
+                let message = match tokio::time::timeout(dead_after, inbox.next(&mut read)).await {
+                    Err(_) => break format!("no sign of life for {} ms", dead_after.as_millis()),
+                    Ok(Err(error)) => break error.to_string(),
+                    Ok(Ok(None)) => break "the peer closed the connection".to_owned(),
+                    Ok(Ok(Some(message))) => message,
+                };
+                let (number, outbox) = (message.number, outbox.clone());
+                match message.topic {
+                    Topic::Call => {
+                        let job = Job::Call {
+                            number,
+                            bytes: message.bytes,
+                            outbox,
+                        };
+                        if self.jobs.try_send(job).is_err() {
+                            break format!("more than {CALLS_QUEUED} requests at once");
+                        }
+                    }
+                    Topic::Ask => receiver.ask(number, &message.bytes, outbox, &mut asks),
+                    Topic::Ping => {
+                        outbox.offer(Topic::Pong, number, &[]);
+                    }
+                    _ => {}
+                }
+            }
+        };
+        let attaching = async {
+            let mut attached = 0;
+            while let Some(stream) = streams.recv().await {
+                attached += 1;
+                if attached > hello::STREAMS_MAX {
+                    return format!("more than {} data streams", hello::STREAMS_MAX);
+                }
+                tasks.spawn(read_data(Arc::clone(receiver), stream));
+            }
+            "the server is closing".to_owned()
+        };
+        let failing = receiver.failed();
+        tokio::select! { reason = reading => reason, reason = attaching => reason, reason = failing => reason }
+    }
+}
+
+async fn answer(stream: &mut Stream, welcome: &Welcome) -> Result<(), PeerError> {
+    hello::send(stream, welcome)
+        .await
+        .map_err(|error| PeerError::Lost {
+            reason: error.to_string(),
+        })
+}
+
+async fn beat(outbox: Outbox, dead_after: Duration) {
+    let mut ticks = tokio::time::interval(dead_after / 3);
+    loop {
+        ticks.tick().await;
+        outbox.offer(Topic::Beat, 0, &[]);
+    }
+}
+
+/// Reads one data stream; whatever ends it ends the session.
+async fn read_data(receiver: Arc<Receiver>, stream: Stream) {
+    let (mut read, _write): (ReadHalf<Stream>, _) = tokio::io::split(stream);
+    let reason = loop {
+        let outcome = match frame::read(&mut read).await {
+            Ok(Some(frame)) => receiver.data(frame).await,
+            Ok(None) => break "the peer closed a data stream".to_owned(),
+            Err(error) => Err(error),
+        };
+        if let Err(error) = outcome {
+            break FrameError::to_string(&error);
+        }
+    };
+    receiver.fail(reason);
+}

@@ -1,0 +1,426 @@
+//! The connecting side: opens control and data streams, numbers the requests, notices a dead peer.
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use tokio::io::{AsyncReadExt, AsyncWriteExt, ReadHalf, WriteHalf};
+use tokio::net::TcpStream;
+use tokio::sync::{oneshot, watch};
+use tokio::task::JoinSet;
+use tokio_rustls::TlsConnector;
+use tokio_rustls::client::TlsStream;
+
+use super::hello::{self, Hello, Purpose, Refusal, SessionId, VERSION, Welcome};
+use super::message::{self, Inbox, Message, Outbox, Topic};
+use super::{PeerError, PeerTimeouts, Queue, socket};
+use crate::tls::{self, ClientTls};
+use crate::transfer::Sender;
+
+/// Frames that may wait for a stream, each about 1 MiB: enough for the streams not to starve, little memory.
+const QUEUED_FRAMES: usize = 8;
+/// How long to wait before asking again a peer that is still busy with a dying session.
+const BUSY_PAUSE: Duration = Duration::from_millis(20);
+
+/// An open session with a peer. Dropping it closes every connection.
+#[derive(Debug)]
+pub struct Session {
+    link: Arc<Link>,
+    pub(crate) sender: Sender,
+    // Aborts its tasks when dropped.
+    _tasks: JoinSet<()>,
+}
+
+/// What everything on a session shares.
+#[derive(Debug)]
+pub(crate) struct Link {
+    outbox: Outbox,
+    numbers: AtomicU64,
+    waiting: Mutex<HashMap<u64, oneshot::Sender<Message>>>,
+    lost: watch::Sender<Option<String>>,
+    /// Encoded data frames on their way to whichever stream has room.
+    pub(crate) frames: Queue<Vec<u8>>,
+    /// Bytes that the data streams have taken.
+    pub(crate) bytes_sent: AtomicU64,
+    dead_after: Duration,
+}
+
+/// Connects to an agent: one control connection and `streams` data connections (1 to [`super::STREAMS_MAX`]).
+///
+/// # Errors
+/// When nobody listens there, certificates do not fit, versions differ, another session is in charge, or
+/// `timeouts.connect` is over.
+pub async fn connect(
+    addr: SocketAddr,
+    tls: ClientTls,
+    timeouts: PeerTimeouts,
+    streams: u16,
+) -> Result<Session, PeerError> {
+    let limit = timeouts.connect;
+    tokio::time::timeout(limit, open(addr, tls, timeouts, streams))
+        .await
+        .map_err(|_| PeerError::Deadline {
+            what: "connecting",
+            limit,
+        })?
+}
+
+async fn open(
+    addr: SocketAddr,
+    tls: ClientTls,
+    timeouts: PeerTimeouts,
+    streams: u16,
+) -> Result<Session, PeerError> {
+    let session: SessionId = u128::from_le_bytes(random()?);
+    let greet = |purpose| Hello {
+        version: VERSION,
+        session,
+        purpose,
+    };
+    let dead_after_ms = hello::milliseconds(timeouts.dead_after);
+    let control = loop {
+        let hello = greet(Purpose::Control {
+            streams,
+            dead_after_ms,
+        });
+        match dial(addr, &tls, timeouts.dead_after, hello).await {
+            Err(PeerError::Refused {
+                refusal: Refusal::Busy,
+                ..
+            }) if timeouts.connect > BUSY_PAUSE * 10 => {
+                tokio::time::sleep(BUSY_PAUSE).await;
+            }
+            other => break other?,
+        }
+    };
+    let mut dialling = JoinSet::new();
+    for index in 0..streams {
+        let (tls, hello) = (tls.clone(), greet(Purpose::Data { index }));
+        dialling.spawn(async move { dial(addr, &tls, timeouts.dead_after, hello).await });
+    }
+    let mut data = Vec::new();
+    while let Some(dialled) = dialling.join_next().await {
+        data.push(dialled.map_err(|error| PeerError::Lost {
+            reason: error.to_string(),
+        })??);
+    }
+    Ok(Session::start(control, data, timeouts))
+}
+
+async fn dial(
+    addr: SocketAddr,
+    tls: &ClientTls,
+    dead_after: Duration,
+    hello: Hello,
+) -> Result<TlsStream<TcpStream>, PeerError> {
+    let failed = |source| PeerError::Connect { addr, source };
+    let stream = TcpStream::connect(addr).await.map_err(failed)?;
+    socket::prepare(&stream, dead_after).map_err(failed)?;
+    let expected = tls.expected.to_str().into_owned();
+    let blame = |source: std::io::Error| match tls::explain(&source, &expected) {
+        Some(source) => PeerError::Tls { addr, source },
+        None => PeerError::Greeting {
+            addr,
+            source: source.into(),
+        },
+    };
+    let connector = TlsConnector::from(Arc::clone(&tls.config));
+    let mut stream = connector
+        .connect(tls.expected.clone(), stream)
+        .await
+        .map_err(blame)?;
+    // In TLS 1.3 the peer's verdict on our certificate arrives after our side of the handshake is done.
+    let welcome = async {
+        hello::send(&mut stream, &hello).await?;
+        hello::receive::<Welcome, _>(&mut stream).await
+    };
+    match welcome.await {
+        Ok(Welcome::Accepted) => Ok(stream),
+        Ok(Welcome::Refused(refusal)) => Err(PeerError::Refused { addr, refusal }),
+        Err(super::FrameError::Broken(source)) => Err(blame(source)),
+        Err(source) => Err(PeerError::Greeting { addr, source }),
+    }
+}
+
+fn random() -> Result<[u8; 16], PeerError> {
+    let mut bytes = [0; 16];
+    rustls::crypto::aws_lc_rs::default_provider()
+        .secure_random
+        .fill(&mut bytes)
+        .map_err(|_| PeerError::Lost {
+            reason: "the system has no random numbers".into(),
+        })?;
+    Ok(bytes)
+}
+
+impl Session {
+    fn start(
+        control: TlsStream<TcpStream>,
+        data: Vec<TlsStream<TcpStream>>,
+        timeouts: PeerTimeouts,
+    ) -> Self {
+        let (outbox, pending) = message::outbox();
+        let link = Arc::new(Link {
+            outbox,
+            numbers: AtomicU64::new(1),
+            waiting: Mutex::default(),
+            lost: watch::Sender::new(None),
+            frames: Queue::bounded(QUEUED_FRAMES),
+            bytes_sent: AtomicU64::new(0),
+            dead_after: timeouts.dead_after,
+        });
+        let mut tasks = JoinSet::new();
+        let (read, mut write) = tokio::io::split(control);
+        tasks.spawn(read_control(Arc::clone(&link), read));
+        tasks.spawn(beat(Arc::clone(&link)));
+        let writing = Arc::clone(&link);
+        tasks.spawn(async move {
+            let outcome = message::write(pending, &mut write).await;
+            writing.lose(
+                outcome
+                    .err()
+                    .map_or_else(|| "closed by us".into(), |error| error.to_string()),
+            );
+        });
+        for stream in data {
+            tasks.spawn(write_data(Arc::clone(&link), stream));
+        }
+        Self {
+            sender: Sender::new(Arc::clone(&link)),
+            link,
+            _tasks: tasks,
+        }
+    }
+
+    /// Asks the peer's [`super::Handler`] and waits for its answer, at most `limit`. Calls are handled one after the
+    /// other, in the order in which they were made; one whose time ran out may still be carried out there.
+    ///
+    /// # Errors
+    /// When the time is over, the session is lost, or either side does not know the other's type.
+    pub async fn call<Q: Serialize + Sync, R: DeserializeOwned>(
+        &self,
+        request: &Q,
+        limit: Duration,
+    ) -> Result<R, PeerError> {
+        let bytes = postcard::to_stdvec(request).map_err(|_| PeerError::Vocabulary)?;
+        let answer = self
+            .link
+            .ask(Topic::Call, bytes, "a request", limit)
+            .await?;
+        match answer.topic {
+            Topic::Reply => postcard::from_bytes(&answer.bytes).map_err(|_| PeerError::Vocabulary),
+            _ => Err(PeerError::Vocabulary),
+        }
+    }
+
+    /// How long a round trip takes now: the best of `times` (at least one), each at most `limit`.
+    ///
+    /// # Errors
+    /// When the time is over or the session lost.
+    pub async fn round_trip(&self, times: u32, limit: Duration) -> Result<Duration, PeerError> {
+        let mut best = Duration::MAX;
+        for _ in 0..times.max(1) {
+            let start = Instant::now();
+            self.link
+                .ask(Topic::Ping, Vec::new(), "a sign of life", limit)
+                .await?;
+            best = best.min(start.elapsed());
+        }
+        Ok(best)
+    }
+
+    /// Waits until the session is lost, and says why.
+    ///
+    /// # Cancel safety
+    /// Safe.
+    pub async fn lost(&self) -> String {
+        self.link.lost().await
+    }
+
+    /// Whether nothing is known to be wrong with the session.
+    #[must_use]
+    pub fn is_alive(&self) -> bool {
+        self.link.lost.borrow().is_none()
+    }
+}
+
+impl Link {
+    /// Sends a request and waits for what comes back under its number.
+    pub(crate) async fn ask(
+        &self,
+        topic: Topic,
+        bytes: Vec<u8>,
+        what: &'static str,
+        limit: Duration,
+    ) -> Result<Message, PeerError> {
+        let number = self.number();
+        let answer = self.expect(number);
+        tokio::time::timeout(limit, async {
+            self.tell(topic, number, &bytes).await?;
+            self.answer(answer).await
+        })
+        .await
+        .map_err(|_| PeerError::Deadline { what, limit })?
+    }
+
+    pub(crate) fn number(&self) -> u64 {
+        self.numbers.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// Books a place for the answer to `number`; dropped, the answer is thrown away.
+    pub(crate) fn expect(&self, number: u64) -> Booking<'_> {
+        let (tx, rx) = oneshot::channel();
+        self.waiting
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .insert(number, tx);
+        Booking {
+            link: self,
+            number,
+            answer: rx,
+        }
+    }
+
+    pub(crate) async fn tell(
+        &self,
+        topic: Topic,
+        number: u64,
+        bytes: &[u8],
+    ) -> Result<(), PeerError> {
+        tokio::select! {
+            sent = self.outbox.send(topic, number, bytes) => match sent {
+                true => Ok(()),
+                false => Err(self.lost_error()),
+            },
+            reason = self.lost() => Err(PeerError::Lost { reason }),
+        }
+    }
+
+    /// Says something without waiting, from where nobody can wait. When not even that is possible the connection is
+    /// stuck, and the session ends: the peer must not go on with what was meant to be given up.
+    pub(crate) fn farewell(&self, topic: Topic, number: u64, bytes: &[u8]) {
+        if !self.outbox.offer(topic, number, bytes) {
+            self.lose("the control connection is stuck".into());
+        }
+    }
+
+    pub(crate) async fn answer(&self, mut booking: Booking<'_>) -> Result<Message, PeerError> {
+        tokio::select! {
+            answer = &mut booking.answer => answer.map_err(|_| self.lost_error()),
+            reason = self.lost() => Err(PeerError::Lost { reason }),
+        }
+    }
+
+    pub(crate) fn lost_error(&self) -> PeerError {
+        let reason = self
+            .lost
+            .borrow()
+            .clone()
+            .unwrap_or_else(|| "the connection is closing".into());
+        PeerError::Lost { reason }
+    }
+
+    async fn lost(&self) -> String {
+        let mut watching = self.lost.subscribe();
+        match watching.wait_for(Option::is_some).await {
+            Ok(reason) => reason.clone().unwrap_or_default(),
+            Err(_) => "the session was closed".into(),
+        }
+    }
+
+    fn lose(&self, reason: String) {
+        let is_first = self.lost.send_if_modified(|known| {
+            let is_first = known.is_none();
+            known.get_or_insert(reason);
+            is_first
+        });
+        if is_first {
+            self.frames.close();
+            self.waiting
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .clear();
+        }
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        self.link.lose("the session was closed by us".into());
+    }
+}
+
+/// A place kept for an answer.
+pub(crate) struct Booking<'a> {
+    link: &'a Link,
+    number: u64,
+    answer: oneshot::Receiver<Message>,
+}
+
+impl Drop for Booking<'_> {
+    fn drop(&mut self) {
+        self.link
+            .waiting
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .remove(&self.number);
+    }
+}
+
+async fn read_control(link: Arc<Link>, mut stream: ReadHalf<TlsStream<TcpStream>>) {
+    let mut inbox = Inbox::default();
+    let reason = loop {
+        match tokio::time::timeout(link.dead_after, inbox.next(&mut stream)).await {
+            Err(_) => break format!("no sign of life for {} ms", link.dead_after.as_millis()),
+            Ok(Err(error)) => break error.to_string(),
+            Ok(Ok(None)) => break "the peer closed the connection".into(),
+            Ok(Ok(Some(message))) => {
+                let waiting = link
+                    .waiting
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .remove(&message.number);
+                if let Some(waiting) = waiting {
+                    // Whoever asked may have given up meanwhile.
+                    let _ = waiting.send(message);
+                }
+            }
+        }
+    };
+    link.lose(reason);
+}
+
+async fn beat(link: Arc<Link>) {
+    let mut ticks = tokio::time::interval(link.dead_after / 3);
+    loop {
+        ticks.tick().await;
+        link.outbox.offer(Topic::Beat, 0, &[]);
+    }
+}
+
+async fn write_data(link: Arc<Link>, stream: TlsStream<TcpStream>) {
+    let (mut read, mut write): (ReadHalf<_>, WriteHalf<_>) = tokio::io::split(stream);
+    let writing = async {
+        while let Some(frame) = link.frames.pop().await {
+            write.write_all(&frame).await?;
+            write.flush().await?;
+            link.bytes_sent
+                .fetch_add(frame.len() as u64, Ordering::Relaxed);
+        }
+        write.shutdown().await
+    };
+    let mut nothing = [0; 1];
+    // The peer never speaks on a data stream: whatever can be read is its end.
+    let reason = tokio::select! {
+        outcome = writing => outcome.err().map_or_else(|| "closed by us".into(), |error| error.to_string()),
+        outcome = read.read(&mut nothing) => match outcome {
+            Err(error) => error.to_string(),
+            Ok(_) => "the peer closed a data stream".into(),
+        },
+    };
+    link.lose(reason);
+}

@@ -1,0 +1,412 @@
+//! The target's end: keeps the rounds that are under way, and what each tree was sealed with.
+//!
+//! Streams hand in frames in any order and at any time; a frame that comes before its round waits, one that comes after
+//! its end is dropped. All file work is done on blocking threads, a bounded number of frames at a time.
+
+use std::collections::{HashMap, HashSet};
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::{Semaphore, watch};
+use tokio::task::JoinSet;
+
+use super::TreeName;
+use super::round::{Round, open_tree};
+use super::wire::{Answer, Ask, Base, DataHead, Fault, Listing, Packed, Space};
+use crate::files::blocks::Digest;
+use crate::files::{FilesError, Manifest, apply, content, walk};
+use crate::peer::message::{Outbox, Topic};
+use crate::peer::{Frame, FrameError, Trees};
+
+/// Frames that are unpacked and written at once; each takes about 2 MiB.
+const FRAMES_AT_ONCE: u32 = 4;
+/// Other file work at once: scans, preparations, seals.
+const WORKS_AT_ONCE: u32 = 8;
+
+/// The receiving half of a session.
+pub(crate) struct Receiver {
+    trees: Trees,
+    registry: Mutex<Registry>,
+    /// The highest round that has begun.
+    begun: watch::Sender<u64>,
+    failure: watch::Sender<Option<String>>,
+    /// Changes whenever a tree is left.
+    left: watch::Sender<()>,
+    frames: Arc<Semaphore>,
+    works: Arc<Semaphore>,
+    cancel: Arc<AtomicBool>,
+    dead_after: Duration,
+}
+
+#[derive(Default)]
+struct Registry {
+    rounds: HashMap<u64, Arc<Round>>,
+    active: HashSet<TreeName>,
+    known: HashMap<TreeName, (Arc<Manifest>, Digest)>,
+}
+
+impl Receiver {
+    /// A receiver that writes only where `trees` says.
+    pub(crate) fn new(trees: Trees, dead_after: Duration) -> Self {
+        Self {
+            trees,
+            registry: Mutex::default(),
+            begun: watch::Sender::new(0),
+            failure: watch::Sender::new(None),
+            left: watch::Sender::new(()),
+            frames: Arc::new(Semaphore::new(FRAMES_AT_ONCE as usize)),
+            works: Arc::new(Semaphore::new(WORKS_AT_ONCE as usize)),
+            cancel: Arc::default(),
+            dead_after,
+        }
+    }
+
+    /// Takes a request; rounds are entered before this returns, so that they begin in order.
+    pub(crate) fn ask(
+        self: &Arc<Self>,
+        number: u64,
+        bytes: &[u8],
+        outbox: Outbox,
+        tasks: &mut JoinSet<()>,
+    ) {
+        let Ok(ask) = postcard::from_bytes::<Ask>(bytes) else {
+            let refusal = postcard::to_stdvec(&Answer::Failed(Fault::Garbled)).unwrap_or_default();
+            tasks.spawn(async move {
+                outbox.send(Topic::Answer, number, &refusal).await;
+            });
+            return;
+        };
+        let opened = match &ask {
+            Ask::Begin { round, .. } | Ask::Measure { round, .. } => Some(self.enter(*round)),
+            Ask::Seal {
+                round,
+                frames,
+                root,
+            } => {
+                self.on(*round, |found| {
+                    found
+                        .standing
+                        .send_modify(|standing| standing.seal = Some((*frames, *root)));
+                });
+                return;
+            }
+            Ask::Abandon { round } => return self.on(*round, |found| found.fail(Fault::Abandoned)),
+            _ => None,
+        };
+        let receiver = Arc::clone(self);
+        tasks.spawn(async move {
+            let answer = match receiver.carry_out(ask, opened).await {
+                Ok(answer) => answer,
+                Err(fault) => Answer::Failed(fault),
+            };
+            let bytes = postcard::to_stdvec(&answer).unwrap_or_default();
+            // Without a reader the session is ending.
+            outbox.send(Topic::Answer, number, &bytes).await;
+        });
+    }
+
+    fn enter(&self, number: u64) -> Arc<Round> {
+        let round = Arc::new(Round::new());
+        self.lock().rounds.insert(number, Arc::clone(&round));
+        self.begun.send_modify(|begun| *begun = number.max(*begun));
+        round
+    }
+
+    fn on(&self, number: u64, act: impl FnOnce(&Round)) {
+        let round = self.lock().rounds.get(&number).cloned();
+        if let Some(round) = round {
+            act(&round);
+        }
+    }
+
+    async fn carry_out(
+        self: &Arc<Self>,
+        ask: Ask,
+        opened: Option<Arc<Round>>,
+    ) -> Result<Answer, Fault> {
+        match ask {
+            Ask::Begin {
+                round,
+                tree,
+                base,
+                steps,
+                is_durable,
+            } => {
+                let opened = opened.ok_or(Fault::Garbled)?;
+                let outcome = self.round(&opened, &tree, base, steps, is_durable).await;
+                if let Err(fault) = &outcome {
+                    // Streams may be waiting for this round to be ready.
+                    opened.fail(fault.clone());
+                }
+                self.lock().rounds.remove(&round);
+                outcome.map(|()| Answer::Done)
+            }
+            Ask::Measure { round, frames } => {
+                let opened = opened.ok_or(Fault::Garbled)?;
+                opened.standing.send_modify(|standing| {
+                    standing.is_ready = true;
+                    standing.seal = Some((frames, Digest::UNKNOWN));
+                });
+                let outcome = over(&opened).await;
+                self.lock().rounds.remove(&round);
+                outcome.map(|_| Answer::Done)
+            }
+            Ask::Have { tree } => self.have(tree).await,
+            Ask::Forget { tree } => {
+                self.lock().known.remove(&tree);
+                Ok(Answer::Done)
+            }
+            Ask::Drop { tree } => {
+                let path = self.enter_tree(&tree).await?;
+                let cancel = Arc::clone(&self.cancel);
+                let cleared = self
+                    .work(move || Ok(apply::clear(&open_tree(&path)?, &cancel)?))
+                    .await;
+                self.leave_tree(&tree);
+                cleared.map(|()| Answer::Done)
+            }
+            Ask::Space { tree } => {
+                let path = self.path(&tree)?;
+                self.work(move || space(path)).await.map(Answer::Space)
+            }
+            Ask::Size { tree } => {
+                let (path, cancel) = (self.path(&tree)?, Arc::clone(&self.cancel));
+                let (bytes, entries) = self
+                    .work(move || Ok(walk::size(&open_tree(&path)?, &cancel)?))
+                    .await?;
+                Ok(Answer::Size { bytes, entries })
+            }
+            Ask::Seal { .. } | Ask::Abandon { .. } => Err(Fault::Garbled),
+        }
+    }
+
+    /// One round from beginning to end.
+    async fn round(
+        self: &Arc<Self>,
+        opened: &Arc<Round>,
+        tree: &TreeName,
+        base: Base,
+        steps: Packed,
+        is_durable: bool,
+    ) -> Result<(), Fault> {
+        // Taken, not copied: from here on until the seal nobody knows what the tree holds.
+        let path = self.path(tree)?;
+        let known = self.lock().known.get(tree).cloned();
+        let base = match (base, known) {
+            (Base::Empty, _) => None,
+            (Base::Known(root), Some((manifest, held))) if root == held => Some(manifest),
+            (Base::Known(_), _) => return Err(Fault::StaleBase(tree.clone())),
+        };
+        self.enter_tree(tree).await?;
+        let outcome = async {
+            let (round, cancel) = (Arc::clone(opened), Arc::clone(&self.cancel));
+            self.work(move || {
+                let root = open_tree(&path)?;
+                if base.is_none() {
+                    apply::clear(&root, &cancel)?;
+                }
+                round.prepare(root, base.unwrap_or_default(), &steps)
+            })
+            .await?;
+            opened
+                .standing
+                .send_modify(|standing| standing.is_ready = true);
+            let sealed = over(opened).await?;
+            let (round, name) = (Arc::clone(opened), tree.clone());
+            self.work(move || round.finish(&name, sealed, is_durable))
+                .await
+        };
+        let outcome = outcome.await;
+        if let Err(fault) = &outcome {
+            opened.fail(fault.clone());
+            // Frames being written now must not meet whoever looks at the tree next.
+            drop(self.frames.acquire_many(FRAMES_AT_ONCE).await);
+        }
+        self.leave_tree(tree);
+        let (manifest, root) = outcome?;
+        self.lock()
+            .known
+            .insert(tree.clone(), (Arc::new(manifest), root));
+        Ok(())
+    }
+
+    async fn have(self: &Arc<Self>, tree: TreeName) -> Result<Answer, Fault> {
+        let path = self.enter_tree(&tree).await?;
+        let cancel = Arc::clone(&self.cancel);
+        let scanned = self.work(move || {
+            let manifest = content::scan(&open_tree(&path)?, &cancel)?;
+            let root = manifest.root();
+            let digests = manifest
+                .digests
+                .iter()
+                .map(|known| known.as_ref().clone())
+                .collect();
+            let list = Packed::of(&Listing {
+                entries: manifest.entries.clone(),
+                digests,
+            })?;
+            Ok((manifest, root, list))
+        });
+        let scanned = scanned.await;
+        self.leave_tree(&tree);
+        let (manifest, root, list) = scanned?;
+        self.lock().known.insert(tree, (Arc::new(manifest), root));
+        Ok(Answer::Have { list, root })
+    }
+
+    /// Reserves a tree, and forgets what it held. A round that was just given up has a moment to let go of it.
+    async fn enter_tree(&self, tree: &TreeName) -> Result<PathBuf, Fault> {
+        let path = self.path(tree)?;
+        let mut left = self.left.subscribe();
+        let entering = left.wait_for(|()| {
+            let mut registry = self.lock();
+            let is_free = registry.active.insert(tree.clone());
+            if is_free {
+                registry.known.remove(tree);
+            }
+            is_free
+        });
+        match tokio::time::timeout(self.dead_after, entering).await {
+            Ok(Ok(_)) => Ok(path),
+            _ => Err(Fault::Busy(tree.clone())),
+        }
+    }
+
+    fn leave_tree(&self, tree: &TreeName) {
+        self.lock().active.remove(tree);
+        self.left.send_replace(());
+    }
+
+    fn path(&self, tree: &TreeName) -> Result<PathBuf, Fault> {
+        (self.trees)(tree).ok_or_else(|| Fault::UnknownTree(tree.clone()))
+    }
+
+    /// Runs file work on a blocking thread; [`Self::close`] waits for it.
+    async fn work<T: Send + 'static>(
+        &self,
+        act: impl FnOnce() -> Result<T, Fault> + Send + 'static,
+    ) -> Result<T, Fault> {
+        let permit = Arc::clone(&self.works)
+            .acquire_owned()
+            .await
+            .map_err(|_| Fault::Abandoned)?;
+        let working = tokio::task::spawn_blocking(move || {
+            let outcome = act();
+            drop(permit);
+            outcome
+        });
+        working.await.unwrap_or(Err(Fault::Abandoned))
+    }
+
+    /// Takes a data frame; returns when there is room for the next one.
+    ///
+    /// # Errors
+    /// When the frame cannot be read, or belongs to a round that does not begin in time.
+    pub(crate) async fn data(self: &Arc<Self>, frame: Frame) -> Result<(), FrameError> {
+        let head: DataHead = frame.head()?;
+        let mut begun = self.begun.subscribe();
+        let waiting = async { begun.wait_for(|begun| *begun >= head.round).await.is_ok() };
+        if !tokio::time::timeout(self.dead_after, waiting)
+            .await
+            .unwrap_or(false)
+        {
+            return Err(FrameError::Garbled);
+        }
+        let Some(round) = self.lock().rounds.get(&head.round).cloned() else {
+            return Ok(());
+        };
+        let mut standing = round.standing.subscribe();
+        let is_wanted = match standing
+            .wait_for(|standing| standing.is_ready || standing.fault.is_some())
+            .await
+        {
+            Ok(standing) => standing.fault.is_none(),
+            Err(_) => false,
+        };
+        let Ok(permit) = Arc::clone(&self.frames).acquire_owned().await else {
+            return Ok(());
+        };
+        if is_wanted {
+            // Not awaited: the stream reads its next frame meanwhile. The permit is what `close` waits for.
+            tokio::task::spawn_blocking(move || {
+                let is_over = round.standing.borrow().fault.is_some();
+                match if is_over {
+                    Err(Fault::Abandoned)
+                } else {
+                    round.apply(&head, frame.body())
+                } {
+                    Ok(()) => round.standing.send_modify(|standing| standing.frames += 1),
+                    Err(fault) => round.fail(fault),
+                }
+                drop(permit);
+            });
+        }
+        Ok(())
+    }
+
+    /// Ends the session for a reason that a stream noticed.
+    pub(crate) fn fail(&self, reason: String) {
+        self.failure.send_modify(|known| {
+            known.get_or_insert(reason);
+        });
+    }
+
+    /// Waits for [`Self::fail`].
+    pub(crate) async fn failed(&self) -> String {
+        match self.failure.subscribe().wait_for(Option::is_some).await {
+            Ok(reason) => reason.clone().unwrap_or_default(),
+            Err(_) => "the server is closing".to_owned(),
+        }
+    }
+
+    /// Ends everything and waits until no thread writes any more.
+    pub(crate) async fn close(&self) {
+        self.cancel.store(true, Ordering::Relaxed);
+        for round in self.lock().rounds.values() {
+            round.fail(Fault::Abandoned);
+        }
+        // Both fail only when closed, which nobody does.
+        let _ = self.frames.acquire_many(FRAMES_AT_ONCE).await;
+        let _ = self.works.acquire_many(WORKS_AT_ONCE).await;
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Registry> {
+        self.registry.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Waits until all frames of a round are in, and gives the root hash it was sealed with.
+async fn over(round: &Round) -> Result<Digest, Fault> {
+    let mut standing = round.standing.subscribe();
+    let standing = standing
+        .wait_for(super::round::Standing::is_over)
+        .await
+        .map_err(|_| Fault::Abandoned)?
+        .clone();
+    match (standing.fault, standing.seal) {
+        (Some(fault), _) => Err(fault),
+        (None, Some((_, root))) => Ok(root),
+        (None, None) => Err(Fault::Abandoned),
+    }
+}
+
+/// Room at the nearest folder that exists, so that asking makes nothing.
+fn space(mut path: PathBuf) -> Result<Space, Fault> {
+    let found = loop {
+        match rustix::fs::statvfs(&path) {
+            Err(rustix::io::Errno::NOENT) if path.pop() => {
+                if path.as_os_str().is_empty() {
+                    path.push(".");
+                }
+            }
+            found => break found.map_err(|errno| FilesError::read(path.clone(), errno))?,
+        }
+    };
+    Ok(Space {
+        free_bytes: found.f_bavail.saturating_mul(found.f_frsize),
+        total_bytes: found.f_blocks.saturating_mul(found.f_frsize),
+        free_files: found.f_favail,
+    })
+}

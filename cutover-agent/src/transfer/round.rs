@@ -1,0 +1,245 @@
+//! One round at the target: what is expected, what has come, and how it ends.
+
+use std::collections::HashSet;
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+
+use tokio::sync::watch;
+
+use super::TreeName;
+use super::wire::{Blocks, Codec, DATA_BYTES_MAX, DataHead, Fault, Packed, Piece};
+use crate::files::blocks::{self, BLOCK_BYTES, Digest};
+use crate::files::manifest::{self, Entry, Manifest, Step};
+use crate::files::{FilesError, Kind, Root, apply};
+
+/// How far a round has come.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Standing {
+    pub(super) is_ready: bool,
+    pub(super) frames: u64,
+    pub(super) seal: Option<(u64, Digest)>,
+    pub(super) fault: Option<Fault>,
+}
+
+impl Standing {
+    /// Whether all frames that the seal speaks of are in, or nothing more is to be waited for.
+    pub(super) fn is_over(&self) -> bool {
+        self.fault.is_some()
+            || (self.is_ready && self.seal.is_some_and(|(frames, _)| self.frames >= frames))
+    }
+}
+
+/// A round under way; shared by the task that answers it and all streams.
+pub(super) struct Round {
+    pub(super) standing: watch::Sender<Standing>,
+    /// Absent in a measurement, whose frames are only counted.
+    body: OnceLock<Body>,
+}
+
+struct Body {
+    root: Root,
+    base: Arc<Manifest>,
+    entries: Vec<Entry>,
+    digests: Vec<Mutex<Arc<Vec<Digest>>>>,
+    touched: Vec<AtomicBool>,
+}
+
+impl Round {
+    pub(super) fn new() -> Self {
+        Self {
+            standing: watch::Sender::new(Standing::default()),
+            body: OnceLock::new(),
+        }
+    }
+
+    /// Ends the round with a fault, unless it has one.
+    pub(super) fn fail(&self, fault: Fault) {
+        self.standing.send_modify(|standing| {
+            standing.fault.get_or_insert(fault);
+        });
+    }
+
+    /// Checks the list of entries and makes room in the tree.
+    pub(super) fn prepare(
+        &self,
+        root: Root,
+        base: Arc<Manifest>,
+        steps: &Packed,
+    ) -> Result<(), Fault> {
+        let steps: Vec<Step> = steps.open()?;
+        let entries = manifest::rebuild(&base.entries, steps)?;
+        manifest::check(&entries)?;
+        apply::prepare(&root, &base, &entries)?;
+        let digests = entries
+            .iter()
+            .map(|entry| Mutex::new(inherited(&base, entry)))
+            .collect();
+        let touched = entries.iter().map(|_| AtomicBool::new(false)).collect();
+        // Set once, by the one task that prepares.
+        let _ = self.body.set(Body {
+            root,
+            base,
+            entries,
+            digests,
+            touched,
+        });
+        Ok(())
+    }
+
+    /// Puts the blocks of one frame in place. A measurement's frames are just thrown away.
+    pub(super) fn apply(&self, head: &DataHead, body: &[u8]) -> Result<(), Fault> {
+        let Some(tree) = self.body.get() else {
+            return Ok(());
+        };
+        let unpacked;
+        let mut bytes = match head.codec {
+            Codec::Plain => body,
+            Codec::Zstd { bytes } => {
+                let bytes = bytes as usize;
+                let unpack =
+                    |bytes| zstd::bulk::decompress(body, bytes).map_err(|_| Fault::Garbled);
+                unpacked = if bytes <= DATA_BYTES_MAX {
+                    unpack(bytes)?
+                } else {
+                    return Err(Fault::Garbled);
+                };
+                &unpacked
+            }
+        };
+        let mut open: Option<(u32, OwnedFd)> = None;
+        for piece in &head.pieces {
+            if open.as_ref().is_none_or(|(entry, _)| *entry != piece.entry) {
+                open = Some((piece.entry, tree.open(piece.entry)?));
+            }
+            if let Some((_, file)) = &open {
+                bytes = tree.place(piece, file, bytes)?;
+            }
+        }
+        if bytes.is_empty() {
+            Ok(())
+        } else {
+            Err(Fault::Garbled)
+        }
+    }
+
+    /// Completes the tree: everything known, root hash as sealed, metadata applied, deletions done.
+    pub(super) fn finish(
+        &self,
+        name: &TreeName,
+        sealed: Digest,
+        is_durable: bool,
+    ) -> Result<(Manifest, Digest), Fault> {
+        let tree = self.body.get().ok_or(Fault::Garbled)?;
+        let digests = tree
+            .digests
+            .iter()
+            .map(|known| Arc::clone(&known.lock().unwrap_or_else(PoisonError::into_inner)));
+        let manifest = Manifest {
+            entries: tree.entries.clone(),
+            digests: digests.collect(),
+        };
+        let root = manifest.root();
+        if root != sealed
+            || manifest
+                .digests
+                .iter()
+                .any(|known| known.contains(&Digest::UNKNOWN))
+        {
+            return Err(Fault::NotSealed(name.clone()));
+        }
+        let is_touched = |at: &usize| tree.touched[*at].load(Ordering::Relaxed);
+        let touched: HashSet<usize> = (0..tree.entries.len()).filter(is_touched).collect();
+        apply::finish(&tree.root, &tree.base, &tree.entries, &touched)?;
+        if is_durable {
+            apply::sync(&tree.root)?;
+        }
+        Ok((manifest, root))
+    }
+}
+
+impl Body {
+    fn open(&self, entry: u32) -> Result<OwnedFd, Fault> {
+        let index = entry as usize;
+        let known = self
+            .entries
+            .get(index)
+            .filter(|entry| matches!(entry.kind, Kind::File { .. }));
+        let entry = known.ok_or(Fault::Garbled)?;
+        self.touched[index].store(true, Ordering::Relaxed);
+        Ok(apply::open_file(&self.root, &entry.path)?)
+    }
+
+    /// Checks and writes one piece, and gives the bytes that belong to the next.
+    fn place<'a>(&self, piece: &Piece, file: &OwnedFd, bytes: &'a [u8]) -> Result<&'a [u8], Fault> {
+        let index = piece.entry as usize;
+        let (path, size) = (&self.entries[index].path, self.entries[index].size());
+        let first = u64::from(piece.first);
+        let count = match &piece.blocks {
+            Blocks::Data(digests) => digests.len() as u64,
+            Blocks::Zeros(count) => u64::from(*count),
+        };
+        if count == 0 || first + count > blocks::count(size) {
+            return Err(Fault::Garbled);
+        }
+        let start = first * BLOCK_BYTES as u64;
+        let length = (size - start).min(count * BLOCK_BYTES as u64);
+        let (digests, rest) = match &piece.blocks {
+            Blocks::Zeros(_) => {
+                apply::write_zeros(&self.root, path, file, start, length)?;
+                let zeros =
+                    (first..first + count).map(|at| Digest::of_zeros(blocks::length(size, at)));
+                (zeros.collect::<Vec<_>>(), bytes)
+            }
+            Blocks::Data(digests) => {
+                let (data, rest) = bytes
+                    .split_at_checked(length as usize)
+                    .ok_or(Fault::Garbled)?;
+                let is_intact = data
+                    .chunks(BLOCK_BYTES)
+                    .zip(digests)
+                    .all(|(block, digest)| Digest::of(block) == *digest);
+                if !is_intact {
+                    return Err(Fault::Damaged {
+                        path: String::from_utf8_lossy(path).into_owned(),
+                    });
+                }
+                apply::write(&self.root, path, file, data, start)?;
+                (digests.clone(), rest)
+            }
+        };
+        let mut known = self.digests[index]
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        Arc::make_mut(&mut known)[first as usize..][..digests.len()].copy_from_slice(&digests);
+        Ok(rest)
+    }
+}
+
+/// The digests with which a file starts: the base's where the same file was there, unknown elsewhere.
+fn inherited(base: &Manifest, entry: &Entry) -> Arc<Vec<Digest>> {
+    let Kind::File { size } = entry.kind else {
+        return Arc::default();
+    };
+    let wanted = blocks::count(size) as usize;
+    match base.digests_at(&entry.path) {
+        Some(known) if known.len() == wanted => Arc::clone(known),
+        known => {
+            let mut digests = known
+                .map(|known| known.as_ref().clone())
+                .unwrap_or_default();
+            digests.resize(wanted, Digest::UNKNOWN);
+            Arc::new(digests)
+        }
+    }
+}
+
+/// Opens the target's tree, making its folder when it is not there yet.
+pub(super) fn open_tree(path: &std::path::Path) -> Result<Root, FilesError> {
+    let failed = |source| FilesError::Write {
+        path: path.to_owned(),
+        source,
+    };
+    std::fs::create_dir_all(path).map_err(failed)?;
+    Root::open(path).map_err(|errno| FilesError::read(path.to_owned(), errno))
+}

@@ -1,0 +1,252 @@
+//! What the two ends of a transfer say to each other. Bytes of files are never in here: they follow a [`DataHead`].
+
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+use super::TreeName;
+use crate::files::blocks::Digest;
+use crate::files::manifest::ManifestError;
+use crate::files::{FilesError, manifest};
+
+/// The most bytes a packed list may unpack to: 4 million digests and their entries.
+pub(crate) const LIST_BYTES_MAX: usize = 256 << 20;
+/// The most bytes of file data in one frame.
+pub(crate) const DATA_BYTES_MAX: usize = 1 << 20;
+
+/// What the source asks for. The answer to `Begin` comes when the whole round is over.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) enum Ask {
+    Have {
+        tree: TreeName,
+    },
+    Begin {
+        round: u64,
+        tree: TreeName,
+        base: Base,
+        steps: Packed,
+        is_durable: bool,
+    },
+    Seal {
+        round: u64,
+        frames: u64,
+        root: Digest,
+    },
+    Abandon {
+        round: u64,
+    },
+    Forget {
+        tree: TreeName,
+    },
+    Drop {
+        tree: TreeName,
+    },
+    Space {
+        tree: TreeName,
+    },
+    Size {
+        tree: TreeName,
+    },
+    Measure {
+        round: u64,
+        frames: u64,
+    },
+}
+
+/// What a round builds on.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) enum Base {
+    /// The tree whose root hash this is; both ends know it.
+    Known(Digest),
+    /// Nothing: whatever is there is removed first.
+    Empty,
+}
+
+/// What the target answers.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) enum Answer {
+    Have { list: Packed, root: Digest },
+    Done,
+    Space(Space),
+    Size { bytes: u64, entries: u64 },
+    Failed(Fault),
+}
+
+/// Room in the file system under a tree at the target.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Space {
+    /// Bytes that can still be written by us.
+    pub free_bytes: u64,
+    /// Bytes in all.
+    pub total_bytes: u64,
+    /// Files that can still be made; 0 where the file system has no such limit.
+    pub free_files: u64,
+}
+
+/// Why the target did not do it. What the tree holds after a failed round is known to nobody: the next round asks.
+#[derive(Debug, Clone, Error, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Fault {
+    /// The target's configuration has no such tree.
+    #[error("the target knows no tree {0}: name it in the target's configuration")]
+    UnknownTree(TreeName),
+    /// Another round of the same tree is under way.
+    #[error("tree {0} is being written already: wait for that round to end")]
+    Busy(TreeName),
+    /// The target does not have what the source believed it has.
+    #[error("the target does not hold the round before this one of {0}")]
+    StaleBase(TreeName),
+    /// The target's disk is full.
+    #[error("no space left at the target for {path}: free some and try again")]
+    NoSpace {
+        /// Which file.
+        path: String,
+    },
+    /// The target could not read or write.
+    #[error("at the target: {reason}")]
+    Files {
+        /// Its own sentence.
+        reason: String,
+    },
+    /// The list of files breaks a rule.
+    #[error("the target refused the list of files: {reason}")]
+    Refused {
+        /// Its own sentence.
+        reason: String,
+    },
+    /// A block does not have the digest it was sent with.
+    #[error("bytes of {path} were damaged on the way: try again")]
+    Damaged {
+        /// Which file.
+        path: String,
+    },
+    /// All frames arrived, yet the target's tree is not the source's.
+    #[error("tree {0} at the target is not what the source sealed: try again")]
+    NotSealed(TreeName),
+    /// The source gave the round up.
+    #[error("the round was given up")]
+    Abandoned,
+    /// The request could not be understood.
+    #[error("the target does not understand the request: both agents must be of the same version")]
+    Garbled,
+}
+
+impl From<FilesError> for Fault {
+    fn from(error: FilesError) -> Self {
+        match error {
+            FilesError::NoSpace { path } => Self::NoSpace {
+                path: path.display().to_string(),
+            },
+            FilesError::Manifest(error) => error.into(),
+            FilesError::Cancelled => Self::Abandoned,
+            other => Self::Files {
+                reason: other.to_string(),
+            },
+        }
+    }
+}
+
+impl From<ManifestError> for Fault {
+    fn from(error: ManifestError) -> Self {
+        Self::Refused {
+            reason: error.to_string(),
+        }
+    }
+}
+
+/// The head of a data frame; the pieces' bytes follow, one after the other, in `codec`.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct DataHead {
+    pub(crate) round: u64,
+    pub(crate) codec: Codec,
+    pub(crate) pieces: Vec<Piece>,
+}
+
+/// How the bytes of a frame are packed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Codec {
+    Plain,
+    Zstd { bytes: u32 },
+}
+
+/// Consecutive blocks of one file.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Piece {
+    pub(crate) entry: u32,
+    pub(crate) first: u32,
+    pub(crate) blocks: Blocks,
+}
+
+/// What is in them.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) enum Blocks {
+    Data(Vec<Digest>),
+    Zeros(u32),
+}
+
+/// A postcard value under zstd, with its true length.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Packed {
+    bytes: u32,
+    packed: Vec<u8>,
+}
+
+impl Packed {
+    /// Packs a value.
+    ///
+    /// # Errors
+    /// When it exceeds [`LIST_BYTES_MAX`].
+    pub(crate) fn of<T: Serialize>(value: &T) -> Result<Self, ManifestError> {
+        let plain = postcard::to_stdvec(value).map_err(|_| ManifestError::Garbled)?;
+        if plain.len() > LIST_BYTES_MAX {
+            return Err(ManifestError::TooLarge);
+        }
+        let packed = zstd::bulk::compress(&plain, 1).map_err(|_| ManifestError::Garbled)?;
+        Ok(Self {
+            bytes: plain.len() as u32,
+            packed,
+        })
+    }
+
+    /// Bytes it takes on the wire.
+    pub(crate) fn length(&self) -> u64 {
+        self.packed.len() as u64
+    }
+
+    /// Unpacks it, trusting no length.
+    ///
+    /// # Errors
+    /// When it is not what was packed, or too long.
+    pub(crate) fn open<T: serde::de::DeserializeOwned>(&self) -> Result<T, ManifestError> {
+        let bytes = self.bytes as usize;
+        if bytes > LIST_BYTES_MAX {
+            return Err(ManifestError::TooLarge);
+        }
+        let plain =
+            zstd::bulk::decompress(&self.packed, bytes).map_err(|_| ManifestError::Garbled)?;
+        postcard::from_bytes(&plain).map_err(|_| ManifestError::Garbled)
+    }
+}
+
+/// A whole manifest as the target tells it.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Listing {
+    pub(crate) entries: Vec<manifest::Entry>,
+    pub(crate) digests: Vec<Vec<Digest>>,
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn arbitrary_bytes_never_panic_any_decoder(bytes in proptest::collection::vec(any::<u8>(), 0..300)) {
+            let _ = postcard::from_bytes::<Ask>(&bytes);
+            let _ = postcard::from_bytes::<Answer>(&bytes);
+            let _ = postcard::from_bytes::<DataHead>(&bytes);
+            let packed = Packed { bytes: 1 << 10, packed: bytes };
+            prop_assert!(packed.open::<Listing>().is_err() || packed.bytes == 1 << 10);
+        }
+    }
+}

@@ -1,0 +1,186 @@
+//! Two agents on loopback, for tests: real certificates, real sockets, trees in temporary folders.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use cutover_agent::peer::{self, Handler, PeerError, PeerTimeouts, Session};
+use cutover_agent::pki;
+use cutover_agent::tls::{ClientTls, ServerTls, TlsPaths};
+use cutover_agent::transfer::{SyncOptions, SyncReport, TransferError, TreeName};
+use tokio::net::TcpListener;
+use tokio::task::JoinSet;
+
+/// Generous: only a hang runs into it.
+pub const LIMIT: Duration = Duration::from_secs(60);
+pub const TIMEOUTS: PeerTimeouts = PeerTimeouts {
+    connect: Duration::from_secs(10),
+    dead_after: Duration::from_secs(5),
+};
+
+/// Answers with what it got, and counts.
+#[derive(Default)]
+pub struct Echo {
+    pub ended: tokio::sync::Notify,
+}
+
+impl Handler for Echo {
+    type Request = String;
+    type Response = String;
+
+    async fn handle(&self, request: String) -> String {
+        format!("{request} indeed")
+    }
+
+    async fn peer_lost(&self) {
+        self.ended.notify_one();
+    }
+}
+
+/// A folder with certificates and trees, and a target that serves `db/volume` and `web/upper`.
+pub struct World {
+    pub folder: tempfile::TempDir,
+    pub addr: SocketAddr,
+    pub handler: Arc<Echo>,
+    tasks: JoinSet<()>,
+}
+
+pub fn identity(folder: &Path, role: &str) -> TlsPaths {
+    TlsPaths {
+        ca: folder.join("ca.pem"),
+        certificate: folder.join(format!("{role}.pem")),
+        key: folder.join(format!("{role}.key")),
+    }
+}
+
+impl World {
+    pub async fn new() -> Self {
+        Self::within(tempfile::tempdir().unwrap()).await
+    }
+
+    pub async fn within(folder: tempfile::TempDir) -> Self {
+        pki::create(&folder.path().join("tls")).unwrap();
+        std::fs::create_dir(folder.path().join("here")).unwrap();
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let mut world = Self {
+            addr: listener.local_addr().unwrap(),
+            folder,
+            handler: Arc::default(),
+            tasks: JoinSet::new(),
+        };
+        world.start(listener);
+        world
+    }
+
+    fn start(&mut self, listener: TcpListener) {
+        let tls = ServerTls::load(
+            &identity(&self.folder.path().join("tls"), "target"),
+            "source",
+        )
+        .unwrap();
+        let there = self.folder.path().join("there");
+        let trees = move |tree: &TreeName| {
+            ["db/volume", "web/upper"]
+                .contains(&tree.as_str())
+                .then(|| there.join(tree.as_str()))
+        };
+        let (handler, trees) = (Arc::clone(&self.handler), Arc::new(trees));
+        self.tasks.spawn(async move {
+            let Err(error) = peer::serve(listener, tls, TIMEOUTS, handler, trees).await;
+            panic!("{error}");
+        });
+    }
+
+    /// Stops the target as a crash would, and starts a new one at the same place.
+    pub async fn restart(&mut self) {
+        self.tasks.shutdown().await;
+        let socket = tokio::net::TcpSocket::new_v4().unwrap();
+        socket.set_reuseaddr(true).unwrap();
+        socket.bind(self.addr).unwrap();
+        self.start(socket.listen(64).unwrap());
+    }
+
+    pub fn tls(&self) -> ClientTls {
+        ClientTls::load(
+            &identity(&self.folder.path().join("tls"), "source"),
+            "target",
+        )
+        .unwrap()
+    }
+
+    pub async fn connect(&self) -> Session {
+        self.try_connect(self.tls()).await.unwrap()
+    }
+
+    pub async fn try_connect(&self, tls: ClientTls) -> Result<Session, PeerError> {
+        peer::connect(self.addr, tls, TIMEOUTS, 4).await
+    }
+
+    pub fn here(&self) -> PathBuf {
+        self.folder.path().join("here")
+    }
+
+    pub fn there(&self) -> PathBuf {
+        self.folder.path().join("there/db/volume")
+    }
+
+    pub async fn sync(&self, session: &Session) -> Result<SyncReport, TransferError> {
+        session
+            .sync(&volume(), &self.here(), SyncOptions::live(LIMIT))
+            .await
+    }
+}
+
+pub fn volume() -> TreeName {
+    TreeName::new("db/volume").unwrap()
+}
+
+/// Everything about a tree that has to be equal, as text: one line per entry.
+pub fn picture(root: &Path) -> Vec<String> {
+    let mut lines = Vec::new();
+    draw(root, Path::new(""), &mut lines);
+    lines.sort();
+    lines
+}
+
+fn draw(root: &Path, relative: &Path, lines: &mut Vec<String>) {
+    use std::os::unix::fs::{FileTypeExt, MetadataExt};
+    let path = root.join(relative);
+    let meta = path.symlink_metadata().unwrap();
+    if meta.file_type().is_socket() {
+        return;
+    }
+    let content = if meta.is_file() {
+        blake3::hash(&std::fs::read(&path).unwrap())
+            .to_hex()
+            .to_string()
+    } else if meta.is_symlink() {
+        std::fs::read_link(&path).unwrap().display().to_string()
+    } else {
+        String::new()
+    };
+    let links = if meta.is_dir() { 0 } else { meta.nlink() };
+    let size = if meta.is_file() { meta.len() } else { 0 };
+    let attributes: Vec<_> = xattr::list(&path)
+        .map(|names| {
+            names
+                .map(|name| (name.clone(), xattr::get(&path, &name).unwrap()))
+                .collect()
+        })
+        .unwrap_or_default();
+    lines.push(format!(
+        "{relative:?} mode={:o} owner={}:{} time={}.{} size={size} rdev={} links={links} {attributes:?} {content}",
+        meta.mode(),
+        meta.uid(),
+        meta.gid(),
+        meta.mtime(),
+        meta.mtime_nsec(),
+        meta.rdev(),
+    ));
+    if meta.is_dir() {
+        for entry in std::fs::read_dir(&path).unwrap() {
+            draw(root, &relative.join(entry.unwrap().file_name()), lines);
+        }
+    }
+}

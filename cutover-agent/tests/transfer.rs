@@ -1,0 +1,294 @@
+//! Trees moved between two agents over mutual TLS on loopback, compared entry by entry.
+
+mod peers;
+
+use std::fs;
+use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, symlink};
+use std::path::Path;
+use std::time::Duration;
+
+use cutover_agent::transfer::{Fault, SyncOptions, TransferError, TreeName};
+use peers::{LIMIT, World, picture, volume};
+
+fn pattern(seed: u64, bytes: usize) -> Vec<u8> {
+    let mut data = vec![0; bytes];
+    blake3::Hasher::new()
+        .update(&seed.to_le_bytes())
+        .finalize_xof()
+        .fill(&mut data);
+    data
+}
+
+fn is_root() -> bool {
+    rustix::process::geteuid().is_root()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_tree_arrives_with_content_metadata_and_links() {
+    let world = World::new().await;
+    let here = world.here();
+    fs::create_dir_all(here.join("data/empty")).unwrap();
+    fs::write(here.join("data/large"), pattern(1, 3_000_001)).unwrap();
+    fs::write(here.join("data/none"), "").unwrap();
+    fs::hard_link(here.join("data/large"), here.join("second name")).unwrap();
+    symlink("../outside", here.join("link")).unwrap();
+    fs::write(here.join("private"), "x").unwrap();
+    xattr::set(here.join("private"), "user.note", b"kept").unwrap();
+    fs::set_permissions(here.join("private"), fs::Permissions::from_mode(0o4711)).unwrap();
+    fs::set_permissions(here.join("data/empty"), fs::Permissions::from_mode(0o555)).unwrap();
+    let session = world.connect().await;
+    let report = world.sync(&session).await.unwrap();
+    assert_eq!(picture(&here), picture(&world.there()));
+    assert_eq!((report.files, report.bytes_tree), (3, 3_000_002));
+    let again = world.sync(&session).await.unwrap();
+    assert_eq!(again.bytes_data, 0, "nothing changed, nothing moves");
+    assert!(again.bytes_wire < 200, "{again:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn only_changed_blocks_move_in_later_rounds_and_after_a_reconnect() {
+    let world = World::new().await;
+    let file = world.here().join("ibdata");
+    fs::write(&file, pattern(2, 40 * 16384)).unwrap();
+    let session = world.connect().await;
+    assert_eq!(world.sync(&session).await.unwrap().bytes_data, 40 * 16384);
+    let open = fs::OpenOptions::new().write(true).open(&file).unwrap();
+    open.write_all_at(b"changed", 7 * 16384 + 5).unwrap();
+    assert_eq!(world.sync(&session).await.unwrap().bytes_data, 16384);
+    drop(session);
+    let session = world.connect().await;
+    open.write_all_at(b"changed", 9 * 16384).unwrap();
+    assert_eq!(
+        world.sync(&session).await.unwrap().bytes_data,
+        16384,
+        "the target told what it has"
+    );
+    assert_eq!(picture(&world.here()), picture(&world.there()));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_sparse_file_stays_sparse_and_costs_nothing() {
+    let world = World::new().await;
+    let file = fs::File::create(world.here().join("sparse")).unwrap();
+    file.set_len(1 << 30).unwrap();
+    file.write_all_at(b"in the middle", 500 << 20).unwrap();
+    let session = world.connect().await;
+    let report = world.sync(&session).await.unwrap();
+    assert_eq!(report.bytes_data, 16384);
+    let there = fs::metadata(world.there().join("sparse")).unwrap();
+    assert_eq!(there.len(), 1 << 30);
+    assert!(there.blocks() * 512 < 1 << 20, "{} blocks", there.blocks());
+    // What became zero in the meantime becomes a hole.
+    fs::write(world.here().join("sparse"), pattern(3, 1 << 20)).unwrap();
+    world.sync(&session).await.unwrap();
+    fs::write(world.here().join("sparse"), vec![0; 1 << 20]).unwrap();
+    assert_eq!(world.sync(&session).await.unwrap().bytes_data, 0);
+    assert_eq!(
+        fs::metadata(world.there().join("sparse")).unwrap().blocks(),
+        0
+    );
+    assert_eq!(picture(&world.here()), picture(&world.there()));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn entries_may_change_their_kind_their_name_and_their_links() {
+    let world = World::new().await;
+    let here = world.here();
+    let session = world.connect().await;
+    fs::create_dir_all(here.join("a/b/c")).unwrap();
+    fs::write(here.join("a/b/c/file"), "1").unwrap();
+    fs::write(here.join("f"), "2").unwrap();
+    fs::hard_link(here.join("f"), here.join("g")).unwrap();
+    world.sync(&session).await.unwrap();
+    fs::remove_dir_all(here.join("a")).unwrap();
+    fs::write(here.join("a"), "a file now").unwrap();
+    fs::remove_file(here.join("g")).unwrap();
+    fs::write(here.join("g"), "no link any more").unwrap();
+    world.sync(&session).await.unwrap();
+    assert_eq!(picture(&here), picture(&world.there()));
+    assert_eq!(
+        fs::read_to_string(world.there().join("f")).unwrap(),
+        "2",
+        "the broken link did not write through"
+    );
+    fs::remove_file(here.join("a")).unwrap();
+    fs::create_dir(here.join("a")).unwrap();
+    fs::rename(here.join("g"), here.join("a/g")).unwrap();
+    fs::remove_file(here.join("f")).unwrap();
+    fs::hard_link(here.join("a/g"), here.join("f")).unwrap();
+    symlink("a", here.join("z")).unwrap();
+    world.sync(&session).await.unwrap();
+    assert_eq!(picture(&here), picture(&world.there()));
+    fs::remove_file(here.join("z")).unwrap();
+    fs::create_dir(here.join("z")).unwrap();
+    fs::write(here.join("z/inside"), "not in a").unwrap();
+    world.sync(&session).await.unwrap();
+    assert_eq!(picture(&here), picture(&world.there()));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn whiteouts_devices_and_overlay_marks_arrive() {
+    if !is_root() {
+        eprintln!("left out: only root can make device nodes");
+        return;
+    }
+    use rustix::fs::{CWD, FileType, Mode, makedev, mknodat};
+    let world = World::new().await;
+    let here = world.here();
+    mknodat(
+        CWD,
+        here.join("whiteout"),
+        FileType::CharacterDevice,
+        Mode::empty(),
+        0,
+    )
+    .unwrap();
+    mknodat(
+        CWD,
+        here.join("null"),
+        FileType::CharacterDevice,
+        Mode::RUSR,
+        makedev(1, 3),
+    )
+    .unwrap();
+    mknodat(CWD, here.join("pipe"), FileType::Fifo, Mode::RUSR, 0).unwrap();
+    fs::create_dir(here.join("opaque")).unwrap();
+    fs::write(here.join("owned"), "x").unwrap();
+    std::os::unix::fs::chown(here.join("owned"), Some(1234), Some(4321)).unwrap();
+    // Not every file system keeps them.
+    let _ = xattr::set(here.join("opaque"), "trusted.overlay.opaque", b"y");
+    let session = world.connect().await;
+    world.sync(&session).await.unwrap();
+    assert_eq!(picture(&here), picture(&world.there()));
+    fs::remove_file(here.join("whiteout")).unwrap();
+    fs::write(here.join("whiteout"), "back again").unwrap();
+    world.sync(&session).await.unwrap();
+    assert_eq!(picture(&here), picture(&world.there()));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn several_trees_move_at_once_and_are_dropped_one_by_one() {
+    let world = World::new().await;
+    let other = world.folder.path().join("other");
+    fs::create_dir(&other).unwrap();
+    fs::write(world.here().join("x"), pattern(4, 5 << 20)).unwrap();
+    fs::write(other.join("y"), pattern(5, 5 << 20)).unwrap();
+    let session = world.connect().await;
+    let upper = TreeName::new("web/upper").unwrap();
+    let images = SyncOptions::images(LIMIT);
+    let (one, two) = tokio::join!(world.sync(&session), session.sync(&upper, &other, images));
+    assert_eq!((one.unwrap().files, two.unwrap().files), (1, 1));
+    let there = world.folder.path().join("there/web/upper");
+    assert_eq!(picture(&other), picture(&there));
+    assert_eq!(session.size(&upper, LIMIT).await.unwrap(), (5 << 20, 2));
+    session.drop_tree(&upper, LIMIT).await.unwrap();
+    assert_eq!(fs::read_dir(&there).unwrap().count(), 0);
+    assert_eq!(picture(&world.here()), picture(&world.there()));
+    assert!(session.space(&upper, LIMIT).await.unwrap().free_bytes > 0);
+    session
+        .sync(&upper, &other, SyncOptions::live(LIMIT))
+        .await
+        .unwrap();
+    assert_eq!(picture(&other), picture(&there));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_file_open_for_writing_is_read_again_although_its_times_did_not_change() {
+    let world = World::new().await;
+    let path = world.here().join("mapped");
+    fs::write(&path, pattern(6, 4 * 16384)).unwrap();
+    let old = std::time::SystemTime::now() - Duration::from_secs(3600);
+    let session = world.connect().await;
+    world.sync(&session).await.unwrap();
+    let file = fs::OpenOptions::new().write(true).open(&path).unwrap();
+    file.set_modified(old).unwrap();
+    let meta = file.metadata().unwrap();
+    let always = [(meta.dev(), meta.ino())].into();
+    let report = session
+        .sync(&volume(), &world.here(), SyncOptions::frozen(LIMIT, always))
+        .await
+        .unwrap();
+    assert_eq!((report.bytes_read, report.bytes_data), (4 * 16384, 0));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_unreadable_file_is_named() {
+    if is_root() {
+        eprintln!("left out: root can read everything");
+        return;
+    }
+    let world = World::new().await;
+    fs::write(world.here().join("secret"), "x").unwrap();
+    fs::set_permissions(world.here().join("secret"), fs::Permissions::from_mode(0)).unwrap();
+    let text = world
+        .sync(&world.connect().await)
+        .await
+        .unwrap_err()
+        .to_string();
+    assert!(
+        text.contains("at the source: cannot read") && text.contains("here/secret"),
+        "{text}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_missing_tree_and_an_unknown_one_are_named() {
+    let world = World::new().await;
+    let session = world.connect().await;
+    let nowhere = session
+        .sync(
+            &volume(),
+            Path::new("/nonexistent/tree"),
+            SyncOptions::live(LIMIT),
+        )
+        .await
+        .unwrap_err();
+    assert!(
+        nowhere.to_string().contains("/nonexistent/tree"),
+        "{nowhere}"
+    );
+    let unknown = TreeName::new("db/elsewhere").unwrap();
+    let refused = session
+        .sync(&unknown, &world.here(), SyncOptions::live(LIMIT))
+        .await
+        .unwrap_err();
+    assert!(matches!(refused, TransferError::Target(Fault::UnknownTree(tree)) if tree == unknown));
+    world.sync(&session).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_round_that_was_given_up_leaves_the_next_one_free() {
+    let world = World::new().await;
+    fs::write(world.here().join("x"), pattern(8, 30 << 20)).unwrap();
+    let session = world.connect().await;
+    let hasty = SyncOptions::live(Duration::from_millis(40));
+    let outcome = session.sync(&volume(), &world.here(), hasty).await;
+    assert!(matches!(outcome, Err(TransferError::Deadline { .. })) || outcome.is_ok());
+    world.sync(&session).await.unwrap();
+    assert_eq!(picture(&world.here()), picture(&world.there()));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_full_disk_at_the_target_is_said_and_the_source_can_try_again() {
+    use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
+    let world = World::new().await;
+    fs::create_dir_all(world.there()).unwrap();
+    let size = c"size=4m";
+    if let Err(error) = mount("none", world.there(), "tmpfs", MountFlags::empty(), size) {
+        eprintln!("left out: cannot mount a small file system ({error})");
+        return;
+    }
+    fs::write(world.here().join("big"), pattern(9, 8 << 20)).unwrap();
+    let session = world.connect().await;
+    let full = world.sync(&session).await.unwrap_err().to_string();
+    fs::write(world.here().join("big"), pattern(9, 2 << 20)).unwrap();
+    let after = world.sync(&session).await;
+    let pictures = (picture(&world.here()), picture(&world.there()));
+    unmount(world.there(), UnmountFlags::DETACH).unwrap();
+    assert!(
+        full.contains("no space left at the target for") && full.contains("big"),
+        "{full}"
+    );
+    after.unwrap();
+    assert_eq!(pictures.0, pictures.1);
+}
