@@ -7,3 +7,6 @@ pub mod counter;
 pub mod interrupt;
 pub mod lab;
 pub mod progress;
+pub mod record;
+pub mod report;
+pub mod verdict;

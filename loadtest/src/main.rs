@@ -1,26 +1,100 @@
 //! `lab`: moves a real application under load and prints a verdict. This file only reads the command line and
 //! turns outcomes into exit codes.
 
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
+use anyhow::Context;
 use clap::{Parser, Subcommand};
 
 use loadtest::lab::app::App;
+use loadtest::lab::folders::Folders;
+use loadtest::lab::hop::{Again, Engine};
+use loadtest::lab::kill::Victim;
 use loadtest::lab::link::Link;
+use loadtest::lab::place::{self, Place, Wish};
 use loadtest::progress::Progress;
+use loadtest::report::Report;
 use loadtest::{counter, interrupt, lab};
 
 /// Moves a real application between two sites under load, and proves that nothing was lost or doubled.
 #[derive(Debug, Parser)]
-#[command(name = "lab", version)]
+#[command(name = "lab", bin_name = "cargo lab", version)]
 struct Arguments {
     #[command(subcommand)]
     command: Command,
 }
 
+/// What both the host and the guest are told about a hop.
+#[derive(Debug, clap::Args)]
+struct HopOptions {
+    /// The application to move.
+    #[arg(long, default_value = "wordpress")]
+    app: App,
+    /// How many clients post ids and read pages.
+    #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u16).range(1..=5000))]
+    clients: u16,
+    /// Checkpoint and restore, or clean stop and start.
+    #[arg(long, default_value = "criu")]
+    engine: Engine,
+    /// The link between the sites: rate, round trip and loss in each direction, or none.
+    #[arg(long, default_value = "800mbit,20ms,0.1%")]
+    link: Link,
+    /// A phase to make fail, such as Checkpoint or Verify; the source must then serve as before.
+    #[arg(long, value_name = "PHASE")]
+    fault: Option<String>,
+    /// A process to kill with -9 while the source is frozen.
+    #[arg(long)]
+    kill: Option<Victim>,
+    /// After a hop that was made to fail, hop again in the same world.
+    #[arg(long)]
+    then_hop_again: bool,
+}
+
+impl HopOptions {
+    fn wish(self, place: Place) -> Wish {
+        let again = if self.then_hop_again {
+            Again::Yes
+        } else {
+            Again::No
+        };
+        let clients = usize::from(self.clients);
+        Wish {
+            app: self.app,
+            clients,
+            engine: self.engine,
+            place,
+            link: self.link,
+            fault: self.fault,
+            kill: self.kill,
+            again,
+        }
+    }
+}
+
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Moves an application under load and prints a verdict.
+    Hop {
+        #[command(flatten)]
+        options: HopOptions,
+        /// Where: on this host if CRIU can run here, otherwise in a guest.
+        #[arg(long = "where", default_value = "auto")]
+        place: Place,
+        /// Also write the report to this file, as JSON.
+        #[arg(long, value_name = "FILE")]
+        json: Option<PathBuf>,
+    },
+    /// The part of a hop that runs inside the guest.
+    #[command(hide = true)]
+    Inside {
+        #[command(flatten)]
+        options: HopOptions,
+        /// The folder shared with the host.
+        #[arg(long)]
+        out: PathBuf,
+    },
     /// Sets up both sites with the application at the source, and keeps them until ENTER or a signal.
     #[command(hide = true)]
     World {
@@ -47,15 +121,44 @@ enum Command {
 }
 
 fn main() -> anyhow::Result<ExitCode> {
-    match Arguments::parse().command {
+    let arguments = Arguments::parse();
+    let progress = Progress::new();
+    match arguments.command {
         Command::Counter(options) => counter::run(&options)?,
         Command::Delay { queue, delay_us } => {
             lab::delay::run(queue, Duration::from_micros(delay_us))?
         }
         Command::World { app, link } => {
             interrupt::listen()?;
-            lab::by_hand::world(app, link, &Progress::new())?;
+            lab::by_hand::world(app, link, &progress)?;
+        }
+        Command::Inside { options, out } => {
+            interrupt::listen()?;
+            lab::guest::inside(&options.wish(Place::Host), &out, &progress)?;
+        }
+        Command::Hop {
+            options,
+            place,
+            json,
+        } => {
+            interrupt::listen()?;
+            let report = place::run(&options.wish(place), &Folders::find()?, &progress)?;
+            progress.done();
+            return hand_back(&report, json.as_deref());
         }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+fn hand_back(report: &Report, json: Option<&Path>) -> anyhow::Result<ExitCode> {
+    println!("{}", report.table());
+    if let Some(path) = json {
+        let text = serde_json::to_string_pretty(report)? + "\n";
+        std::fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))?;
+    }
+    Ok(if report.is_green() {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
 }

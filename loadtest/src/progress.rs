@@ -56,6 +56,12 @@ impl Progress {
         }
     }
 
+    /// Whether there is a live line at all.
+    #[must_use]
+    pub const fn is_live(&self) -> bool {
+        self.bar.is_some()
+    }
+
     /// Removes the live line.
     pub fn done(&self) {
         if let Some(bar) = &self.bar {

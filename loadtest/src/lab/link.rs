@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::command::Shell;
 use crate::lab::error::{LabError, OnFile, Result};
@@ -107,12 +107,12 @@ impl fmt::Display for Link {
 }
 
 /// What the link really gives, measured with TCP before the hop.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Measured {
     /// As asked for.
     pub asked: String,
     /// How it is emulated.
-    pub emulation: &'static str,
+    pub emulation: String,
     /// Shortest round trip, in milliseconds.
     pub round_trip_ms: f64,
     /// One TCP stream from source to target, in Mbit/s.
@@ -213,7 +213,7 @@ pub fn shape(
 ///
 /// # Errors
 /// When the sites cannot reach each other.
-pub fn measure(link: Link, emulation: &'static str, names: Names) -> Result<Measured> {
+pub fn measure(link: Link, emulation: &str, names: Names) -> Result<Measured> {
     let (source, target) = (names.path("source"), names.path("target"));
     let listener = within(&target, || TcpListener::bind(TARGET))?.on("listen in", &target)?;
     let address = listener.local_addr().on("listen in", &target)?;
@@ -245,7 +245,7 @@ pub fn measure(link: Link, emulation: &'static str, names: Names) -> Result<Meas
     let round_trip_ms = round_trip.as_secs_f64() * 1e3;
     Ok(Measured {
         asked: link.to_string(),
-        emulation,
+        emulation: emulation.to_owned(),
         round_trip_ms,
         one_stream_mbit,
         four_streams_mbit,

@@ -1,0 +1,266 @@
+//! A virtual machine for kernels on which CRIU cannot run: Debian's own kernel under QEMU's emulation, with the
+//! host's root file system read-only over 9p and a tmpfs above it. No image is built: the same programs run inside.
+
+use std::ffi::OsString;
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::sync::mpsc::{Receiver, sync_channel};
+use std::thread;
+use std::time::Duration;
+
+use clap::ValueEnum;
+
+use crate::command::{CommandError, SYSTEM_PATH, Shell, kill_group};
+use crate::interrupt;
+use crate::lab::error::{LabError, OnFile, Result};
+use crate::lab::folders::Folders;
+use crate::lab::hop::{self, Again, Engine};
+use crate::lab::initrd::{self, Kernel};
+use crate::lab::packages;
+use crate::lab::place::{Wish, script};
+use crate::lab::setup::{self, Checkpoints};
+use crate::progress::Progress;
+use crate::report::Report;
+
+/// Longest a guest may take, in seconds; its processor is about ten times slower.
+const GUEST_S: u64 = 1200;
+/// Memory of the guest, in MiB: everything it writes is in it.
+const MEMORY_MB: &str = "6144";
+/// Begins the line by which the guest says why it cannot go on.
+const FAILED: &str = "HOPGATE-GUEST-FAILED";
+/// Console lines that may wait to be shown.
+const LINES_MAX: usize = 4096;
+/// What CRIU, the links and the fences need and the kernel does not load by itself.
+const MODULES: &str = "veth bridge tun unix_diag inet_diag tcp_diag udp_diag af_packet_diag netlink_diag nf_tables \
+                       nft_compat iptable_filter ip6table_filter xt_mark sch_netem overlay";
+
+/// Runs the wish in a guest and brings its report back.
+///
+/// # Errors
+/// [`LabError::Guest`] when it ends without a report, or whatever could not be installed or made.
+pub fn run(wish: &Wish, folders: &Folders, progress: &Progress) -> Result<Report> {
+    let kernel = prepare(wish, folders, progress)?;
+    let out = folders.lab.join(format!("guest-{}", std::process::id()));
+    fs::create_dir_all(&out).on("create", &out)?;
+    let initrd = initrd::make(folders, &kernel)?;
+    let booted = boot(wish, folders, &kernel, &initrd, &out, progress);
+    let text = fs::read_to_string(out.join("report.json")).unwrap_or_default();
+    for left in [fs::remove_dir_all(&out), fs::remove_file(&initrd)] {
+        // Leftovers carry this process's number and are overwritten when it comes around again.
+        let _ = left;
+    }
+    let last = booted?;
+    serde_json::from_str(&text).map_err(|_| LabError::Guest {
+        why: format!("its last line was: {last}"),
+    })
+}
+
+/// Makes everything the guest needs on the host, where there is a network and a fast processor.
+fn prepare(wish: &Wish, folders: &Folders, progress: &Progress) -> Result<Kernel> {
+    setup::root()?;
+    packages::install(packages::GUEST, progress)?;
+    match setup::parts(wish.app, wish.link, Checkpoints::Wanted, folders, progress) {
+        // That it cannot checkpoint here is why there is a guest.
+        Err(LabError::NoCriu { .. }) => drop(setup::parts(
+            wish.app,
+            wish.link,
+            Checkpoints::NotWanted,
+            folders,
+            progress,
+        )?),
+        made => drop(made?),
+    }
+    let _lock = folders.lock("install")?;
+    initrd::kernel(folders, progress)
+}
+
+fn boot(
+    wish: &Wish,
+    folders: &Folders,
+    kernel: &Kernel,
+    initrd: &Path,
+    out: &Path,
+    progress: &Progress,
+) -> Result<String> {
+    let script = out.join("guest.sh");
+    fs::write(&script, guest_script(wish, folders, kernel, out)).on("write", &script)?;
+    progress.say(format!("booting a guest with {}", kernel.image.display()));
+    let shell = qemu(kernel, initrd, out);
+    let mut command = shell.prepare();
+    command.stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().map_err(|source| CommandError::Start {
+        line: "qemu-system-x86_64".into(),
+        source,
+    })?;
+    let lines = console(child.stdout.take(), child.stderr.take());
+    let mut last = String::new();
+    let ended = interrupt::wait_until(Duration::from_secs(GUEST_S), || {
+        for line in lines.try_iter() {
+            progress.say(format!("guest: {line}"));
+            last = line;
+        }
+        matches!(child.try_wait(), Ok(Some(_))) || last.starts_with(FAILED)
+    });
+    kill_group(&mut child);
+    match (ended, interrupt::requested()) {
+        (true, _) => Ok(last),
+        (false, true) => Err(LabError::Interrupted),
+        (false, false) => Err(LabError::NotInTime {
+            what: "the guest's end".into(),
+            seconds: GUEST_S,
+            hint: format!("; it last said: {last}"),
+        }),
+    }
+}
+
+fn console(
+    output: Option<impl std::io::Read + Send + 'static>,
+    errors: Option<impl std::io::Read + Send + 'static>,
+) -> Receiver<String> {
+    let (sender, lines) = sync_channel(LINES_MAX);
+    let errors_sender = sender.clone();
+    let forward = |stream: Option<Box<dyn std::io::Read + Send>>,
+                   sender: std::sync::mpsc::SyncSender<String>| {
+        thread::spawn(move || {
+            for line in stream
+                .into_iter()
+                .flat_map(|stream| BufReader::new(stream).split(b'\n'))
+                .map_while(std::io::Result::ok)
+            {
+                let line = String::from_utf8_lossy(&line).trim().to_owned();
+                if !line.is_empty() && sender.send(line).is_err() {
+                    break;
+                }
+            }
+        });
+    };
+    forward(output.map(|stream| Box::new(stream) as _), sender);
+    forward(errors.map(|stream| Box::new(stream) as _), errors_sender);
+    lines
+}
+
+fn qemu(kernel: &Kernel, initrd: &Path, out: &Path) -> Shell {
+    // Translated blocks are cached in 512 MiB: a database and a web server are a lot of code.
+    let fixed = [
+        "-machine",
+        "q35",
+        "-accel",
+        "tcg,thread=multi,tb-size=512",
+        "-cpu",
+        "Westmere",
+        "-m",
+        MEMORY_MB,
+        "-smp",
+        "2",
+        "-nodefaults",
+        "-no-user-config",
+        "-display",
+        "none",
+        "-no-reboot",
+        "-serial",
+        "stdio",
+    ];
+    let share = |id: &str, path: &Path, more: &str| -> [OsString; 2] {
+        let fsdev = format!(
+            "local,id={id},path={},security_model=none{more}",
+            path.display()
+        );
+        ["-fsdev".into(), fsdev.into()]
+    };
+    let line = format!(
+        "console=ttyS0 quiet panic=-1 mitigations=off nokaslr hopgate_out={}",
+        out.display()
+    );
+    Shell::new("qemu-system-x86_64")
+        .args(fixed)
+        .args(share(
+            "root",
+            Path::new("/"),
+            ",readonly=on,multidevs=remap",
+        ))
+        .args(["-device", "virtio-9p-pci,fsdev=root,mount_tag=root"])
+        .args(share("out", out, ""))
+        .args(["-device", "virtio-9p-pci,fsdev=out,mount_tag=out"])
+        .arg("-kernel")
+        .arg(&kernel.image)
+        .arg("-initrd")
+        .arg(initrd)
+        .args(["-append", &line])
+}
+
+/// What the guest does once it has moved into the host's files. The shell stays its first process: it collects
+/// whatever the containers leave behind.
+fn guest_script(wish: &Wish, folders: &Folders, kernel: &Kernel, out: &Path) -> String {
+    let quoted = |path: &Path| format!("'{}'", path.display().to_string().replace('\'', r"'\''"));
+    let word = |value: Option<clap::builder::PossibleValue>| {
+        value
+            .map(|value| value.get_name().to_owned())
+            .unwrap_or_default()
+    };
+    let mut options = format!(
+        "--app {} --clients {} --engine {} --link {} --out {}",
+        wish.app.as_str(),
+        wish.clients,
+        wish.engine.as_str(),
+        wish.link,
+        quoted(out)
+    );
+    if let Some(phase) = &wish.fault {
+        options.push_str(&format!(" --fault '{phase}'"));
+    }
+    if let Some(victim) = wish.kill {
+        options.push_str(&format!(" --kill {}", word(victim.to_possible_value())));
+    }
+    if wish.again == Again::Yes {
+        options.push_str(" --then-hop-again");
+    }
+    let modules = kernel.modules.parent().unwrap_or(Path::new("/"));
+    format!(
+        "export PATH={SYSTEM_PATH} HOME=/root\n\
+         ulimit -c 0\n\
+         mkdir -p /lib/modules\n\
+         mount --make-rprivate /\n\
+         mount --bind {} /lib/modules\n\
+         ip link set lo up\n\
+         for module in {MODULES}; do modprobe $module; done\n\
+         {} inside {options}\n\
+         sync\n\
+         echo o > /proc/sysrq-trigger\n\
+         sleep 30\n",
+        quoted(modules),
+        quoted(&folders.program),
+    )
+}
+
+/// The part that runs inside: the same hop, its report left on the shared folder.
+///
+/// # Errors
+/// Whatever the hop's world could not do; it is printed on the guest's console as well.
+pub fn inside(wish: &Wish, out: &Path, progress: &Progress) -> Result<()> {
+    let outcome = hop_inside(wish, out, progress);
+    if let Err(error) = &outcome {
+        println!("{FAILED} {error}");
+    }
+    outcome
+}
+
+fn hop_inside(wish: &Wish, out: &Path, progress: &Progress) -> Result<()> {
+    let folders = Folders::find()?;
+    let checkpoints = if wish.engine == Engine::Criu {
+        Checkpoints::Wanted
+    } else {
+        Checkpoints::NotWanted
+    };
+    let parts = setup::parts(wish.app, wish.link, checkpoints, &folders, progress)?;
+    let report = hop::run(
+        &script(wish, wish.engine, "guest"),
+        &parts,
+        &folders,
+        progress,
+    )?;
+    let path: PathBuf = out.join("report.json");
+    let text = serde_json::to_string_pretty(&report).unwrap_or_default();
+    fs::write(&path, text).on("write", &path)
+}

@@ -1,0 +1,111 @@
+//! Sudden death while the source is frozen: of an agent, or of CRIU itself.
+
+use std::fmt;
+use std::fs;
+use std::path::Path;
+
+use clap::ValueEnum;
+use rustix::process::{Pid, Signal, kill_process};
+
+use crate::lab::actors::Actors;
+use crate::lab::error::Result;
+use crate::lab::netns;
+use crate::lab::world::World;
+use crate::progress::Progress;
+
+/// Who dies.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Victim {
+    /// The agent that drives the hop.
+    SourceAgent,
+    /// The agent that receives it.
+    TargetAgent,
+    /// The CRIU that holds the frozen source.
+    Criu,
+}
+
+impl fmt::Display for Victim {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str(match self {
+            Self::SourceAgent => "source agent",
+            Self::TargetAgent => "target agent",
+            Self::Criu => "CRIU process",
+        })
+    }
+}
+
+/// Whether every container of the source is frozen by its cgroup, on either cgroup version.
+#[must_use]
+pub fn source_is_frozen(world: &World) -> bool {
+    world.app.containers().iter().all(|kind| {
+        let cgroup = world.run.names.name(&format!("source-{}", kind.name()));
+        let state = |path: String, word: &str| {
+            fs::read_to_string(path).is_ok_and(|text| text.trim() == word)
+        };
+        state(
+            format!("/sys/fs/cgroup/freezer/{cgroup}/freezer.state"),
+            "FROZEN",
+        ) || state(format!("/sys/fs/cgroup/{cgroup}/cgroup.freeze"), "1")
+    })
+}
+
+/// Kills the victim as a power failure would.
+pub fn strike(victim: Victim, world: &World, actors: &mut Actors, progress: &Progress) {
+    progress.say(format!("the source is frozen: kill -9 of the {victim}"));
+    match victim {
+        Victim::SourceAgent => actors.agents[0].kill(),
+        Victim::TargetAgent => actors.agents[1].kill(),
+        Victim::Criu => {
+            for pid in criu_at_source(world) {
+                // It may have ended meanwhile.
+                let _ = kill_process(pid, Signal::KILL);
+            }
+        }
+    }
+}
+
+fn criu_at_source(world: &World) -> Vec<Pid> {
+    let is_criu = |pid: &i32| {
+        let read = |name: &str| {
+            fs::read(Path::new("/proc").join(pid.to_string()).join(name)).unwrap_or_default()
+        };
+        let line = read("cmdline");
+        read("comm").starts_with(b"criu") || line.windows(5).any(|part| part == b"/criu")
+    };
+    // Only processes of this run: another lab's CRIU is none of our business.
+    let ours = netns::processes(world.run.names)
+        .into_iter()
+        .filter(is_criu);
+    ours.filter_map(Pid::from_raw).collect()
+}
+
+/// Starts a killed agent again and has both agents settle what is unfinished.
+///
+/// # Errors
+/// When an agent does not come up again.
+pub fn recover(
+    victim: Victim,
+    world: &World,
+    actors: &mut Actors,
+    progress: &Progress,
+) -> Result<()> {
+    match victim {
+        Victim::SourceAgent => actors.restart_agent(world, 0)?,
+        Victim::TargetAgent => actors.restart_agent(world, 1)?,
+        Victim::Criu => {}
+    }
+    for site in [1, 0] {
+        match actors.recover(site) {
+            Ok(said) => progress.say(format!(
+                "recover at the {}: {}",
+                netns::SITES[site],
+                said.trim()
+            )),
+            Err(error) => progress.say(format!(
+                "recover at the {} failed: {error}",
+                netns::SITES[site]
+            )),
+        }
+    }
+    Ok(())
+}
