@@ -56,6 +56,15 @@ pub(crate) fn prepare(root: &Root, base: &Manifest, new: &[Entry]) -> Result<(),
     {
         remove(root, old)?;
     }
+    for entry in new {
+        // What a file no longer has is given back before the new blocks need room.
+        let old = matching(&base.entries, &entry.path).filter(|old| entry.size() < old.size());
+        if let (Kind::File { size }, Some(_)) = (&entry.kind, old) {
+            let file = open_file(root, &entry.path)?;
+            rustix::fs::ftruncate(&file, *size)
+                .map_err(|errno| FilesError::write(root.shown(&entry.path), errno))?;
+        }
+    }
     for entry in new.iter().filter(|entry| entry.kind == Kind::Directory) {
         let failed = |errno| FilesError::write(root.shown(&entry.path), errno);
         let place = root.parent(&entry.path).map_err(failed)?;

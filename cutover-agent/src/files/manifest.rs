@@ -51,6 +51,9 @@ pub enum Kind {
     Fifo,
 }
 
+/// Extended attributes by name, sorted.
+pub type Attributes = Vec<(Vec<u8>, Vec<u8>)>;
+
 /// One entry of a tree, without its content.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Entry {
@@ -67,7 +70,7 @@ pub struct Entry {
     /// Modification time: nanoseconds since 1970.
     pub mtime_ns: i64,
     /// Extended attributes by name (POSIX ACLs and overlayfs' marks are among them).
-    pub attributes: Vec<(Vec<u8>, Vec<u8>)>,
+    pub attributes: Attributes,
 }
 
 impl Entry {

@@ -11,6 +11,8 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, ResolveFlags, Stat};
 use rustix::io::Errno;
 
+use super::manifest::Attributes;
+
 /// An open directory and the path it was opened by, for messages.
 #[derive(Debug)]
 pub struct Root {
@@ -97,7 +99,7 @@ impl Place {
     }
 
     /// The extended attributes by name, sorted; empty where the file system has none.
-    pub(crate) fn attributes(&self) -> Result<Vec<(Vec<u8>, Vec<u8>)>, Errno> {
+    pub(crate) fn attributes(&self) -> Result<Attributes, Errno> {
         let path = self.through_proc();
         let mut names = Vec::new();
         let listed = grow(256, |buffer| rustix::fs::llistxattr(&path, buffer));

@@ -1,7 +1,7 @@
 //! The source's end of a round: walk, compare, read, send, seal.
 
 use std::collections::HashMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -466,8 +466,8 @@ impl Sender {
     }
 }
 
-fn walk_tree(path: &PathBuf, cancel: &AtomicBool) -> Result<(Root, Walked), TransferError> {
-    let root = Root::open(path).map_err(|errno| FilesError::read(path.clone(), errno))?;
+fn walk_tree(path: &Path, cancel: &AtomicBool) -> Result<(Root, Walked), TransferError> {
+    let root = Root::open(path).map_err(|errno| FilesError::read(path.to_owned(), errno))?;
     let walked = walk::walk(&root, cancel)?;
     Ok((root, walked))
 }

@@ -1,14 +1,12 @@
 //! Trees moved between two agents over mutual TLS on loopback, compared entry by entry.
 
-mod peers;
-
 use std::fs;
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, symlink};
 use std::path::Path;
 use std::time::Duration;
 
+use crate::world::{LIMIT, World, picture, volume};
 use cutover_agent::transfer::{Fault, SyncOptions, TransferError, TreeName};
-use peers::{LIMIT, World, picture, volume};
 
 fn pattern(seed: u64, bytes: usize) -> Vec<u8> {
     let mut data = vec![0; bytes];

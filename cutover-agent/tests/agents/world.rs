@@ -13,16 +13,16 @@ use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 
 /// Generous: only a hang runs into it.
-pub const LIMIT: Duration = Duration::from_secs(60);
-pub const TIMEOUTS: PeerTimeouts = PeerTimeouts {
+pub(crate) const LIMIT: Duration = Duration::from_secs(60);
+pub(crate) const TIMEOUTS: PeerTimeouts = PeerTimeouts {
     connect: Duration::from_secs(10),
     dead_after: Duration::from_secs(5),
 };
 
 /// Answers with what it got, and counts.
 #[derive(Default)]
-pub struct Echo {
-    pub ended: tokio::sync::Notify,
+pub(crate) struct Echo {
+    pub(crate) ended: tokio::sync::Notify,
 }
 
 impl Handler for Echo {
@@ -39,14 +39,14 @@ impl Handler for Echo {
 }
 
 /// A folder with certificates and trees, and a target that serves `db/volume` and `web/upper`.
-pub struct World {
-    pub folder: tempfile::TempDir,
-    pub addr: SocketAddr,
-    pub handler: Arc<Echo>,
+pub(crate) struct World {
+    pub(crate) folder: tempfile::TempDir,
+    pub(crate) addr: SocketAddr,
+    pub(crate) handler: Arc<Echo>,
     tasks: JoinSet<()>,
 }
 
-pub fn identity(folder: &Path, role: &str) -> TlsPaths {
+pub(crate) fn identity(folder: &Path, role: &str) -> TlsPaths {
     TlsPaths {
         ca: folder.join("ca.pem"),
         certificate: folder.join(format!("{role}.pem")),
@@ -55,11 +55,11 @@ pub fn identity(folder: &Path, role: &str) -> TlsPaths {
 }
 
 impl World {
-    pub async fn new() -> Self {
+    pub(crate) async fn new() -> Self {
         Self::within(tempfile::tempdir().unwrap()).await
     }
 
-    pub async fn within(folder: tempfile::TempDir) -> Self {
+    pub(crate) async fn within(folder: tempfile::TempDir) -> Self {
         pki::create(&folder.path().join("tls")).unwrap();
         std::fs::create_dir(folder.path().join("here")).unwrap();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -93,7 +93,7 @@ impl World {
     }
 
     /// Stops the target as a crash would, and starts a new one at the same place.
-    pub async fn restart(&mut self) {
+    pub(crate) async fn restart(&mut self) {
         self.tasks.shutdown().await;
         let socket = tokio::net::TcpSocket::new_v4().unwrap();
         socket.set_reuseaddr(true).unwrap();
@@ -101,7 +101,7 @@ impl World {
         self.start(socket.listen(64).unwrap());
     }
 
-    pub fn tls(&self) -> ClientTls {
+    pub(crate) fn tls(&self) -> ClientTls {
         ClientTls::load(
             &identity(&self.folder.path().join("tls"), "source"),
             "target",
@@ -109,35 +109,35 @@ impl World {
         .unwrap()
     }
 
-    pub async fn connect(&self) -> Session {
+    pub(crate) async fn connect(&self) -> Session {
         self.try_connect(self.tls()).await.unwrap()
     }
 
-    pub async fn try_connect(&self, tls: ClientTls) -> Result<Session, PeerError> {
+    pub(crate) async fn try_connect(&self, tls: ClientTls) -> Result<Session, PeerError> {
         peer::connect(self.addr, tls, TIMEOUTS, 4).await
     }
 
-    pub fn here(&self) -> PathBuf {
+    pub(crate) fn here(&self) -> PathBuf {
         self.folder.path().join("here")
     }
 
-    pub fn there(&self) -> PathBuf {
+    pub(crate) fn there(&self) -> PathBuf {
         self.folder.path().join("there/db/volume")
     }
 
-    pub async fn sync(&self, session: &Session) -> Result<SyncReport, TransferError> {
+    pub(crate) async fn sync(&self, session: &Session) -> Result<SyncReport, TransferError> {
         session
             .sync(&volume(), &self.here(), SyncOptions::live(LIMIT))
             .await
     }
 }
 
-pub fn volume() -> TreeName {
+pub(crate) fn volume() -> TreeName {
     TreeName::new("db/volume").unwrap()
 }
 
 /// Everything about a tree that has to be equal, as text: one line per entry.
-pub fn picture(root: &Path) -> Vec<String> {
+pub(crate) fn picture(root: &Path) -> Vec<String> {
     let mut lines = Vec::new();
     draw(root, Path::new(""), &mut lines);
     lines.sort();

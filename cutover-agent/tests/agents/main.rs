@@ -1,0 +1,8 @@
+//! Two agents on loopback, with real certificates, sockets and trees.
+#![allow(clippy::unwrap_used)] // a test that cannot build its world has nothing better to do
+
+mod peer;
+mod property;
+mod speed;
+mod transfer;
+mod world;

@@ -1,0 +1,296 @@
+//! Connections: who is let in, who is refused with which words, and how a dead peer is noticed.
+
+use std::fs;
+use std::time::Duration;
+
+use cutover_agent::peer::{self, PeerError, PeerTimeouts, Refusal};
+use cutover_agent::pki;
+use cutover_agent::tls::ClientTls;
+use cutover_agent::transfer::{SyncOptions, TransferError};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+
+use crate::world::{LIMIT, TIMEOUTS, World, identity, picture, volume};
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_request_is_answered_and_a_round_trip_measured() {
+    let world = World::new().await;
+    let session = world.connect().await;
+    let answer: String = session.call(&"well", LIMIT).await.unwrap();
+    assert_eq!(answer, "well indeed");
+    assert!(session.round_trip(3, LIMIT).await.unwrap() < LIMIT);
+    assert!(
+        session
+            .measure(4 << 20, LIMIT)
+            .await
+            .unwrap()
+            .bytes_per_second
+            > 1e6
+    );
+    let wrong: Result<String, _> = session.call(&(1_u8, 255_u8, 3_u8), LIMIT).await;
+    assert!(matches!(wrong, Err(PeerError::Vocabulary)), "{wrong:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_certificate_of_another_authority_is_refused_on_both_sides() {
+    let world = World::new().await;
+    let foreign = world.folder.path().join("foreign");
+    pki::create(&foreign).unwrap();
+    let theirs = ClientTls::load(&identity(&foreign, "source"), "target").unwrap();
+    let text = world.try_connect(theirs).await.unwrap_err().to_string();
+    assert!(text.contains("both sites need the same ca.pem"), "{text}");
+    let mut mixed = identity(&foreign, "source");
+    mixed.ca = world.folder.path().join("tls/ca.pem");
+    let text = world
+        .try_connect(ClientTls::load(&mixed, "target").unwrap())
+        .await
+        .unwrap_err()
+        .to_string();
+    assert!(text.contains("the peer refused our certificate"), "{text}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_certificate_of_the_wrong_role_is_refused_on_both_sides() {
+    let world = World::new().await;
+    let tls = world.folder.path().join("tls");
+    let posing = ClientTls::load(&identity(&tls, "target"), "target").unwrap();
+    let refused = world.try_connect(posing).await.unwrap_err();
+    assert!(
+        matches!(
+            &refused,
+            PeerError::Refused {
+                refusal: Refusal::Role(_),
+                ..
+            }
+        ),
+        "{refused}"
+    );
+    assert!(
+        refused.to_string().contains("not made out to \"source\""),
+        "{refused}"
+    );
+    let other = ClientTls::load(&identity(&tls, "source"), "source").unwrap();
+    let text = world.try_connect(other).await.unwrap_err().to_string();
+    assert!(text.contains("not made out to \"source\""), "{text}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_second_session_is_refused_while_the_first_lives_and_let_in_when_it_is_gone() {
+    let world = World::new().await;
+    let first = world.connect().await;
+    let short = PeerTimeouts {
+        connect: Duration::from_millis(150),
+        ..TIMEOUTS
+    };
+    let second = peer::connect(world.addr, world.tls(), short, 1)
+        .await
+        .unwrap_err();
+    assert!(
+        matches!(
+            second,
+            PeerError::Deadline { .. }
+                | PeerError::Refused {
+                    refusal: Refusal::Busy,
+                    ..
+                }
+        ),
+        "{second}"
+    );
+    let answer: String = first.call(&"still here", LIMIT).await.unwrap();
+    assert_eq!(answer, "still here indeed");
+    drop(first);
+    world.connect().await;
+    world.handler.ended.notified().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_port_nobody_listens_on_is_said_at_once() {
+    let world = World::new().await;
+    let free = TcpListener::bind("127.0.0.1:0")
+        .await
+        .unwrap()
+        .local_addr()
+        .unwrap();
+    let text = peer::connect(free, world.tls(), TIMEOUTS, 1)
+        .await
+        .unwrap_err()
+        .to_string();
+    assert!(text.contains("is the agent running there"), "{text}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn garbage_instead_of_tls_hurts_nobody() {
+    let world = World::new().await;
+    let mut stream = TcpStream::connect(world.addr).await.unwrap();
+    stream.write_all(&[0x55; 3000]).await.unwrap();
+    let mut end = Vec::new();
+    // Closed or reset, whichever comes first.
+    let _ = stream.read_to_end(&mut end).await;
+    world.connect().await;
+}
+
+/// A cable between source and target that can be cut, and counts what it carried.
+struct Cable {
+    addr: std::net::SocketAddr,
+    cut: watch::Sender<Cut>,
+    carried: watch::Receiver<u64>,
+    _tasks: JoinSet<()>,
+}
+
+#[derive(Clone, Copy, PartialEq)]
+enum Cut {
+    Whole,
+    /// Nothing passes, nothing is reset: as a dead router.
+    Silent,
+    /// Every connection is closed.
+    Closed,
+}
+
+impl Cable {
+    async fn to(target: std::net::SocketAddr) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let addr = listener.local_addr().unwrap();
+        let (cut, _) = watch::channel(Cut::Whole);
+        let (count, carried) = watch::channel(0);
+        let mut tasks = JoinSet::new();
+        let switch = cut.clone();
+        tasks.spawn(async move {
+            let mut wires = JoinSet::new();
+            while let Ok((near, _)) = listener.accept().await {
+                let far = TcpStream::connect(target).await.unwrap();
+                let (near_read, near_write) = near.into_split();
+                let (far_read, far_write) = far.into_split();
+                wires.spawn(wire(
+                    near_read,
+                    far_write,
+                    switch.subscribe(),
+                    count.clone(),
+                ));
+                wires.spawn(wire(
+                    far_read,
+                    near_write,
+                    switch.subscribe(),
+                    count.clone(),
+                ));
+            }
+        });
+        Self {
+            addr,
+            cut,
+            carried,
+            _tasks: tasks,
+        }
+    }
+}
+
+async fn wire<R, W>(
+    mut read: R,
+    mut write: W,
+    mut cut: watch::Receiver<Cut>,
+    count: watch::Sender<u64>,
+) where
+    R: AsyncReadExt + Unpin,
+    W: AsyncWriteExt + Unpin,
+{
+    let mut buffer = vec![0; 64 << 10];
+    loop {
+        let state = *cut.borrow_and_update();
+        match state {
+            Cut::Closed => return,
+            Cut::Silent => {
+                if cut.changed().await.is_err() {
+                    return;
+                }
+            }
+            Cut::Whole => tokio::select! {
+                _ = cut.changed() => {}
+                got = read.read(&mut buffer) => match got {
+                    Ok(bytes) if bytes > 0 && write.write_all(&buffer[..bytes]).await.is_ok() => {
+                        count.send_modify(|all| *all += bytes as u64);
+                    }
+                    _ => return,
+                },
+            },
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_silent_link_is_noticed_by_the_heartbeat_on_both_sides() {
+    let world = World::new().await;
+    let cable = Cable::to(world.addr).await;
+    let timeouts = PeerTimeouts {
+        dead_after: Duration::from_millis(300),
+        ..TIMEOUTS
+    };
+    let session = peer::connect(cable.addr, world.tls(), timeouts, 2)
+        .await
+        .unwrap();
+    cable.cut.send_replace(Cut::Silent);
+    assert_eq!(session.lost().await, "no sign of life for 300 ms");
+    assert!(!session.is_alive());
+    let answer: Result<String, _> = session.call(&"anybody?", LIMIT).await;
+    assert!(answer.unwrap_err().to_string().contains("no sign of life"));
+    world.handler.ended.notified().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cut_in_the_middle_fails_the_round_and_the_next_one_moves_only_the_rest() {
+    let world = World::new().await;
+    let cable = Cable::to(world.addr).await;
+    let mut data = vec![0; 60 << 20];
+    blake3::Hasher::new().finalize_xof().fill(&mut data);
+    fs::write(world.here().join("big"), data).unwrap();
+    let session = peer::connect(cable.addr, world.tls(), TIMEOUTS, 4)
+        .await
+        .unwrap();
+    let mut carried = cable.carried.clone();
+    let (outcome, _) = tokio::join!(world.sync(&session), async {
+        carried.wait_for(|bytes| *bytes > 30 << 20).await.unwrap();
+        cable.cut.send_replace(Cut::Closed);
+    });
+    let error = outcome.unwrap_err();
+    assert!(
+        matches!(error, TransferError::Peer(PeerError::Lost { .. })),
+        "{error}"
+    );
+    assert!(
+        world.sync(&session).await.is_err(),
+        "a lost session stays lost"
+    );
+    let session = world.connect().await;
+    let rest = world.sync(&session).await.unwrap();
+    assert!(rest.bytes_data < 45 << 20, "{rest:?}");
+    assert_eq!(picture(&world.here()), picture(&world.there()));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_target_that_dies_is_noticed_at_once_and_a_new_one_takes_over() {
+    let mut world = World::new().await;
+    fs::write(world.here().join("x"), vec![7; 1 << 20]).unwrap();
+    let session = world.connect().await;
+    world.sync(&session).await.unwrap();
+    world.restart().await;
+    session.lost().await;
+    drop(session);
+    let session = world.connect().await;
+    let report = world.sync(&session).await.unwrap();
+    assert_eq!(report.bytes_data, 0, "it is all there still");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_the_target_forgot_is_asked_for_again() {
+    let world = World::new().await;
+    fs::write(world.here().join("x"), vec![7; 1 << 20]).unwrap();
+    let session = world.connect().await;
+    world.sync(&session).await.unwrap();
+    fs::write(world.there().join("x"), "a restored container wrote here").unwrap();
+    session.forget(&volume(), LIMIT).await.unwrap();
+    session
+        .sync(&volume(), &world.here(), SyncOptions::live(LIMIT))
+        .await
+        .unwrap();
+    assert_eq!(picture(&world.here()), picture(&world.there()));
+}

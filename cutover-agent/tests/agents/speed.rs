@@ -1,0 +1,146 @@
+//! How fast a round is; run by hand: `cargo test --release --test agents speed -- --ignored --nocapture --test-threads 1`.
+
+use std::fs;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use cutover_agent::transfer::{SyncOptions, SyncReport, TreeName};
+
+use crate::world::{LIMIT, World, volume};
+
+/// Pages as a checkpoint of a database has them: a fifth zero, half text-like, the rest noise.
+fn images(folder: &Path, mib: usize) {
+    fs::create_dir_all(folder).unwrap();
+    let mut noise = blake3::Hasher::new().finalize_xof();
+    let mut page = [0; 4096];
+    let mut data = Vec::with_capacity(mib << 20);
+    for number in 0..mib << 8 {
+        noise.fill(&mut page);
+        match number % 10 {
+            0 | 1 => page.fill(0),
+            2..=7 => page.iter_mut().enumerate().for_each(|(at, byte)| {
+                if at % 8 != 0 {
+                    *byte = b"innodb_record_"[(at + number) % 14];
+                }
+            }),
+            _ => {}
+        }
+        data.extend_from_slice(&page);
+    }
+    fs::write(folder.join("pages-1.img"), &data[..data.len() / 2]).unwrap();
+    fs::write(folder.join("pages-2.img"), &data[data.len() / 2..]).unwrap();
+    for number in 0..60 {
+        fs::write(
+            folder.join(format!("core-{number}.img")),
+            &data[number * 4096..][..2000],
+        )
+        .unwrap();
+    }
+}
+
+/// CPU seconds of the process so far, both ends together: on a busy machine more telling than the clock.
+fn cpu_seconds() -> f64 {
+    let stat = fs::read_to_string("/proc/self/stat").unwrap();
+    let fields: Vec<&str> = stat
+        .rsplit(')')
+        .next()
+        .unwrap()
+        .split_whitespace()
+        .collect();
+    (fields[11].parse::<f64>().unwrap() + fields[12].parse::<f64>().unwrap()) / 100.0
+}
+
+fn show(what: &str, report: &SyncReport) {
+    let mb = |bytes: u64| bytes as f64 / 1e6;
+    println!(
+        "{what}: {:.3} s, {:.1} MB read, {:.1} MB data, {:.1} MB on the wire",
+        report.took.as_secs_f64(),
+        mb(report.bytes_read),
+        mb(report.bytes_data),
+        mb(report.bytes_wire)
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "a measurement"]
+async fn a_hundred_and_fifty_megabytes_of_images_and_a_database_delta() {
+    let shm = tempfile::tempdir_in("/dev/shm").unwrap();
+    let world = World::within(shm).await;
+    let session = world.connect().await;
+    let before = cpu_seconds();
+    println!("{:?}", session.measure(64 << 20, LIMIT).await.unwrap());
+    println!("CPU {:.2} s", cpu_seconds() - before);
+    let pages = world.folder.path().join("images");
+    images(&pages, 150);
+    let before = cpu_seconds();
+    let upper = TreeName::new("web/upper").unwrap();
+    show(
+        "new images, 150 MB",
+        &session
+            .sync(&upper, &pages, SyncOptions::images(LIMIT))
+            .await
+            .unwrap(),
+    );
+    let again = SyncOptions::frozen(LIMIT, Default::default());
+    show(
+        "same images, frozen",
+        &session.sync(&upper, &pages, again.clone()).await.unwrap(),
+    );
+    println!("CPU {:.2} s", cpu_seconds() - before);
+    images(&world.here(), 150);
+    show("database, first", &world.sync(&session).await.unwrap());
+    let file = fs::OpenOptions::new()
+        .write(true)
+        .open(world.here().join("pages-1.img"))
+        .unwrap();
+    for number in 0..100 {
+        file.write_all_at(b"row", number * 500_000).unwrap();
+    }
+    session.drop_tree(&upper, LIMIT).await.unwrap();
+    let fresh = SyncOptions::images(LIMIT);
+    let (start, before) = (std::time::Instant::now(), cpu_seconds());
+    let (volume, here) = (volume(), world.here());
+    let (delta, fresh) = tokio::join!(
+        session.sync(&volume, &here, again),
+        session.sync(&upper, &pages, fresh)
+    );
+    show("frozen: database delta", &delta.unwrap());
+    show("frozen: new images beside it", &fresh.unwrap());
+    println!(
+        "both: {:.3} s, CPU {:.2} s",
+        start.elapsed().as_secs_f64(),
+        cpu_seconds() - before
+    );
+    let status = fs::read_to_string("/proc/self/status").unwrap();
+    println!(
+        "{}",
+        status
+            .lines()
+            .find(|line| line.starts_with("VmHWM"))
+            .unwrap()
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "a measurement"]
+async fn a_hundred_thousand_small_files() {
+    let shm = tempfile::tempdir_in("/dev/shm").unwrap();
+    let world = World::within(shm).await;
+    for folder in 0..100 {
+        let path = world.here().join(format!("d{folder}"));
+        fs::create_dir(&path).unwrap();
+        for file in 0..1000 {
+            fs::write(
+                path.join(format!("f{file}")),
+                format!("{folder} {file} ").repeat(50),
+            )
+            .unwrap();
+        }
+    }
+    let session = world.connect().await;
+    show("100,000 files, first", &world.sync(&session).await.unwrap());
+    show(
+        "100,000 files, nothing changed",
+        &world.sync(&session).await.unwrap(),
+    );
+}
