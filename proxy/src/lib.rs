@@ -1,1 +1,22 @@
-//! Stub
+//! Hopgate's proxy: it forwards, holds and releases. It never decides who serves; a register does, and only
+//! commands with the right epoch change it.
+//!
+//! Start with [`config::Config::load`] and [`Proxy::start`]; `docs/life-of-a-request.md` walks through the rest.
+
+mod access_log;
+mod buffer;
+pub mod config;
+pub mod control;
+pub mod error;
+pub mod http;
+mod listen;
+mod metrics;
+mod proxy;
+mod service;
+mod stream;
+mod tcp;
+mod worker;
+
+pub use control::server::ControlError;
+pub use proxy::{Proxy, StartError};
+pub use service::StateError;

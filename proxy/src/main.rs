@@ -1,2 +1,109 @@
-//! Entry point.
-fn main() {}
+//! `hopgate-proxy`: the command line. `run` serves, `check` looks at a configuration, `ctl` commands a running proxy.
+
+mod ctl;
+
+use std::io::IsTerminal;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::Context;
+use clap::{Parser, Subcommand};
+use hopgate_proxy::Proxy;
+use hopgate_proxy::config::Config;
+use tokio::signal::unix::{SignalKind, signal};
+use tracing_subscriber::EnvFilter;
+
+/// A data-plane reverse proxy that forwards, holds and releases.
+#[derive(Debug, Parser)]
+#[command(version)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Subcommands,
+}
+
+#[derive(Debug, Subcommand)]
+enum Subcommands {
+    /// Serve until SIGTERM or SIGINT.
+    Run {
+        /// The configuration, TOML.
+        #[arg(long)]
+        config: PathBuf,
+    },
+    /// Read a configuration and say what is wrong with it.
+    Check {
+        /// The configuration, TOML.
+        #[arg(long)]
+        config: PathBuf,
+    },
+    /// Command a running proxy.
+    Ctl(ctl::Arguments),
+}
+
+/// Exit codes: 0 done, 1 failed or refused, 2 usage or configuration, 3 not drained.
+fn main() -> ExitCode {
+    let outcome = match Arguments::parse().command {
+        Subcommands::Run { config } => run(&config),
+        Subcommands::Check { config } => check(&config),
+        Subcommands::Ctl(arguments) => ctl::execute(&arguments),
+    };
+    match outcome {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("hopgate-proxy: {error:#}");
+            let bad_config = error.is::<hopgate_proxy::config::ConfigError>();
+            ExitCode::from(if bad_config { 2 } else { 1 })
+        }
+    }
+}
+
+fn check(path: &std::path::Path) -> anyhow::Result<ExitCode> {
+    let config = Config::load(path)?;
+    for service in &config.services {
+        println!(
+            "{}: {} -> source {}, target {}",
+            service.name, service.listen, service.source, service.target
+        );
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn run(path: &std::path::Path) -> anyhow::Result<ExitCode> {
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .init();
+    let config = Config::load(path)?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("cannot start")?;
+    runtime.block_on(async {
+        // Listening for signals begins before serving does: no early signal is lost.
+        let mut terminate = signal(SignalKind::terminate()).context("cannot wait for signals")?;
+        let mut interrupt = signal(SignalKind::interrupt()).context("cannot wait for signals")?;
+        let proxy = Proxy::start(&config)?;
+        for service in &config.services {
+            if let (Some(address), Some(status)) = (proxy.address(service.name.as_str()), proxy.status(&service.name)) {
+                let (gate, register) = (status.gate, status.register);
+                tracing::info!(service = %service.name, %address, ?gate, epoch = %register.epoch, owner = %register.owner, "serving");
+            }
+        }
+        tracing::info!(
+            workers = config.workers,
+            connections_max = config.limits.connections_max,
+            held_max = config.limits.held_max,
+            control = %config.control.display(),
+            "ready"
+        );
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+        tracing::info!(limit_ms = config.limits.shutdown_max.as_millis(), "stopping: no new clients, finishing what runs");
+        proxy.stop(config.limits.shutdown_max);
+        tracing::info!("stopped");
+        Ok(ExitCode::SUCCESS)
+    })
+}

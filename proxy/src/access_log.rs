@@ -1,0 +1,270 @@
+//! The access log: one line a request, written by a thread of its own so that no worker waits for a disk.
+//!
+//! The queue is bounded; when the disk cannot follow, lines are dropped and counted, requests are not delayed.
+
+use std::fmt::{self, Write as _};
+use std::fs::File;
+use std::io::{self, BufWriter, Write};
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
+use std::thread::JoinHandle;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use crate::config::LogTarget;
+use crate::error::RequestError;
+use crate::http::connection::Served;
+use crate::http::request::RequestId;
+use crate::listen::port::{Passage, Port};
+use crate::tcp::copy::Moved;
+
+/// Lines that may wait for the disk.
+const QUEUE_LINES_MAX: usize = 8192;
+
+/// A worker's end of the log.
+#[derive(Debug, Clone)]
+pub(crate) struct AccessLog {
+    lines: SyncSender<String>,
+    dropped: Arc<AtomicU64>,
+}
+
+impl AccessLog {
+    /// Opens the log and starts its thread, which ends when the last worker's end is dropped.
+    pub(crate) fn open(target: &LogTarget) -> io::Result<(Self, JoinHandle<()>)> {
+        let out: Box<dyn Write + Send> = match target {
+            LogTarget::Stdout => Box::new(io::stdout()),
+            LogTarget::File(path) => {
+                Box::new(File::options().create(true).append(true).open(path)?)
+            }
+        };
+        let (lines, receiver) = sync_channel(QUEUE_LINES_MAX);
+        let thread = std::thread::Builder::new().name("access-log".to_owned());
+        let thread = thread.spawn(move || write_lines(&receiver, BufWriter::new(out)))?;
+        Ok((
+            Self {
+                lines,
+                dropped: Arc::default(),
+            },
+            thread,
+        ))
+    }
+
+    pub(crate) fn write(&self, line: &Line<'_>) {
+        if let Err(TrySendError::Full(_)) = self.lines.try_send(line.to_string()) {
+            self.dropped.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// Lines lost to a slow disk.
+    pub(crate) fn dropped(&self) -> u64 {
+        self.dropped.load(Ordering::Relaxed)
+    }
+}
+
+/// Writes what has queued up, then flushes: nothing stays in memory while the proxy is quiet.
+fn write_lines(lines: &Receiver<String>, mut out: BufWriter<Box<dyn Write + Send>>) {
+    while let Ok(first) = lines.recv() {
+        let queued = std::iter::once(first).chain(lines.try_iter());
+        for line in queued.take(QUEUE_LINES_MAX) {
+            if let Err(error) = writeln!(out, "{line}") {
+                tracing::warn!("the access log cannot be written: {error}");
+            }
+        }
+        if let Err(error) = out.flush() {
+            tracing::warn!("the access log cannot be written: {error}");
+        }
+    }
+}
+
+/// One line.
+#[derive(Debug)]
+pub(crate) struct Line<'l> {
+    service: &'l str,
+    client: SocketAddr,
+    what: What<'l>,
+    status: u16,
+    bytes: u64,
+    age: Duration,
+    held: Duration,
+    upstream: Option<(SocketAddr, cutover_protocol::id::Register)>,
+    id: RequestId,
+}
+
+#[derive(Debug)]
+enum What<'l> {
+    Request(&'l [u8]),
+    Refused(&'l RequestError),
+    Tcp,
+}
+
+impl<'l> Line<'l> {
+    /// Of a request that was understood, whatever became of it.
+    pub(crate) fn served(port: &'l Port, client: SocketAddr, served: &'l Served) -> Self {
+        Self {
+            service: port.service.name().as_str(),
+            client,
+            what: What::Request(served.line()),
+            status: served.progress.status.get(),
+            bytes: served.progress.answered.get(),
+            age: served.age(),
+            held: served.passage.held,
+            upstream: upstream(port, &served.passage),
+            id: served.id,
+        }
+    }
+
+    /// Of bytes that were no acceptable request.
+    pub(crate) fn refused(
+        port: &'l Port,
+        client: SocketAddr,
+        status: u16,
+        bytes: usize,
+        error: &'l RequestError,
+    ) -> Self {
+        Self {
+            service: port.service.name().as_str(),
+            client,
+            what: What::Refused(error),
+            status,
+            bytes: bytes as u64,
+            age: Duration::ZERO,
+            held: Duration::ZERO,
+            upstream: None,
+            id: port.next_id(),
+        }
+    }
+
+    /// Of a raw connection; its status is 200 when it reached the upstream.
+    pub(crate) fn raw(
+        port: &'l Port,
+        client: SocketAddr,
+        id: RequestId,
+        passage: &Passage,
+        outcome: &Result<Moved, RequestError>,
+    ) -> Self {
+        Self {
+            service: port.service.name().as_str(),
+            client,
+            what: What::Tcp,
+            status: if outcome.is_ok() { 200 } else { 0 },
+            bytes: outcome.as_ref().map_or(0, |moved| moved.to_client),
+            age: passage.arrival.elapsed(),
+            held: passage.held,
+            upstream: upstream(port, passage),
+            id,
+        }
+    }
+}
+
+fn upstream(
+    port: &Port,
+    passage: &Passage,
+) -> Option<(SocketAddr, cutover_protocol::id::Register)> {
+    passage
+        .register
+        .map(|register| (port.service.upstream(register.owner), register))
+}
+
+impl fmt::Display for Line<'_> {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let now = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .unwrap_or_default();
+        write_time(out, now)?;
+        write!(
+            out,
+            " service={} client={} request=\"",
+            self.service, self.client
+        )?;
+        match self.what {
+            What::Request(line) => write_quoted(out, line)?,
+            What::Refused(error) => write!(out, "({error})")?,
+            What::Tcp => out.write_str("tcp")?,
+        }
+        let (age, held) = (
+            self.age.as_secs_f64() * 1000.0,
+            self.held.as_secs_f64() * 1000.0,
+        );
+        write!(
+            out,
+            "\" status={} bytes={} duration_ms={age:.3} held_ms={held:.3}",
+            self.status, self.bytes
+        )?;
+        match self.upstream {
+            Some((address, register)) => {
+                write!(
+                    out,
+                    " upstream={address} site={} epoch={}",
+                    register.owner, register.epoch
+                )?;
+            }
+            None => out.write_str(" upstream=- site=- epoch=-")?,
+        }
+        write!(out, " id={}", self.id)
+    }
+}
+
+/// Quotes and backslashes escaped; other bytes of a request line are visible characters already.
+fn write_quoted(out: &mut fmt::Formatter<'_>, text: &[u8]) -> fmt::Result {
+    for character in String::from_utf8_lossy(text).chars() {
+        match character {
+            '"' | '\\' => write!(out, "\\{character}")?,
+            _ => out.write_char(character)?,
+        }
+    }
+    Ok(())
+}
+
+/// RFC 3339 in UTC, to the millisecond.
+fn write_time(out: &mut impl fmt::Write, since_1970: Duration) -> fmt::Result {
+    let seconds = since_1970.as_secs();
+    let (year, month, day) = date(seconds / 86_400);
+    let (hour, minute, second) = (seconds / 3600 % 24, seconds / 60 % 60, seconds % 60);
+    let millisecond = since_1970.subsec_millis();
+    write!(
+        out,
+        "{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}.{millisecond:03}Z"
+    )
+}
+
+/// Gregorian date of a day counted from 1970-01-01, by 400-year eras that begin on 1 March (so that the leap day
+/// is the last of its year): 719,468 days lie between 0000-03-01 and 1970-01-01.
+const fn date(days: u64) -> (u64, u64, u64) {
+    let days = days + 719_468;
+    let era = days / 146_097;
+    let of_era = days % 146_097;
+    let year_of_era = (of_era - of_era / 1_460 + of_era / 36_524 - of_era / 146_096) / 365;
+    let of_year = of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let march_month = (5 * of_year + 2) / 153;
+    let day = of_year - (153 * march_month + 2) / 5 + 1;
+    let month = if march_month < 10 {
+        march_month + 3
+    } else {
+        march_month - 9
+    };
+    let year = year_of_era + era * 400 + if month <= 2 { 1 } else { 0 };
+    (year, month, day)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_time_is_written_as_calendars_have_it() {
+        let write = |seconds, ms| {
+            let mut out = String::new();
+            write_time(
+                &mut out,
+                Duration::from_secs(seconds) + Duration::from_millis(ms),
+            )
+            .unwrap();
+            out
+        };
+        assert_eq!(write(0, 0), "1970-01-01T00:00:00.000Z");
+        assert_eq!(write(951_782_399, 7), "2000-02-28T23:59:59.007Z");
+        assert_eq!(write(951_782_400, 0), "2000-02-29T00:00:00.000Z");
+        assert_eq!(write(1_795_564_800, 0), "2026-11-25T00:00:00.000Z");
+    }
+}

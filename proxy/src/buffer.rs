@@ -1,0 +1,138 @@
+//! Byte buffers that are lent, not owned: a worker keeps a few, a connection borrows one while bytes are under way
+//! and gives it back when it falls idle or is held.
+
+use std::cell::RefCell;
+use std::rc::Rc;
+
+/// Buffers a worker keeps for later; more than that are freed.
+const SPARE_MAX: usize = 64;
+
+/// A run of bytes with room behind it.
+#[derive(Debug, Default)]
+pub(crate) struct Buffer {
+    bytes: Vec<u8>,
+    start: usize,
+    end: usize,
+}
+
+impl Buffer {
+    fn with_size(size: usize) -> Self {
+        Self {
+            bytes: vec![0; size],
+            start: 0,
+            end: 0,
+        }
+    }
+
+    /// What has been read and not consumed.
+    pub(crate) fn filled(&self) -> &[u8] {
+        &self.bytes[self.start..self.end]
+    }
+
+    /// The same, to be changed in place.
+    pub(crate) fn filled_mut(&mut self) -> &mut [u8] {
+        &mut self.bytes[self.start..self.end]
+    }
+
+    /// Whether nothing is left to consume.
+    pub(crate) const fn is_empty(&self) -> bool {
+        self.start == self.end
+    }
+
+    /// Takes bytes off the front.
+    pub(crate) fn consume(&mut self, count: usize) {
+        self.start = (self.start + count).min(self.end);
+        if self.start == self.end {
+            self.start = 0;
+            self.end = 0;
+        }
+    }
+
+    /// Room for the next read; moves what is filled to the front when there is none behind it. Empty only when the
+    /// buffer is full.
+    pub(crate) fn room(&mut self) -> &mut [u8] {
+        if self.end == self.bytes.len() && self.start > 0 {
+            self.bytes.copy_within(self.start..self.end, 0);
+            self.end -= self.start;
+            self.start = 0;
+        }
+        &mut self.bytes[self.end..]
+    }
+
+    /// Says how much of the room was filled.
+    pub(crate) fn advance(&mut self, count: usize) {
+        self.end = (self.end + count).min(self.bytes.len());
+    }
+}
+
+/// A worker's spare buffers, all of one size.
+#[derive(Debug)]
+pub(crate) struct Buffers {
+    size: usize,
+    spare: RefCell<Vec<Buffer>>,
+    outputs: RefCell<Vec<Vec<u8>>>,
+}
+
+impl Buffers {
+    /// `size` bounds the longest head and the largest single read.
+    pub(crate) fn new(size: usize) -> Rc<Self> {
+        Rc::new(Self {
+            size,
+            spare: RefCell::default(),
+            outputs: RefCell::default(),
+        })
+    }
+
+    /// An empty buffer of full size.
+    pub(crate) fn take(&self) -> Buffer {
+        self.spare
+            .borrow_mut()
+            .pop()
+            .unwrap_or_else(|| Buffer::with_size(self.size))
+    }
+
+    /// Gives a buffer back; what it still held is forgotten.
+    pub(crate) fn give(&self, mut buffer: Buffer) {
+        let mut spare = self.spare.borrow_mut();
+        if buffer.bytes.len() == self.size && spare.len() < SPARE_MAX {
+            buffer.start = 0;
+            buffer.end = 0;
+            spare.push(buffer);
+        }
+    }
+
+    /// Replaces a buffer by one just large enough for what it holds, for a wait of unknown length.
+    pub(crate) fn shrink(&self, buffer: &mut Buffer) {
+        let small = Buffer {
+            bytes: buffer.filled().to_vec(),
+            start: 0,
+            end: buffer.filled().len(),
+        };
+        self.give(std::mem::replace(buffer, small));
+    }
+
+    /// The reverse of [`Buffers::shrink`].
+    pub(crate) fn grow(&self, buffer: &mut Buffer) {
+        if buffer.bytes.len() < self.size {
+            let mut full = self.take();
+            let count = buffer.filled().len();
+            full.room()[..count].copy_from_slice(buffer.filled());
+            full.advance(count);
+            *buffer = full;
+        }
+    }
+
+    /// An empty vector for a head to be written.
+    pub(crate) fn take_output(&self) -> Vec<u8> {
+        self.outputs.borrow_mut().pop().unwrap_or_default()
+    }
+
+    /// Gives such a vector back.
+    pub(crate) fn give_output(&self, mut output: Vec<u8>) {
+        let mut outputs = self.outputs.borrow_mut();
+        if outputs.len() < SPARE_MAX && output.capacity() <= 2 * self.size {
+            output.clear();
+            outputs.push(output);
+        }
+    }
+}

@@ -1,0 +1,276 @@
+//! From a TOML file to a [`Config`]: one function a table, each value checked where it is read.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use cutover_protocol::id::{NAME_BYTES_MAX, ServiceName};
+use rustix::process::{Resource, getrlimit};
+use toml::Table;
+
+use super::table::{Problem, Section};
+use super::{Config, Limits, LogTarget, Protocol, Release, ServiceConfig};
+
+/// A configuration that cannot be used: which file, and what is wrong with it.
+#[derive(Debug, thiserror::Error)]
+#[error("{path}: {problem}", path = .path.display())]
+pub struct ConfigError {
+    /// The file as it was named.
+    pub path: PathBuf,
+    /// What is wrong.
+    #[source]
+    pub problem: Problem,
+}
+
+const ROOT_KEYS: &[&str] = &[
+    "state_dir",
+    "control",
+    "workers",
+    "metrics",
+    "access_log",
+    "limits",
+    "release",
+    "service",
+];
+const METRICS_KEYS: &[&str] = &["listen"];
+const ACCESS_LOG_KEYS: &[&str] = &["path"];
+const LIMITS_KEYS: &[&str] = &[
+    "connections_max",
+    "held_max",
+    "hold_ms_max",
+    "retry_after_s",
+    "head_bytes_max",
+    "client_idle_ms_max",
+    "client_head_ms_max",
+    "client_silence_ms_max",
+    "connect_ms_max",
+    "response_ms_max",
+    "tunnel_idle_ms_max",
+    "upstream_idle_ms_max",
+    "upstream_idle_count_max",
+    "upstream_close_ms_max",
+    "linger_ms_max",
+    "shutdown_ms_max",
+];
+const RELEASE_KEYS: &[&str] = &[
+    "window_first",
+    "window_max",
+    "backoff_ms_first",
+    "backoff_ms_max",
+    "grace_ms",
+];
+const SERVICE_KEYS: &[&str] = &["name", "listen", "protocol", "source", "target"];
+
+/// Files the process needs for itself: listeners, epolls, control and metrics clients, logs, libraries.
+const FILES_RESERVED: u64 = 200;
+/// Longest time a limit may name: a week, in milliseconds.
+const MS_MAX: i64 = 7 * 24 * 3600 * 1000;
+
+impl Config {
+    /// Reads and checks a configuration file. Relative paths in it are taken from the folder of the file.
+    ///
+    /// # Errors
+    /// The file cannot be read, is not TOML, or holds something unknown, missing or out of range.
+    pub fn load(path: &Path) -> Result<Self, ConfigError> {
+        let at_path = |problem| ConfigError {
+            path: path.to_owned(),
+            problem,
+        };
+        let text = std::fs::read_to_string(path)
+            .map_err(Problem::Unreadable)
+            .map_err(at_path)?;
+        let folder = path.parent().unwrap_or(Path::new(""));
+        let folder = std::path::absolute(folder.join("."))
+            .map_err(Problem::Unreadable)
+            .map_err(at_path)?;
+        Self::parse(&text, &folder).map_err(at_path)
+    }
+
+    fn parse(text: &str, folder: &Path) -> Result<Self, Problem> {
+        let table: Table = text.parse().map_err(|error| syntax(text, &error))?;
+        let root = Section::open("the top of the file".to_owned(), &table, ROOT_KEYS)?;
+        let state_dir =
+            folder.join(root.required_text("state_dir", "state_dir = \"/var/lib/hopgate\"")?);
+        let control =
+            folder.join(root.required_text("control", "control = \"/run/hopgate/control.sock\"")?);
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let workers = root.whole("workers", 1..=1024)?.map_or(cores, to_usize);
+        let metrics = match root.section("metrics", METRICS_KEYS)? {
+            Some(section) => {
+                Some(section.required_address("listen", "listen = \"127.0.0.1:9100\"")?)
+            }
+            None => None,
+        };
+        let access_log = match root.section("access_log", ACCESS_LOG_KEYS)? {
+            Some(section) => Some(log_target(&section, folder)?),
+            None => None,
+        };
+        let limits = limits(root.section("limits", LIMITS_KEYS)?)?;
+        let release = release(root.section("release", RELEASE_KEYS)?)?;
+        let services = services(&root)?;
+        Ok(Self {
+            state_dir,
+            control,
+            workers,
+            metrics,
+            access_log,
+            limits,
+            release,
+            services,
+        })
+    }
+}
+
+fn syntax(text: &str, error: &toml::de::Error) -> Problem {
+    let start = error.span().map_or(0, |span| span.start);
+    let line = 1 + text
+        .bytes()
+        .take(start)
+        .filter(|byte| *byte == b'\n')
+        .count();
+    Problem::Syntax {
+        line,
+        message: error.message().replace('\n', ", "),
+    }
+}
+
+fn log_target(section: &Section<'_>, folder: &Path) -> Result<LogTarget, Problem> {
+    match section.required_text("path", "path = \"access.log\" (or \"stdout\")")? {
+        "stdout" => Ok(LogTarget::Stdout),
+        path => Ok(LogTarget::File(folder.join(path))),
+    }
+}
+
+fn services(root: &Section<'_>) -> Result<Vec<ServiceConfig>, Problem> {
+    let mut services: Vec<ServiceConfig> = Vec::new();
+    for section in root.sections("service", SERVICE_KEYS)? {
+        let next = service(&section)?;
+        if services.iter().any(|other| other.name == next.name) {
+            return Err(Problem::Twice {
+                what: "name",
+                value: next.name.to_string(),
+            });
+        }
+        let fixed_port = next.listen.port() != 0;
+        if fixed_port && services.iter().any(|other| other.listen == next.listen) {
+            return Err(Problem::Twice {
+                what: "listen",
+                value: next.listen.to_string(),
+            });
+        }
+        services.push(next);
+    }
+    if services.is_empty() {
+        return Err(root.missing(
+            "service",
+            "a [[service]] with name, listen, source and target",
+        ));
+    }
+    Ok(services)
+}
+
+fn service(section: &Section<'_>) -> Result<ServiceConfig, Problem> {
+    let name = section.required_text("name", "name = \"web\"")?;
+    let name = name.parse::<ServiceName>().map_err(|_| {
+        const { assert!(NAME_BYTES_MAX == 64) };
+        section.bad_text(
+            "name",
+            name,
+            "1 to 64 letters, digits, '-', '_' or '.', starting with a letter or digit",
+        )
+    })?;
+    let listen: SocketAddr = section.required_address("listen", "listen = \"0.0.0.0:8080\"")?;
+    let protocol = match section.text("protocol")? {
+        None | Some("http") => Protocol::Http,
+        Some("tcp") => Protocol::Tcp,
+        Some(other) => return Err(section.bad_text("protocol", other, "\"http\" or \"tcp\"")),
+    };
+    let source = section.required_address("source", "source = \"10.0.0.1:80\"")?;
+    let target = section.required_address("target", "target = \"10.0.1.1:80\"")?;
+    Ok(ServiceConfig {
+        name,
+        listen,
+        protocol,
+        source,
+        target,
+    })
+}
+
+fn limits(section: Option<Section<'_>>) -> Result<Limits, Problem> {
+    let empty = Table::new();
+    let section = match section {
+        Some(section) => section,
+        None => Section::open("[limits]".to_owned(), &empty, LIMITS_KEYS)?,
+    };
+    let ms =
+        |key, default: u64| -> Result<Duration, Problem> { milliseconds(&section, key, default) };
+    let count = |key, least, most, default| {
+        section
+            .whole(key, least..=most)
+            .map(|n| n.map_or(default, to_usize))
+    };
+    Ok(Limits {
+        connections_max: count("connections_max", 1, 10_000_000, connections_default())?,
+        held_max: count("held_max", 0, 10_000_000, 10_000)?,
+        hold_max: ms("hold_ms_max", 60_000)?,
+        retry_after_s: section
+            .whole("retry_after_s", 0..=86_400)?
+            .map_or(5, i64::unsigned_abs),
+        head_bytes_max: count("head_bytes_max", 1024, 1 << 20, 16 * 1024)?,
+        client_idle_max: ms("client_idle_ms_max", 60_000)?,
+        client_head_max: ms("client_head_ms_max", 10_000)?,
+        client_silence_max: ms("client_silence_ms_max", 30_000)?,
+        connect_max: ms("connect_ms_max", 2_000)?,
+        response_max: ms("response_ms_max", 60_000)?,
+        tunnel_idle_max: ms("tunnel_idle_ms_max", 3_600_000)?,
+        upstream_idle_max: ms("upstream_idle_ms_max", 4_000)?,
+        upstream_idle_count_max: count("upstream_idle_count_max", 0, 100_000, 256)?,
+        upstream_close_max: ms("upstream_close_ms_max", 1_000)?,
+        linger_max: ms("linger_ms_max", 1_000)?,
+        shutdown_max: ms("shutdown_ms_max", 30_000)?,
+    })
+}
+
+fn release(section: Option<Section<'_>>) -> Result<Release, Problem> {
+    let empty = Table::new();
+    let section = match section {
+        Some(section) => section,
+        None => Section::open("[release]".to_owned(), &empty, RELEASE_KEYS)?,
+    };
+    let count = |key, default| -> Result<u32, Problem> {
+        let number = section.whole(key, 1..=1_000_000)?;
+        Ok(number
+            .and_then(|number| u32::try_from(number).ok())
+            .unwrap_or(default))
+    };
+    Ok(Release {
+        window_first: count("window_first", 8)?,
+        window_max: count("window_max", 1024)?,
+        backoff_first: milliseconds(&section, "backoff_ms_first", 20)?,
+        backoff_max: milliseconds(&section, "backoff_ms_max", 500)?,
+        grace: milliseconds(&section, "grace_ms", 5_000)?,
+    })
+}
+
+fn milliseconds(
+    section: &Section<'_>,
+    key: &'static str,
+    default: u64,
+) -> Result<Duration, Problem> {
+    let number = section
+        .whole(key, 1..=MS_MAX)?
+        .map_or(default, i64::unsigned_abs);
+    Ok(Duration::from_millis(number))
+}
+
+/// A client connection may need a second file for its upstream, so half of what the process may open.
+fn connections_default() -> usize {
+    let files = getrlimit(Resource::Nofile).current.unwrap_or(1 << 20);
+    usize::try_from(files.saturating_sub(FILES_RESERVED) / 2)
+        .unwrap_or(usize::MAX)
+        .max(16)
+}
+
+fn to_usize(number: i64) -> usize {
+    usize::try_from(number).unwrap_or(0)
+}

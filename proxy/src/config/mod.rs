@@ -1,0 +1,134 @@
+//! The checked configuration: every value in range, every path absolute, every default filled in.
+//!
+//! [`Config::load`] is the only way to get one. Reading and checking live in `load`, the typed view of a TOML
+//! table in `table`; nothing else in the crate knows TOML.
+
+mod load;
+mod table;
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use cutover_protocol::id::{ServiceName, Site};
+
+pub use load::ConfigError;
+pub use table::Problem;
+
+/// Everything the proxy was told, checked.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// Where registers and gate states survive a crash; one file a service.
+    pub state_dir: PathBuf,
+    /// The unix socket that commands arrive on.
+    pub control: PathBuf,
+    /// Worker threads, at least one.
+    pub workers: usize,
+    /// Where Prometheus may scrape, if anywhere.
+    pub metrics: Option<SocketAddr>,
+    /// Where access lines go, if anywhere.
+    pub access_log: Option<LogTarget>,
+    /// Counts, bytes and times that bound everything.
+    pub limits: Limits,
+    /// How the held are let through.
+    pub release: Release,
+    /// In the order of the file; names and listening addresses are unique.
+    pub services: Vec<ServiceConfig>,
+}
+
+/// Where access lines go.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum LogTarget {
+    /// Standard output.
+    Stdout,
+    /// Appended to this file.
+    File(PathBuf),
+}
+
+/// What a listener speaks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Protocol {
+    /// HTTP/1.0 and 1.1, and whatever a client upgrades to.
+    Http,
+    /// Bytes, untouched.
+    Tcp,
+}
+
+/// One service: a listener, a gate and two upstreams.
+#[derive(Debug, Clone)]
+pub struct ServiceConfig {
+    /// Its name in commands, metrics and the state file.
+    pub name: ServiceName,
+    /// Where clients connect.
+    pub listen: SocketAddr,
+    /// What they speak.
+    pub protocol: Protocol,
+    /// The upstream of site `source`.
+    pub source: SocketAddr,
+    /// The upstream of site `target`.
+    pub target: SocketAddr,
+}
+
+impl ServiceConfig {
+    /// The upstream address of a site.
+    #[must_use]
+    pub const fn upstream(&self, site: Site) -> SocketAddr {
+        match site {
+            Site::Source => self.source,
+            Site::Target => self.target,
+        }
+    }
+}
+
+/// Bounds. Each has its TOML key's name, with the unit last.
+#[derive(Debug, Clone)]
+pub struct Limits {
+    /// Client connections in all; the listener leaves the rest in the kernel's backlog.
+    pub connections_max: usize,
+    /// Requests held at once, per service; one more is refused with 503.
+    pub held_max: usize,
+    /// How long a request may be held before it is refused with 503.
+    pub hold_max: Duration,
+    /// What `Retry-After` says in every 503, in seconds.
+    pub retry_after_s: u64,
+    /// Longest request or response head, in bytes.
+    pub head_bytes_max: usize,
+    /// Silence of a client between two requests.
+    pub client_idle_max: Duration,
+    /// From the first byte of a head to its last.
+    pub client_head_max: Duration,
+    /// Silence of a client inside a body, in either direction.
+    pub client_silence_max: Duration,
+    /// From the decision to connect upstream to the connection.
+    pub connect_max: Duration,
+    /// From the last byte of a request to the head of its response, and between two pieces of a response.
+    pub response_max: Duration,
+    /// Silence of an upgraded or raw connection, both directions together.
+    pub tunnel_idle_max: Duration,
+    /// How long an unused upstream connection is kept.
+    pub upstream_idle_max: Duration,
+    /// Unused upstream connections kept per worker and service.
+    pub upstream_idle_count_max: usize,
+    /// How long an upstream may take to close its end of a connection that we have closed.
+    pub upstream_close_max: Duration,
+    /// How long a refused client may go on sending before its connection is dropped.
+    pub linger_max: Duration,
+    /// How long requests in flight may take to finish at shutdown.
+    pub shutdown_max: Duration,
+}
+
+/// How the held are let through: one canary, then a window that grows by one with each answer and is halved by
+/// each connect error.
+#[derive(Debug, Clone)]
+pub struct Release {
+    /// Requests let through at once right after the canary was answered.
+    pub window_first: u32,
+    /// Most that the window grows to.
+    pub window_max: u32,
+    /// First pause after a connect error; doubles with each further one.
+    pub backoff_first: Duration,
+    /// Longest such pause.
+    pub backoff_max: Duration,
+    /// How long after opening a connect error still sends the request back to the held.
+    pub grace: Duration,
+}

@@ -1,0 +1,161 @@
+//! From a command to its answer. Rules live in [`Service`]; this is where a drain is waited for and its remainder
+//! named.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use cutover_protocol::hold::{Answer, Command, InFlight, Refusal};
+use cutover_protocol::id::ServiceName;
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::{Instant, timeout};
+
+use crate::service::{Drain, Refused, Service};
+use crate::worker::Question;
+
+/// Most entries of the list of what is left.
+const LEFT_MAX: usize = 100;
+/// How long a worker may take to say who is in flight; it answers between two polls of its tasks.
+const QUESTION_MS_MAX: Duration = Duration::from_secs(1);
+
+/// All services, and a way to ask the workers.
+#[derive(Debug)]
+pub(crate) struct Commander {
+    pub(crate) services: Vec<Arc<Service>>,
+    pub(crate) workers: Vec<mpsc::Sender<Question>>,
+}
+
+impl Commander {
+    /// Obeys, or says why not.
+    ///
+    /// # Cancel safety
+    /// Dropped while a drain is waited for, the hold stands and its lease runs.
+    pub(crate) async fn execute(&self, command: Command) -> Answer {
+        match command {
+            Command::Status { service: None } => Answer::Status {
+                services: self
+                    .services
+                    .iter()
+                    .map(|service| service.status())
+                    .collect(),
+            },
+            Command::Status {
+                service: Some(name),
+            } => match self.find(&name) {
+                Ok(service) => Answer::Status {
+                    services: vec![service.status()],
+                },
+                Err(unknown) => *unknown,
+            },
+            Command::Hold {
+                service,
+                epoch,
+                lease_ms,
+                drain_ms_max,
+            } => match self.find(&service) {
+                Ok(service) => match service.hold(epoch, lease_ms) {
+                    Ok(hold) => self.drain(service, hold, drain_ms_max).await,
+                    Err(refused) => refusal(refused),
+                },
+                Err(unknown) => *unknown,
+            },
+            Command::Renew {
+                service,
+                epoch,
+                lease_ms,
+            } => self.apply(&service, |service| service.renew(epoch, lease_ms)),
+            Command::Commit { service, epoch, to } => {
+                self.apply(&service, |service| service.commit(epoch, to))
+            }
+            Command::Abort { service, epoch } => {
+                self.apply(&service, |service| service.abort(epoch))
+            }
+            Command::Release { service, epoch, to } => {
+                self.apply(&service, |service| service.release(epoch, to))
+            }
+        }
+    }
+
+    fn apply(
+        &self,
+        name: &ServiceName,
+        change: impl FnOnce(&Service) -> Result<(), Refused>,
+    ) -> Answer {
+        match self.find(name) {
+            Ok(service) => match change(service) {
+                Ok(()) => Answer::Done {
+                    service: service.status(),
+                },
+                Err(refused) => refusal(refused),
+            },
+            Err(unknown) => *unknown,
+        }
+    }
+
+    fn find(&self, name: &ServiceName) -> Result<&Arc<Service>, Box<Answer>> {
+        self.services
+            .iter()
+            .find(|service| service.name() == name)
+            .ok_or_else(|| {
+                let known: Vec<&str> = self
+                    .services
+                    .iter()
+                    .map(|service| service.name().as_str())
+                    .collect();
+                let message = format!(
+                    "no service is called {name}; there is: {}",
+                    known.join(", ")
+                );
+                let reason = Refusal::UnknownService;
+                Box::new(Answer::Refused {
+                    reason,
+                    message,
+                    register: None,
+                })
+            })
+    }
+
+    async fn drain(&self, service: &Service, hold: u64, drain_ms_max: u64) -> Answer {
+        // Past a century nobody waits; without the bound the sum could overflow the clock.
+        let limit = Duration::from_millis(drain_ms_max.min(u64::from(u32::MAX) * 1000));
+        match service.gate.drained(hold, Instant::now() + limit).await {
+            Drain::Quiet => Answer::Done {
+                service: service.status(),
+            },
+            Drain::TimedOut => {
+                let left = self.left(service).await;
+                Answer::NotDrained {
+                    service: service.status(),
+                    left,
+                }
+            }
+            Drain::Superseded => refusal(service.superseded()),
+        }
+    }
+
+    async fn left(&self, service: &Service) -> Vec<InFlight> {
+        let mut left = Vec::new();
+        for worker in &self.workers {
+            let (reply, answer) = oneshot::channel();
+            let question = Question::InFlight {
+                service: service.name().clone(),
+                reply,
+            };
+            if worker.send(question).await.is_ok()
+                && let Ok(Ok(part)) = timeout(QUESTION_MS_MAX, answer).await
+            {
+                left.extend(part);
+            }
+        }
+        left.sort_by_key(|entry: &InFlight| std::cmp::Reverse(entry.age_ms));
+        left.truncate(LEFT_MAX);
+        left
+    }
+}
+
+fn refusal(refused: Refused) -> Answer {
+    Answer::Refused {
+        reason: refused.reason,
+        message: refused.message,
+        register: Some(refused.register),
+    }
+}

@@ -1,0 +1,5 @@
+//! The control socket: who commands the gates, by which words, and who did it.
+
+pub mod client;
+pub(crate) mod commands;
+pub(crate) mod server;

@@ -1,0 +1,165 @@
+//! The listening end of the control socket: one JSON line in, one out, several commanders at once. Only the user
+//! who runs the proxy (and root) may open the socket; whoever changes something is named in an audit line.
+
+use std::fs::Permissions;
+use std::io;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::{UnixListener as StdListener, UnixStream as StdStream};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use cutover_protocol::hold::{Answer, Command, LINE_BYTES_MAX, Refusal};
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::net::unix::UCred;
+use tokio::net::{UnixListener, UnixStream};
+use tokio::task::JoinSet;
+
+use super::commands::Commander;
+
+/// Commanders at once; the next waits in the kernel.
+const COMMANDERS_MAX: usize = 64;
+
+/// The bound socket; its file goes away with it.
+#[derive(Debug)]
+pub(crate) struct ControlSocket {
+    listener: StdListener,
+    path: PathBuf,
+}
+
+/// Why there is no control socket.
+#[derive(Debug, thiserror::Error)]
+pub enum ControlError {
+    /// Somebody answers there.
+    #[error("another proxy listens on the control socket {}; stop it, or give this one its own", .0.display())]
+    InUse(PathBuf),
+    /// Anything the system says.
+    #[error("cannot listen on the control socket {}; check its folder", .path.display())]
+    Bind {
+        /// Where.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+}
+
+impl ControlSocket {
+    /// Binds with mode 0600. A socket file that nobody answers on is a dead proxy's, and is replaced.
+    pub(crate) fn bind(path: &Path) -> Result<Self, ControlError> {
+        if StdStream::connect(path).is_ok() {
+            return Err(ControlError::InUse(path.to_owned()));
+        }
+        let failed = |source| ControlError::Bind {
+            path: path.to_owned(),
+            source,
+        };
+        // Bound under another name and renamed once its mode is right: nobody meets it with the wrong one.
+        let mut fresh = path.as_os_str().to_owned();
+        fresh.push(".new");
+        let fresh = PathBuf::from(fresh);
+        match std::fs::remove_file(&fresh) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error)),
+            _ => {}
+        }
+        let listener = StdListener::bind(&fresh).map_err(failed)?;
+        std::fs::set_permissions(&fresh, Permissions::from_mode(0o600)).map_err(failed)?;
+        listener.set_nonblocking(true).map_err(failed)?;
+        std::fs::rename(&fresh, path).map_err(failed)?;
+        Ok(Self {
+            listener,
+            path: path.to_owned(),
+        })
+    }
+
+    /// Serves for ever.
+    ///
+    /// # Cancel safety
+    /// Dropping the future drops every commander's connection; commands that took effect have done so.
+    pub(crate) async fn serve(&self, commander: Arc<Commander>) -> io::Result<()> {
+        let listener = UnixListener::from_std(self.listener.try_clone()?)?;
+        let mut commanders = JoinSet::new();
+        loop {
+            while commanders.try_join_next().is_some() {}
+            if commanders.len() >= COMMANDERS_MAX {
+                commanders.join_next().await;
+            }
+            let (stream, _) = listener.accept().await?;
+            commanders.spawn_local(talk(stream, Arc::clone(&commander)));
+        }
+    }
+}
+
+impl Drop for ControlSocket {
+    fn drop(&mut self) {
+        // Gone already is as good.
+        drop(std::fs::remove_file(&self.path));
+    }
+}
+
+async fn talk(stream: UnixStream, commander: Arc<Commander>) {
+    let peer = stream.peer_cred().ok();
+    let mut stream = BufReader::new(stream);
+    let mut line = Vec::new();
+    loop {
+        line.clear();
+        let limit = u64::try_from(LINE_BYTES_MAX).unwrap_or(u64::MAX);
+        match (&mut stream).take(limit).read_until(b'\n', &mut line).await {
+            Ok(1..) => {}
+            Ok(0) | Err(_) => return,
+        }
+        let complete = line.ends_with(b"\n");
+        let answer = if complete {
+            obey(&line, &commander, peer.as_ref()).await
+        } else {
+            bad("the line is too long, or cut off")
+        };
+        let Ok(mut text) = serde_json::to_vec(&answer) else {
+            return;
+        };
+        text.push(b'\n');
+        if stream.write_all(&text).await.is_err() || !complete {
+            return;
+        }
+    }
+}
+
+async fn obey(line: &[u8], commander: &Commander, peer: Option<&UCred>) -> Answer {
+    let command = match serde_json::from_slice::<Command>(line) {
+        Ok(command) => command,
+        Err(error) => return bad(&format!("not a command: {error}")),
+    };
+    let changes = !matches!(command, Command::Status { .. });
+    let said = changes.then(|| serde_json::to_string(&command).unwrap_or_default());
+    if let Some(said) = &said {
+        audit(peer, said, "begun");
+    }
+    let answer = commander.execute(command).await;
+    if let Some(said) = &said {
+        audit(peer, said, &outcome(&answer));
+    }
+    answer
+}
+
+fn audit(peer: Option<&UCred>, command: &str, outcome: &str) {
+    let uid = peer.map(UCred::uid);
+    let pid = peer.and_then(UCred::pid);
+    tracing::info!(target: "audit", ?uid, ?pid, command, outcome);
+}
+
+fn outcome(answer: &Answer) -> String {
+    match answer {
+        Answer::Status { .. } => "status".to_owned(),
+        Answer::Done { service } => format!("done, epoch {}", service.register.epoch),
+        Answer::NotDrained { service, .. } => {
+            format!("not drained, {} in flight", service.in_flight)
+        }
+        Answer::Refused { message, .. } => format!("refused: {message}"),
+    }
+}
+
+fn bad(message: &str) -> Answer {
+    Answer::Refused {
+        reason: Refusal::BadCommand,
+        message: message.to_owned(),
+        register: None,
+    }
+}

@@ -1,0 +1,165 @@
+//! What can go wrong with one request: whose fault it is, whether the request may be sent again, and what the
+//! client is told. This is the only place that maps an error to an HTTP status.
+
+use std::io;
+
+use crate::http::chunked::ChunkError;
+use crate::http::head::HeadError;
+use crate::service::Eviction;
+
+/// Who caused an error.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fault {
+    /// The client.
+    Client,
+    /// The upstream.
+    Upstream,
+    /// The proxy, by its limits or its state.
+    Us,
+}
+
+/// Whether a request can have reached an application.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Retry {
+    /// No byte of it left us: sending it again cannot double it.
+    Safe,
+    /// It may have been executed.
+    Unsafe,
+}
+
+/// Why a request was not forwarded, or not to its end.
+#[derive(Debug, thiserror::Error)]
+pub enum RequestError {
+    /// The request's head is not acceptable.
+    #[error("the request has {0}")]
+    Head(HeadError),
+    /// The request's head is longer than `head_bytes_max`.
+    #[error("the request head is longer than this proxy reads")]
+    HeadTooLong,
+    /// The request's head did not arrive within `client_head_ms_max`.
+    #[error("the request head took too long")]
+    HeadTimeout,
+    /// The request's body is not acceptable.
+    #[error("the request body has {0}")]
+    Chunk(ChunkError),
+    /// The client left, or stopped in the middle of its body.
+    #[error("the client left")]
+    ClientLeft(#[source] io::Error),
+    /// The client sent or took nothing for `client_silence_ms_max`.
+    #[error("the client was silent for too long")]
+    ClientSilent,
+    /// The service holds as many requests as it may.
+    #[error("too many requests are waiting for this service")]
+    HeldFull,
+    /// The request was held for as long as it may be.
+    #[error("the service did not come back in time")]
+    HeldTooLong,
+    /// The proxy stops while the request is held.
+    #[error("this proxy is shutting down")]
+    Shutdown,
+    /// No connection to the upstream.
+    #[error("the upstream cannot be reached")]
+    Connect(#[source] io::Error),
+    /// The connection ended before any byte of the request left us.
+    #[error("the upstream closed the connection before the request was sent")]
+    NotSent,
+    /// The upstream closed without an answer.
+    #[error("the upstream closed the connection without an answer")]
+    NoAnswer(#[source] io::Error),
+    /// The upstream's answer is not HTTP as we accept it.
+    #[error("the upstream's answer has {0}")]
+    AnswerHead(HeadError),
+    /// The upstream's head is longer than `head_bytes_max`.
+    #[error("the upstream's answer has a head longer than this proxy reads")]
+    AnswerHeadTooLong,
+    /// The upstream's chunks are not acceptable.
+    #[error("the upstream's answer has {0}")]
+    AnswerChunk(ChunkError),
+    /// The upstream closed in the middle of its answer.
+    #[error("the upstream's answer ended early")]
+    AnswerCut(#[source] io::Error),
+    /// The upstream sent nothing for `response_ms_max`.
+    #[error("the upstream did not answer in time")]
+    UpstreamSilent,
+}
+
+impl RequestError {
+    /// Who caused it.
+    #[must_use]
+    pub const fn fault(&self) -> Fault {
+        match self {
+            Self::Head(_)
+            | Self::HeadTooLong
+            | Self::HeadTimeout
+            | Self::Chunk(_)
+            | Self::ClientLeft(_)
+            | Self::ClientSilent => Fault::Client,
+            Self::HeldFull | Self::HeldTooLong | Self::Shutdown => Fault::Us,
+            Self::Connect(_)
+            | Self::NotSent
+            | Self::NoAnswer(_)
+            | Self::AnswerHead(_)
+            | Self::AnswerHeadTooLong
+            | Self::AnswerChunk(_)
+            | Self::AnswerCut(_)
+            | Self::UpstreamSilent => Fault::Upstream,
+        }
+    }
+
+    /// Whether the request can have reached an application.
+    #[must_use]
+    pub const fn retry(&self) -> Retry {
+        match self {
+            Self::Head(_)
+            | Self::HeadTooLong
+            | Self::HeadTimeout
+            | Self::HeldFull
+            | Self::HeldTooLong
+            | Self::Shutdown
+            | Self::Connect(_)
+            | Self::NotSent => Retry::Safe,
+            Self::Chunk(_)
+            | Self::ClientLeft(_)
+            | Self::ClientSilent
+            | Self::NoAnswer(_)
+            | Self::AnswerHead(_)
+            | Self::AnswerHeadTooLong
+            | Self::AnswerChunk(_)
+            | Self::AnswerCut(_)
+            | Self::UpstreamSilent => Retry::Unsafe,
+        }
+    }
+
+    /// What the client is told, or `None` when nobody is there to be told.
+    #[must_use]
+    pub const fn status(&self) -> Option<u16> {
+        match self {
+            Self::Head(HeadError::UnknownCoding) => Some(501),
+            Self::Head(HeadError::Connect) => Some(405),
+            Self::Head(HeadError::Version) => Some(505),
+            Self::Head(HeadError::TooManyFields) | Self::HeadTooLong => Some(431),
+            Self::Head(_) | Self::Chunk(_) => Some(400),
+            Self::HeadTimeout | Self::ClientSilent => Some(408),
+            Self::ClientLeft(_) => None,
+            Self::HeldFull | Self::HeldTooLong | Self::Shutdown => Some(503),
+            Self::Connect(_)
+            | Self::NotSent
+            | Self::NoAnswer(_)
+            | Self::AnswerHead(_)
+            | Self::AnswerHeadTooLong
+            | Self::AnswerChunk(_)
+            | Self::AnswerCut(_) => Some(502),
+            Self::UpstreamSilent => Some(504),
+        }
+    }
+}
+
+impl From<Eviction> for RequestError {
+    fn from(eviction: Eviction) -> Self {
+        match eviction {
+            Eviction::Full => Self::HeldFull,
+            Eviction::TooOld => Self::HeldTooLong,
+            Eviction::Shutdown => Self::Shutdown,
+        }
+    }
+}

@@ -1,0 +1,58 @@
+//! Answers of our own: short, plain, and honest about why.
+
+use std::io::Write;
+
+use crate::error::RequestError;
+
+/// Whether the client's connection goes on after an answer of ours.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum After {
+    KeepAlive,
+    Close,
+}
+
+/// Appends the answer to a failed request.
+pub(crate) fn write(
+    out: &mut Vec<u8>,
+    status: u16,
+    error: &RequestError,
+    retry_after_s: u64,
+    after: After,
+    head: bool,
+) {
+    let body = format!("{}: {error}\n", reason(status));
+    // Writing to a vector cannot fail.
+    drop(write!(
+        out,
+        "HTTP/1.1 {status} {}\r\nContent-Type: text/plain; charset=utf-8\r\nContent-Length: {}\r\nCache-Control: no-store\r\n",
+        reason(status),
+        body.len(),
+    ));
+    if status == 503 {
+        drop(write!(out, "Retry-After: {retry_after_s}\r\n"));
+    }
+    if status == 405 {
+        out.extend_from_slice(b"Allow: GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS\r\n");
+    }
+    if after == After::Close {
+        out.extend_from_slice(b"Connection: close\r\n");
+    }
+    out.extend_from_slice(b"\r\n");
+    if !head {
+        out.extend_from_slice(body.as_bytes());
+    }
+}
+
+const fn reason(status: u16) -> &'static str {
+    match status {
+        400 => "Bad Request",
+        405 => "Method Not Allowed",
+        408 => "Request Timeout",
+        431 => "Request Header Fields Too Large",
+        501 => "Not Implemented",
+        503 => "Service Unavailable",
+        504 => "Gateway Timeout",
+        505 => "HTTP Version Not Supported",
+        _ => "Bad Gateway",
+    }
+}

@@ -1,0 +1,172 @@
+//! Moves one message body from one connection to another, in whatever framing each side needs.
+//!
+//! A body is never collected: what one read brings is written before the next read, in one system call together
+//! with the head or the chunk framing around it.
+
+use std::cell::Cell;
+use std::io::{self, IoSlice, Write};
+use std::time::Duration;
+
+use tokio::net::TcpStream;
+
+use super::chunked::{ChunkError, Chunks, Piece};
+use super::head::Framing;
+use super::response::Encoding;
+use crate::buffer::Buffer;
+use crate::stream::{self, WriteFailed};
+
+/// What is still to come of a body.
+#[derive(Debug, Clone)]
+pub(crate) enum Body {
+    /// This many bytes; none at all for an empty body.
+    Length(u64),
+    /// Chunks.
+    Chunked(Chunks),
+    /// Everything until the close.
+    UntilClose,
+}
+
+impl Body {
+    pub(crate) const fn new(framing: Framing) -> Self {
+        match framing {
+            Framing::Empty => Self::Length(0),
+            Framing::Length(length) => Self::Length(length),
+            Framing::Chunked => Self::Chunked(Chunks::new()),
+            Framing::UntilClose => Self::UntilClose,
+        }
+    }
+
+    /// What of these bytes is body.
+    fn take(&mut self, bytes: &mut [u8]) -> Result<Piece, ChunkError> {
+        match self {
+            Self::Length(left) => {
+                let count = usize::try_from(*left)
+                    .unwrap_or(usize::MAX)
+                    .min(bytes.len());
+                *left -= count as u64;
+                Ok(Piece {
+                    start: 0,
+                    end: count,
+                    used: count,
+                    last: *left == 0,
+                })
+            }
+            Self::Chunked(chunks) => chunks.decode(bytes),
+            Self::UntilClose => Ok(Piece {
+                start: 0,
+                end: bytes.len(),
+                used: bytes.len(),
+                last: false,
+            }),
+        }
+    }
+
+    fn trailer(&self) -> &[u8] {
+        match self {
+            Self::Chunked(chunks) => chunks.trailer(),
+            Self::Length(_) | Self::UntilClose => &[],
+        }
+    }
+}
+
+/// From where to where, and how long each end may be silent.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Route<'s> {
+    pub(crate) from: &'s TcpStream,
+    pub(crate) to: &'s TcpStream,
+    pub(crate) read_silence: Duration,
+    pub(crate) write_silence: Duration,
+}
+
+/// Which end failed.
+#[derive(Debug)]
+pub(crate) enum RelayError {
+    Read(io::Error),
+    Chunk(ChunkError),
+    Write(WriteFailed),
+}
+
+/// Writes `prefix` and then the body. `moved` counts bytes written, framing included.
+///
+/// The buffer is consumed only after a write has succeeded; a counted body whose first write fails with nothing
+/// written is therefore still whole.
+pub(crate) async fn relay(
+    route: Route<'_>,
+    buffer: &mut Buffer,
+    body: &mut Body,
+    encoding: Encoding,
+    mut prefix: &[u8],
+    moved: &Cell<u64>,
+) -> Result<(), RelayError> {
+    loop {
+        let piece = body.take(buffer.filled_mut()).map_err(RelayError::Chunk)?;
+        let data = &buffer.filled()[piece.start..piece.end];
+        if !prefix.is_empty() || !data.is_empty() || piece.last {
+            let end = if piece.last {
+                End::Here(body.trailer())
+            } else {
+                End::Later
+            };
+            let count = write(route, prefix, data, encoding, end)
+                .await
+                .map_err(RelayError::Write)?;
+            moved.set(moved.get() + count);
+            prefix = &[];
+        }
+        buffer.consume(piece.used);
+        if piece.last {
+            return Ok(());
+        }
+        let count = stream::read(route.from, buffer, route.read_silence)
+            .await
+            .map_err(RelayError::Read)?;
+        if count == 0 {
+            if !matches!(body, Body::UntilClose) {
+                return Err(RelayError::Read(io::ErrorKind::UnexpectedEof.into()));
+            }
+            let count = write(route, &[], &[], encoding, End::Here(&[]))
+                .await
+                .map_err(RelayError::Write)?;
+            moved.set(moved.get() + count);
+            return Ok(());
+        }
+    }
+}
+
+/// Whether a body ends with this write, and with which trailer lines.
+enum End<'t> {
+    Later,
+    Here(&'t [u8]),
+}
+
+async fn write(
+    route: Route<'_>,
+    prefix: &[u8],
+    data: &[u8],
+    encoding: Encoding,
+    end: End<'_>,
+) -> Result<u64, WriteFailed> {
+    // Sixteen hexadecimal digits, CR and LF.
+    let mut size = [0; 18];
+    let mut size_bytes: &[u8] = &[];
+    let mut after: &[u8] = &[];
+    let (mut last, mut trailer, mut done): (&[u8], &[u8], &[u8]) = (&[], &[], &[]);
+    if encoding == Encoding::Chunked {
+        if !data.is_empty() {
+            let mut rest = &mut size[..];
+            // The array has room for the longest size there is.
+            drop(write!(rest, "{:x}\r\n", data.len()));
+            let unused = rest.len();
+            size_bytes = &size[..size.len() - unused];
+            after = b"\r\n";
+        }
+        if let End::Here(lines) = end {
+            (last, trailer, done) = (b"0\r\n", lines, b"\r\n");
+        }
+    }
+    let parts = [prefix, size_bytes, data, after, last, trailer, done];
+    let count = parts.iter().map(|part| part.len() as u64).sum();
+    let mut slices = parts.map(IoSlice::new);
+    stream::write_all(route.to, &mut slices, route.write_silence).await?;
+    Ok(count)
+}

@@ -1,0 +1,405 @@
+//! One client connection, one task: read a head, ask the gate, forward, answer, again.
+//!
+//! Hold by not reading: a held request is its parsed head and this parked task; its body stays in the kernel.
+
+use std::io::{self, IoSlice};
+use std::net::SocketAddr;
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+use tokio::net::TcpStream;
+use tokio::time::timeout;
+
+use super::answer::{self, After};
+use super::exchange::{Exchange, Progress, Received};
+use super::head::{self, Framing, Scan};
+use super::request::{self, Method, Request, RequestId, Upgrade};
+use crate::access_log::Line;
+use crate::buffer::Buffer;
+use crate::error::RequestError;
+use crate::listen::port::{Connected, Passage, Port, Visitor};
+use crate::service::upstream::Upstream;
+use crate::stream;
+use crate::tcp::copy::tunnel;
+
+/// Serves a client until one of the two has had enough.
+pub(crate) async fn serve(port: Rc<Port>, stream: TcpStream, client: SocketAddr) {
+    let mut connection = Connection {
+        port: &port,
+        stream: &stream,
+        client,
+        buffer: Buffer::default(),
+    };
+    while connection.next_request_begins().await {
+        let goes_on = match connection.read_head().await {
+            Ok(end) => connection.serve_request(end).await,
+            Err(error) => connection.refuse(&error).await,
+        };
+        match goes_on {
+            Next::Request => {}
+            Next::Close => break,
+            Next::Linger => {
+                port.buffers.grow(&mut connection.buffer);
+                stream::linger(&stream, &mut connection.buffer, port.limits.linger_max).await;
+                break;
+            }
+        }
+    }
+    let buffer = connection.buffer;
+    port.buffers.give(buffer);
+}
+
+/// What becomes of a connection after a request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Next {
+    Request,
+    Close,
+    /// Close after reading what the client still sends, so that it can read our answer.
+    Linger,
+}
+
+struct Connection<'c> {
+    port: &'c Port,
+    stream: &'c TcpStream,
+    client: SocketAddr,
+    buffer: Buffer,
+}
+
+impl Connection<'_> {
+    /// Waits, without a buffer, for the first bytes of a request. False when there is none to come.
+    async fn next_request_begins(&mut self) -> bool {
+        if !self.buffer.is_empty() {
+            return true;
+        }
+        let port = self.port;
+        let idle_max = port.limits.client_idle_max;
+        tokio::select! {
+            biased;
+            begun = timeout(idle_max, self.first_bytes()) => begun.unwrap_or(false),
+            () = port.closing.closed() => false,
+        }
+    }
+
+    async fn first_bytes(&mut self) -> bool {
+        loop {
+            self.port.buffers.grow(&mut self.buffer);
+            match self.stream.try_read(self.buffer.room()) {
+                Ok(count) => {
+                    self.buffer.advance(count);
+                    return count > 0;
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    self.port.buffers.give(std::mem::take(&mut self.buffer));
+                    if self.stream.readable().await.is_err() {
+                        return false;
+                    }
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(_) => return false,
+            }
+        }
+    }
+
+    /// Reads up to the end of a head whose first bytes are there.
+    async fn read_head(&mut self) -> Result<usize, RequestError> {
+        if let Some(end) = self.find_head(&mut 0)? {
+            return Ok(end);
+        }
+        self.port.buffers.grow(&mut self.buffer);
+        let head_max = self.port.limits.client_head_max;
+        timeout(head_max, self.read_rest_of_head())
+            .await
+            .unwrap_or(Err(RequestError::HeadTimeout))
+    }
+
+    async fn read_rest_of_head(&mut self) -> Result<usize, RequestError> {
+        let mut from = 0;
+        loop {
+            if let Some(end) = self.find_head(&mut from)? {
+                return Ok(end);
+            }
+            if !self.read_more().await? {
+                // Half a head, and nobody to answer.
+                return Err(RequestError::ClientLeft(
+                    io::ErrorKind::UnexpectedEof.into(),
+                ));
+            }
+        }
+    }
+
+    fn find_head(&mut self, from: &mut usize) -> Result<Option<usize>, RequestError> {
+        // One empty line before a request is forgiven (RFC 9112, section 2.2).
+        if *from == 0 && self.buffer.filled().starts_with(b"\r\n") {
+            self.buffer.consume(2);
+        }
+        let head_bytes_max = self.port.limits.head_bytes_max;
+        match head::scan(self.buffer.filled(), *from).map_err(RequestError::Head)? {
+            Scan::Complete(end) if end <= head_bytes_max => Ok(Some(end)),
+            Scan::Partial(next) if self.buffer.filled().len() < head_bytes_max => {
+                *from = next;
+                Ok(None)
+            }
+            Scan::Complete(_) | Scan::Partial(_) => Err(RequestError::HeadTooLong),
+        }
+    }
+
+    async fn read_more(&mut self) -> Result<bool, RequestError> {
+        let silence = self.port.limits.client_head_max;
+        let count = stream::read(self.stream, &mut self.buffer, silence).await;
+        count
+            .map(|count| count > 0)
+            .map_err(RequestError::ClientLeft)
+    }
+
+    /// Answers a head that cannot be served. No gate, no ticket, no log line but the status.
+    async fn refuse(&mut self, error: &RequestError) -> Next {
+        let Some(status) = error.status() else {
+            return Next::Close;
+        };
+        self.port.count(status);
+        let mut out = self.port.buffers.take_output();
+        answer::write(
+            &mut out,
+            status,
+            error,
+            self.port.limits.retry_after_s,
+            After::Close,
+            false,
+        );
+        self.write(&out).await;
+        self.port
+            .log(|| Line::refused(self.port, self.client, status, out.len(), error));
+        self.port.buffers.give_output(out);
+        Next::Linger
+    }
+
+    async fn write(&self, out: &[u8]) {
+        // A client that does not take its answer has none.
+        drop(
+            stream::write_all(
+                self.stream,
+                &mut [IoSlice::new(out)],
+                self.port.limits.client_silence_max,
+            )
+            .await,
+        );
+    }
+
+    async fn serve_request(&mut self, end: usize) -> Next {
+        let id = self.port.next_id();
+        let arrival = Instant::now();
+        let mut head = self.port.buffers.take_output();
+        let request =
+            match request::rewrite(&self.buffer.filled()[..end], self.client, id, &mut head) {
+                Ok(request) => request,
+                Err(error) => {
+                    self.port.buffers.give_output(head);
+                    return self.refuse(&RequestError::Head(error)).await;
+                }
+            };
+        self.buffer.consume(end);
+        let mut served = Served {
+            id,
+            arrival,
+            request,
+            head,
+            passage: Passage::new(arrival),
+            progress: Progress::default(),
+        };
+        let outcome = self.forward(&mut served).await;
+        let next = match outcome {
+            Ok(next) => next,
+            Err(error) => self.answer_failure(&served, &error).await,
+        };
+        self.port.count(served.progress.status.get());
+        self.port
+            .log(|| Line::served(self.port, self.client, &served));
+        self.port.buffers.give_output(served.head);
+        next
+    }
+
+    /// Forwards until the answer is complete, on a second connection where the first was dead before it began.
+    async fn forward(&mut self, served: &mut Served) -> Result<Next, RequestError> {
+        let port = self.port;
+        let mut ticket = port.admit(&mut self.visitor(served)).await?;
+        let mut may_reuse = true;
+        loop {
+            let connected = port
+                .connect(ticket, may_reuse, &mut self.visitor(served))
+                .await?;
+            let Connected {
+                ticket: current,
+                upstream,
+                kept,
+            } = connected;
+            ticket = current;
+            served.passage.register = Some(ticket.register());
+            let what = &served.head[..served.request.line_bytes];
+            let _row = port.in_flight.enter(self.client, what, served.arrival);
+            let mut upstream_buffer = port.buffers.take();
+            let mut scratch = port.buffers.take_output();
+            let exchange = Exchange {
+                client: self.stream,
+                upstream: &upstream.stream,
+                ticket: &ticket,
+                request: &served.request,
+                head: &served.head,
+                limits: &port.limits,
+                may_persist: !port.closing.is_closed(),
+                progress: &served.progress,
+            };
+            let received = exchange
+                .run(&mut self.buffer, &mut upstream_buffer, &mut scratch)
+                .await;
+            port.buffers.give_output(scratch);
+            match received {
+                Ok(Received::Upgraded) => {
+                    self.upgraded(served, &upstream, upstream_buffer).await;
+                    port.pool.part(upstream);
+                    return Ok(Next::Close);
+                }
+                Ok(Received::Answer {
+                    client_persists,
+                    upstream_persists,
+                }) => {
+                    port.buffers.give(upstream_buffer);
+                    self.after_answer(upstream, upstream_persists);
+                    return Ok(self.next_after(served, client_persists));
+                }
+                Err(error) => {
+                    port.buffers.give(upstream_buffer);
+                    port.pool.part(upstream);
+                    if !(kept && served.may_be_sent_again(&error)) {
+                        return Err(error);
+                    }
+                    may_reuse = false;
+                }
+            }
+        }
+    }
+
+    fn visitor<'v>(&'v mut self, served: &'v mut Served) -> Visitor<'v> {
+        Visitor {
+            stream: self.stream,
+            buffer: &mut self.buffer,
+            head: &mut served.head,
+            passage: &mut served.passage,
+        }
+    }
+
+    fn after_answer(&self, upstream: Upstream, persists: bool) {
+        if persists {
+            self.port.pool.put(upstream);
+        } else {
+            self.port.pool.part(upstream);
+        }
+    }
+
+    fn next_after(&self, served: &Served, client_persists: bool) -> Next {
+        if client_persists && !self.port.closing.is_closed() {
+            Next::Request
+        } else if served.progress.request_done.get()
+            && self.buffer.is_empty()
+            && !stream::has_unread(self.stream)
+        {
+            Next::Close
+        } else {
+            Next::Linger
+        }
+    }
+
+    async fn upgraded(&mut self, served: &Served, upstream: &Upstream, mut from_upstream: Buffer) {
+        let port = self.port;
+        let limit = port.limits.tunnel_idle_max;
+        let early = [
+            (self.stream, from_upstream.filled()),
+            (&upstream.stream, self.buffer.filled()),
+        ];
+        for (to, bytes) in early {
+            if stream::write_all(to, &mut [IoSlice::new(bytes)], limit)
+                .await
+                .is_err()
+            {
+                return;
+            }
+        }
+        let answered = &served.progress.answered;
+        answered.set(answered.get() + from_upstream.filled().len() as u64);
+        from_upstream.consume(usize::MAX);
+        port.buffers.give(from_upstream);
+        port.buffers.give(std::mem::take(&mut self.buffer));
+        let moved = tunnel(self.stream, &upstream.stream, &port.buffers, limit).await;
+        answered.set(answered.get() + moved.to_client);
+    }
+
+    async fn answer_failure(&mut self, served: &Served, error: &RequestError) -> Next {
+        let progress = &served.progress;
+        tracing::debug!(client = %self.client, id = %served.id, fault = ?error.fault(), "{error}");
+        if progress.answering.get() {
+            // Half an answer is out; only a broken connection tells the client that it is half.
+            return Next::Close;
+        }
+        let Some(status) = error.status() else {
+            return Next::Close;
+        };
+        let body_untouched = served.request.framing == Framing::Empty;
+        let keeps = served.request.persists && body_untouched && !self.port.closing.is_closed();
+        let after = if keeps {
+            After::KeepAlive
+        } else {
+            After::Close
+        };
+        let mut out = self.port.buffers.take_output();
+        let is_head = served.request.method == Method::Head;
+        let retry_after_s = self.port.limits.retry_after_s;
+        answer::write(&mut out, status, error, retry_after_s, after, is_head);
+        progress.status.set(status);
+        progress.answered.set(out.len() as u64);
+        self.write(&out).await;
+        self.port.buffers.give_output(out);
+        if after == After::KeepAlive {
+            Next::Request
+        } else {
+            Next::Linger
+        }
+    }
+}
+
+/// One request from its head to its log line.
+pub(crate) struct Served {
+    pub(crate) id: RequestId,
+    pub(crate) arrival: Instant,
+    pub(crate) request: Request,
+    /// As the upstream gets it; begins with method and target.
+    pub(crate) head: Vec<u8>,
+    pub(crate) passage: Passage,
+    pub(crate) progress: Progress,
+}
+
+impl Served {
+    /// Method and target.
+    pub(crate) fn line(&self) -> &[u8] {
+        &self.head[..self.request.line_bytes]
+    }
+
+    /// Since its arrival.
+    pub(crate) fn age(&self) -> Duration {
+        self.arrival.elapsed()
+    }
+
+    /// After a kept connection failed: yes if nothing left us, or if the upstream said nothing at all and asking
+    /// twice is asking once.
+    fn may_be_sent_again(&self, error: &RequestError) -> bool {
+        match error {
+            RequestError::NotSent => true,
+            RequestError::NoAnswer(_) => {
+                let unheard = !self.progress.heard.get() && !self.progress.answering.get();
+                let safe = matches!(self.request.method, Method::Safe | Method::Head);
+                let plain =
+                    self.request.framing == Framing::Empty && self.request.upgrade == Upgrade::None;
+                unheard && safe && plain
+            }
+            _ => false,
+        }
+    }
+}

@@ -1,0 +1,283 @@
+//! One request on one upstream connection: send, receive, both at once where the body takes its time.
+
+use std::cell::Cell;
+use std::io::{self, IoSlice};
+
+use tokio::net::TcpStream;
+
+use super::body::{Body, RelayError, Route, relay};
+use super::head::{self, Framing, Scan};
+use super::request::{Request, Upgrade};
+use super::response::{self, Encoding, Response};
+use crate::buffer::Buffer;
+use crate::config::Limits;
+use crate::error::RequestError;
+use crate::service::Ticket;
+use crate::stream;
+
+/// One attempt to get one request answered.
+pub(crate) struct Exchange<'e> {
+    pub(crate) client: &'e TcpStream,
+    pub(crate) upstream: &'e TcpStream,
+    pub(crate) ticket: &'e Ticket<'e>,
+    pub(crate) request: &'e Request,
+    /// The request's head as the upstream gets it.
+    pub(crate) head: &'e [u8],
+    pub(crate) limits: &'e Limits,
+    /// Whether we would go on with the client afterwards.
+    pub(crate) may_persist: bool,
+    pub(crate) progress: &'e Progress,
+}
+
+/// How far an exchange has come, for whoever has to decide what to do when it fails.
+#[derive(Debug, Default)]
+pub(crate) struct Progress {
+    /// Bytes written to the upstream.
+    pub(crate) sent: Cell<u64>,
+    /// The last byte of the request is written.
+    pub(crate) request_done: Cell<bool>,
+    /// Anything was read from the upstream.
+    pub(crate) heard: Cell<bool>,
+    /// Any byte of the final answer may have been written to the client.
+    pub(crate) answering: Cell<bool>,
+    /// Status of the answer, zero before there is one.
+    pub(crate) status: Cell<u16>,
+    /// Bytes written to the client, heads and framing included.
+    pub(crate) answered: Cell<u64>,
+}
+
+/// How an exchange ended well.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Received {
+    /// The answer is complete.
+    Answer {
+        client_persists: bool,
+        upstream_persists: bool,
+    },
+    /// Both sides have left HTTP.
+    Upgraded,
+}
+
+/// How sending ended without blame on the client.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Sent {
+    /// All of it.
+    Whole,
+    /// The upstream takes no more; it may have answered first.
+    Refused { nothing_left_us: bool },
+}
+
+impl Exchange<'_> {
+    /// Runs the exchange to its end.
+    ///
+    /// # Cancel safety
+    /// None: after a drop both connections must be closed.
+    pub(crate) async fn run(
+        &self,
+        client_buffer: &mut Buffer,
+        upstream_buffer: &mut Buffer,
+        scratch: &mut Vec<u8>,
+    ) -> Result<Received, RequestError> {
+        let mut body = Body::new(self.request.framing);
+        let sending = self.send(client_buffer, &mut body);
+        if self.request.framing == Framing::Empty {
+            self.judge(sending.await?)?;
+            return self.receive(upstream_buffer, scratch).await;
+        }
+        let receiving = self.receive(upstream_buffer, scratch);
+        tokio::pin!(sending, receiving);
+        let mut sending_goes_on = true;
+        loop {
+            tokio::select! {
+                biased;
+                sent = &mut sending, if sending_goes_on => {
+                    self.judge(sent?)?;
+                    sending_goes_on = false;
+                }
+                received = &mut receiving => return received,
+            }
+        }
+    }
+
+    fn judge(&self, sent: Sent) -> Result<(), RequestError> {
+        match sent {
+            Sent::Refused {
+                nothing_left_us: true,
+            } => Err(RequestError::NotSent),
+            Sent::Refused {
+                nothing_left_us: false,
+            } => Ok(()),
+            Sent::Whole => {
+                self.progress.request_done.set(true);
+                Ok(())
+            }
+        }
+    }
+
+    async fn send(&self, buffer: &mut Buffer, body: &mut Body) -> Result<Sent, RequestError> {
+        let route = Route {
+            from: self.client,
+            to: self.upstream,
+            read_silence: self.limits.client_silence_max,
+            write_silence: self.limits.response_max,
+        };
+        let sent = &self.progress.sent;
+        let mut prefix = self.head;
+        let mut encoding = Encoding::Plain;
+        if matches!(body, Body::Chunked(_)) {
+            // Decoding changes the buffer, so the write that may fail with nothing sent comes before it.
+            let written = stream::write_all(
+                self.upstream,
+                &mut [IoSlice::new(prefix)],
+                route.write_silence,
+            )
+            .await;
+            if let Err(failed) = written {
+                return Ok(Sent::Refused {
+                    nothing_left_us: failed.written == 0,
+                });
+            }
+            sent.set(prefix.len() as u64);
+            (prefix, encoding) = (&[], Encoding::Chunked);
+        }
+        match relay(route, buffer, body, encoding, prefix, sent).await {
+            Ok(()) => Ok(Sent::Whole),
+            Err(RelayError::Write(failed)) => Ok(Sent::Refused {
+                nothing_left_us: failed.written == 0 && sent.get() == 0,
+            }),
+            Err(RelayError::Chunk(error)) => Err(RequestError::Chunk(error)),
+            Err(RelayError::Read(error)) if error.kind() == io::ErrorKind::TimedOut => {
+                Err(RequestError::ClientSilent)
+            }
+            Err(RelayError::Read(error)) => Err(RequestError::ClientLeft(error)),
+        }
+    }
+
+    async fn receive(
+        &self,
+        buffer: &mut Buffer,
+        out: &mut Vec<u8>,
+    ) -> Result<Received, RequestError> {
+        loop {
+            let end = self.read_head(buffer).await?;
+            out.clear();
+            let may_persist = self.may_persist && self.progress.request_done.get();
+            let head = &buffer.filled()[..end];
+            let response = response::rewrite(head, self.request, may_persist, out)
+                .map_err(RequestError::AnswerHead)?;
+            buffer.consume(end);
+            match response.status {
+                101 if self.request.upgrade == Upgrade::Asked => return self.upgrade(out).await,
+                101 => return Err(RequestError::AnswerHead(head::HeadError::Syntax)),
+                100..200 => self.interim(out).await?,
+                _ => return self.answer(buffer, &response, out).await,
+            }
+        }
+    }
+
+    /// Passes 100 Continue and early hints on, to those who know what they are.
+    async fn interim(&self, head: &[u8]) -> Result<(), RequestError> {
+        match self.request.version {
+            head::Version::Http11 => self.write(head).await,
+            head::Version::Http10 => Ok(()),
+        }
+    }
+
+    async fn upgrade(&self, head: &[u8]) -> Result<Received, RequestError> {
+        self.ticket.answered();
+        self.progress.status.set(101);
+        self.progress.answering.set(true);
+        self.write(head).await?;
+        Ok(Received::Upgraded)
+    }
+
+    async fn answer(
+        &self,
+        buffer: &mut Buffer,
+        response: &Response,
+        head: &[u8],
+    ) -> Result<Received, RequestError> {
+        self.ticket.answered();
+        self.progress.status.set(response.status);
+        self.progress.answering.set(true);
+        let route = Route {
+            from: self.upstream,
+            to: self.client,
+            read_silence: self.limits.response_max,
+            write_silence: self.limits.client_silence_max,
+        };
+        // A body that is not there has no last chunk either.
+        let encoding = if response.framing == Framing::Empty {
+            Encoding::Plain
+        } else {
+            response.encoding
+        };
+        let mut body = Body::new(response.framing);
+        let relayed = relay(
+            route,
+            buffer,
+            &mut body,
+            encoding,
+            head,
+            &self.progress.answered,
+        )
+        .await;
+        relayed.map_err(|error| match error {
+            RelayError::Chunk(error) => RequestError::AnswerChunk(error),
+            RelayError::Read(error) if error.kind() == io::ErrorKind::TimedOut => {
+                RequestError::UpstreamSilent
+            }
+            RelayError::Read(error) => RequestError::AnswerCut(error),
+            RelayError::Write(failed) => client_failed(failed.source),
+        })?;
+        // Bytes after the end of an answer belong to no request of ours.
+        let whole = self.progress.request_done.get();
+        Ok(Received::Answer {
+            client_persists: response.client_persists && whole,
+            upstream_persists: response.upstream_persists && whole && buffer.is_empty(),
+        })
+    }
+
+    async fn write(&self, bytes: &[u8]) -> Result<(), RequestError> {
+        let silence = self.limits.client_silence_max;
+        let written = stream::write_all(self.client, &mut [IoSlice::new(bytes)], silence).await;
+        written.map_err(|failed| client_failed(failed.source))?;
+        self.progress
+            .answered
+            .set(self.progress.answered.get() + bytes.len() as u64);
+        Ok(())
+    }
+
+    async fn read_head(&self, buffer: &mut Buffer) -> Result<usize, RequestError> {
+        let mut from = 0;
+        loop {
+            match head::scan(buffer.filled(), from).map_err(RequestError::AnswerHead)? {
+                Scan::Complete(end) => return Ok(end),
+                Scan::Partial(next) => from = next,
+            }
+            if buffer.room().is_empty() || buffer.filled().len() >= self.limits.head_bytes_max {
+                return Err(RequestError::AnswerHeadTooLong);
+            }
+            match stream::read(self.upstream, buffer, self.limits.response_max).await {
+                Ok(0) => return Err(RequestError::NoAnswer(io::ErrorKind::UnexpectedEof.into())),
+                Ok(_) => self.progress.heard.set(true),
+                // The time runs from the end of the request.
+                Err(error)
+                    if error.kind() == io::ErrorKind::TimedOut
+                        && !self.progress.request_done.get() => {}
+                Err(error) if error.kind() == io::ErrorKind::TimedOut => {
+                    return Err(RequestError::UpstreamSilent);
+                }
+                Err(error) => return Err(RequestError::NoAnswer(error)),
+            }
+        }
+    }
+}
+
+fn client_failed(error: io::Error) -> RequestError {
+    if error.kind() == io::ErrorKind::TimedOut {
+        RequestError::ClientSilent
+    } else {
+        RequestError::ClientLeft(error)
+    }
+}

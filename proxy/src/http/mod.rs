@@ -1,0 +1,10 @@
+//! HTTP/1.0 and 1.1, our own code on httparse: one task a connection, no channel, heads parsed once.
+
+pub(crate) mod answer;
+pub(crate) mod body;
+pub mod chunked;
+pub(crate) mod connection;
+pub(crate) mod exchange;
+pub mod head;
+pub(crate) mod request;
+pub(crate) mod response;

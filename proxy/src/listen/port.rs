@@ -1,0 +1,209 @@
+//! A port: one service on one worker, and everything its connections share.
+//!
+//! The way from a request to a ticket and an upstream connection is the same for HTTP and raw TCP, and is here.
+
+use std::cell::Cell;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use cutover_protocol::id::Register;
+use tokio::net::TcpStream;
+use tokio::sync::Notify;
+
+use super::hangup::HangupWatch;
+use crate::access_log::{AccessLog, Line};
+use crate::buffer::{Buffer, Buffers};
+use crate::config::Limits;
+use crate::error::RequestError;
+use crate::http::request::RequestId;
+use crate::service::inflight::InFlightTable;
+use crate::service::upstream::{NoConnection, Pool, Upstream};
+use crate::service::{Admission, Parked, Service, Ticket};
+
+/// One service on one worker.
+#[derive(Debug)]
+pub(crate) struct Port {
+    pub(crate) service: Arc<Service>,
+    pub(crate) worker: usize,
+    pub(crate) limits: Rc<Limits>,
+    pub(crate) buffers: Rc<Buffers>,
+    pub(crate) hangup: Rc<HangupWatch>,
+    pub(crate) in_flight: Rc<InFlightTable>,
+    pub(crate) pool: Rc<Pool>,
+    pub(crate) closing: Rc<Closing>,
+    pub(crate) access_log: Option<AccessLog>,
+    pub(crate) id_origin: u64,
+    pub(crate) id_next: Cell<u64>,
+}
+
+/// Says on one worker that the proxy is going away.
+#[derive(Debug, Default)]
+pub(crate) struct Closing {
+    closed: Cell<bool>,
+    notify: Notify,
+}
+
+impl Closing {
+    pub(crate) fn close(&self) {
+        self.closed.set(true);
+        self.notify.notify_waiters();
+    }
+
+    pub(crate) const fn is_closed(&self) -> bool {
+        self.closed.get()
+    }
+
+    /// Completes once closed.
+    pub(crate) async fn closed(&self) {
+        let notified = self.notify.notified();
+        if !self.closed.get() {
+            notified.await;
+        }
+    }
+}
+
+/// What one request (or raw connection) went through on its way upstream.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Passage {
+    pub(crate) arrival: Instant,
+    /// Time it was held, all in all.
+    pub(crate) held: Duration,
+    /// To whom it went, once it did.
+    pub(crate) register: Option<Register>,
+}
+
+impl Passage {
+    pub(crate) const fn new(arrival: Instant) -> Self {
+        Self {
+            arrival,
+            held: Duration::ZERO,
+            register: None,
+        }
+    }
+}
+
+/// A client that waits for a ticket or a connection, and the memory it can do without meanwhile.
+#[derive(Debug)]
+pub(crate) struct Visitor<'v> {
+    pub(crate) stream: &'v TcpStream,
+    pub(crate) buffer: &'v mut Buffer,
+    pub(crate) head: &'v mut Vec<u8>,
+    pub(crate) passage: &'v mut Passage,
+}
+
+/// A ticket and the connection it is good for.
+#[derive(Debug)]
+pub(crate) struct Connected<'p> {
+    pub(crate) ticket: Ticket<'p>,
+    pub(crate) upstream: Upstream,
+    /// It served another request before, and may have died since.
+    pub(crate) kept: bool,
+}
+
+impl Port {
+    /// Passes an open gate, or waits at a closed one.
+    pub(crate) async fn admit(
+        &self,
+        visitor: &mut Visitor<'_>,
+    ) -> Result<Ticket<'_>, RequestError> {
+        match self.service.gate.admit(self.worker) {
+            Admission::Pass(ticket) => Ok(ticket),
+            Admission::Wait => {
+                let parked = self
+                    .service
+                    .gate
+                    .park(self.worker, visitor.passage.arrival)?;
+                self.wait(parked, visitor).await
+            }
+        }
+    }
+
+    /// Finds or makes a connection for the ticket. Where none comes about because the gate has closed, or has only
+    /// just opened, the request is held again: nothing of it has left us.
+    pub(crate) async fn connect<'p>(
+        &'p self,
+        mut ticket: Ticket<'p>,
+        may_reuse: bool,
+        visitor: &mut Visitor<'_>,
+    ) -> Result<Connected<'p>, RequestError> {
+        loop {
+            if may_reuse && let Some(upstream) = self.pool.take(&ticket) {
+                return Ok(Connected {
+                    ticket,
+                    upstream,
+                    kept: true,
+                });
+            }
+            let cause = match self.pool.connect(&ticket).await {
+                Ok(upstream) if ticket.is_current() => {
+                    return Ok(Connected {
+                        ticket,
+                        upstream,
+                        kept: false,
+                    });
+                }
+                Ok(upstream) => {
+                    self.pool.part(upstream);
+                    None
+                }
+                Err(NoConnection::GateMoved) => None,
+                Err(NoConnection::Failed(error)) => Some(error),
+            };
+            let Some(parked) = ticket.wait_again(&self.service.gate, visitor.passage.arrival)
+            else {
+                return Err(RequestError::Connect(
+                    cause.unwrap_or_else(|| std::io::ErrorKind::NotConnected.into()),
+                ));
+            };
+            ticket = self.wait(parked?, visitor).await?;
+        }
+    }
+
+    /// Held: the buffer shrinks to what it holds, and the only thing watched is whether the client leaves.
+    async fn wait(
+        &self,
+        mut parked: Parked,
+        visitor: &mut Visitor<'_>,
+    ) -> Result<Ticket<'_>, RequestError> {
+        let since = Instant::now();
+        self.buffers.shrink(visitor.buffer);
+        visitor.head.shrink_to_fit();
+        let verdict = tokio::select! {
+            biased;
+            verdict = parked.verdict(&self.service.gate) => verdict.map_err(RequestError::from),
+            left = self.hangup.left(visitor.stream) => {
+                let reason = left.err().unwrap_or_else(|| std::io::ErrorKind::ConnectionAborted.into());
+                Err(RequestError::ClientLeft(reason))
+            }
+        };
+        visitor.passage.held += since.elapsed();
+        self.buffers.grow(visitor.buffer);
+        verdict
+    }
+
+    /// A number no other request has.
+    pub(crate) fn next_id(&self) -> RequestId {
+        let number = self.id_next.get();
+        self.id_next.set(number + 1);
+        RequestId {
+            origin: self.id_origin,
+            number,
+        }
+    }
+
+    /// Counts one request by the class of its status; zero stands for none.
+    pub(crate) fn count(&self, status: u16) {
+        let answered = &self.service.gate.shard(self.worker).answered;
+        let class = usize::from(status / 100).min(answered.len() - 1);
+        answered[class].fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Writes an access line, if anybody wants one.
+    pub(crate) fn log<'l>(&self, line: impl FnOnce() -> Line<'l>) {
+        if let Some(log) = &self.access_log {
+            log.write(&line());
+        }
+    }
+}

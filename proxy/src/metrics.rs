@@ -1,0 +1,271 @@
+//! Prometheus metrics: written out by hand, once a scrape, from counters that exist anyway.
+//!
+//! The held counters of a service are read under one lock, so `held = released + gave_up + evicted + held_now` is
+//! true in every scrape.
+
+use std::fmt::Write as _;
+use std::io;
+use std::net::TcpListener as StdListener;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use cutover_protocol::id::Site;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::task::JoinSet;
+use tokio::time::timeout;
+
+use crate::access_log::AccessLog;
+use crate::service::{HOLD_BUCKETS_MS, HeldCounts, HoldTimes, Mode, Service, Word};
+
+/// Scrapes at once; one Prometheus needs one.
+const SCRAPES_MAX: usize = 16;
+/// How long one scrape may take.
+const SCRAPE_MS_MAX: Duration = Duration::from_secs(5);
+/// Longest request of a scraper, in bytes.
+const REQUEST_BYTES_MAX: usize = 8192;
+
+/// What can be scraped.
+#[derive(Debug)]
+pub(crate) struct Metrics {
+    pub(crate) services: Vec<Arc<Service>>,
+    pub(crate) access_log: Option<AccessLog>,
+}
+
+/// One service at one instant.
+struct Snapshot<'s> {
+    name: &'s str,
+    word: Word,
+    counts: HeldCounts,
+    times: HoldTimes,
+    in_flight: u64,
+    connections: u64,
+    answered: [u64; 6],
+}
+
+impl<'s> Snapshot<'s> {
+    fn of(service: &'s Service) -> Self {
+        let gate = &service.gate;
+        let (counts, times) = gate.with_held(|held| (held.counts(), *held.times()));
+        let mut answered = [0; 6];
+        for shard in gate.shards() {
+            for (sum, counter) in answered.iter_mut().zip(&shard.answered) {
+                *sum += counter.load(Ordering::Relaxed);
+            }
+        }
+        Self {
+            name: service.name().as_str(),
+            word: gate.word(),
+            counts,
+            times,
+            in_flight: gate.in_flight(),
+            connections: gate.connections(),
+            answered,
+        }
+    }
+}
+
+/// Name, type, help and value of a metric with one sample a service.
+type Single = (
+    &'static str,
+    &'static str,
+    &'static str,
+    fn(&Snapshot<'_>) -> u64,
+);
+
+const SINGLES: [Single; 10] = [
+    (
+        "hopgate_held_total",
+        "counter",
+        "Requests held so far",
+        |s| s.counts.held,
+    ),
+    (
+        "hopgate_released_total",
+        "counter",
+        "Held requests let through",
+        |s| s.counts.released,
+    ),
+    (
+        "hopgate_gave_up_total",
+        "counter",
+        "Held requests whose client left",
+        |s| s.counts.gave_up,
+    ),
+    (
+        "hopgate_evicted_total",
+        "counter",
+        "Held requests refused by the proxy",
+        |s| s.counts.evicted,
+    ),
+    ("hopgate_held_now", "gauge", "Requests held now", |s| {
+        s.counts.held_now
+    }),
+    (
+        "hopgate_in_flight",
+        "gauge",
+        "Requests and raw connections in flight",
+        |s| s.in_flight,
+    ),
+    (
+        "hopgate_upstream_connections",
+        "gauge",
+        "Open upstream connections, idle ones included",
+        |s| s.connections,
+    ),
+    ("hopgate_epoch", "gauge", "Epoch of the register", |s| {
+        s.word.register.epoch.0
+    }),
+    (
+        "hopgate_owner_is_target",
+        "gauge",
+        "1 when the target owns the service, 0 when the source does",
+        |s| u64::from(s.word.register.owner == Site::Target),
+    ),
+    (
+        "hopgate_gate",
+        "gauge",
+        "0 open, 1 holding, 2 releasing",
+        |s| match s.word.mode {
+            Mode::Open => 0,
+            Mode::Holding => 1,
+            Mode::Releasing => 2,
+        },
+    ),
+];
+
+impl Metrics {
+    /// The text of one scrape.
+    pub(crate) fn text(&self) -> String {
+        let snapshots: Vec<Snapshot<'_>> = self
+            .services
+            .iter()
+            .map(|service| Snapshot::of(service))
+            .collect();
+        let mut out = String::new();
+        // Writing to a string cannot fail.
+        self.write(&mut out, &snapshots).ok();
+        out
+    }
+
+    fn write(&self, out: &mut String, snapshots: &[Snapshot<'_>]) -> std::fmt::Result {
+        for (name, kind, help, value) in SINGLES {
+            writeln!(out, "# HELP {name} {help}.\n# TYPE {name} {kind}")?;
+            for snapshot in snapshots {
+                writeln!(
+                    out,
+                    "{name}{{service=\"{}\"}} {}",
+                    snapshot.name,
+                    value(snapshot)
+                )?;
+            }
+        }
+        let name = "hopgate_requests_total";
+        writeln!(
+            out,
+            "# HELP {name} Requests by the class of their answer.\n# TYPE {name} counter"
+        )?;
+        for snapshot in snapshots {
+            for (class, count) in ["none", "1xx", "2xx", "3xx", "4xx", "5xx"]
+                .iter()
+                .zip(snapshot.answered)
+            {
+                writeln!(
+                    out,
+                    "{name}{{service=\"{}\",status=\"{class}\"}} {count}",
+                    snapshot.name
+                )?;
+            }
+        }
+        write_hold_times(out, snapshots)?;
+        if let Some(log) = &self.access_log {
+            let name = "hopgate_access_lines_dropped_total";
+            writeln!(
+                out,
+                "# HELP {name} Access log lines lost to a slow disk.\n# TYPE {name} counter"
+            )?;
+            writeln!(out, "{name} {}", log.dropped())?;
+        }
+        Ok(())
+    }
+
+    /// Answers scrapes for ever.
+    ///
+    /// # Cancel safety
+    /// Dropping the future drops the scrapes under way.
+    pub(crate) async fn serve(self: Arc<Self>, listener: StdListener) -> io::Result<()> {
+        let listener = TcpListener::from_std(listener)?;
+        let mut scrapes = JoinSet::new();
+        loop {
+            while scrapes.try_join_next().is_some() {}
+            if scrapes.len() >= SCRAPES_MAX {
+                scrapes.join_next().await;
+            }
+            let (stream, _) = listener.accept().await?;
+            let metrics = Arc::clone(&self);
+            scrapes.spawn_local(async move {
+                // A scraper that goes away or dawdles will be back.
+                drop(timeout(SCRAPE_MS_MAX, metrics.answer(stream)).await);
+            });
+        }
+    }
+
+    async fn answer(&self, mut stream: TcpStream) -> io::Result<()> {
+        let mut request = Vec::new();
+        while !request.windows(4).any(|window| window == b"\r\n\r\n") {
+            if request.len() > REQUEST_BYTES_MAX || stream.read_buf(&mut request).await? == 0 {
+                return Ok(());
+            }
+        }
+        let (status, body) = if request.starts_with(b"GET /metrics ") {
+            ("200 OK", self.text())
+        } else {
+            (
+                "404 Not Found",
+                "only GET /metrics is served here\n".to_owned(),
+            )
+        };
+        let head = format!(
+            "HTTP/1.1 {status}\r\nContent-Type: text/plain; version=0.0.4\r\nContent-Length: {}\r\nConnection: close\r\n\r\n",
+            body.len()
+        );
+        stream.write_all(head.as_bytes()).await?;
+        stream.write_all(body.as_bytes()).await?;
+        stream.shutdown().await
+    }
+}
+
+fn write_hold_times(out: &mut String, snapshots: &[Snapshot<'_>]) -> std::fmt::Result {
+    let name = "hopgate_hold_seconds";
+    writeln!(
+        out,
+        "# HELP {name} How long requests were held.\n# TYPE {name} histogram"
+    )?;
+    for Snapshot {
+        name: service,
+        times,
+        ..
+    } in snapshots
+    {
+        let mut sum = 0;
+        for (most, count) in HOLD_BUCKETS_MS.iter().zip(&times.buckets) {
+            sum += count;
+            #[allow(clippy::cast_precision_loss)] // bucket bounds are small
+            let seconds = *most as f64 / 1000.0;
+            writeln!(
+                out,
+                "{name}_bucket{{service=\"{service}\",le=\"{seconds}\"}} {sum}"
+            )?;
+        }
+        sum += times.buckets[HOLD_BUCKETS_MS.len()];
+        writeln!(
+            out,
+            "{name}_bucket{{service=\"{service}\",le=\"+Inf\"}} {sum}"
+        )?;
+        let (whole, part) = (times.sum_ns / 1_000_000_000, times.sum_ns % 1_000_000_000);
+        writeln!(out, "{name}_sum{{service=\"{service}\"}} {whole}.{part:09}")?;
+        writeln!(out, "{name}_count{{service=\"{service}\"}} {sum}")?;
+    }
+    Ok(())
+}

@@ -1,0 +1,375 @@
+//! The gate: the only part of the proxy that knows about holding.
+//!
+//! Open, it costs one increment and one load: no lock, no allocation, no await. Otherwise a request waits in
+//! [`Held`](super::queue::Held) until it is let through, refused, or its client leaves. The gate never decides who
+//! serves: the register does, and only [`Service`](super::Service) changes that.
+//!
+//! Why an increment *before* the load is enough: both are sequentially consistent, and so are the store of the
+//! mode and the sum of the counters in a drain. Either the request sees the closed gate and steps back, or the
+//! drain sees the request.
+
+use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use cutover_protocol::id::Register;
+use tokio::sync::{Notify, watch};
+
+use super::queue::{Eviction, Grant, Held, Key, Pace, Parked};
+use super::ticket::{Pass, Ticket};
+use super::word::{Mode, Word};
+use crate::config;
+
+/// Counters that belong to one worker, on cache lines of their own so that workers do not slow each other.
+#[repr(align(128))]
+#[derive(Debug, Default)]
+pub(crate) struct Shard {
+    in_flight: AtomicU64,
+    connections: AtomicU64,
+    /// Answered requests by the hundreds of their status; index 0 counts those that got no answer.
+    pub(crate) answered: [AtomicU64; 6],
+}
+
+/// Bounds of a gate.
+#[derive(Debug, Clone)]
+pub(crate) struct GateLimits {
+    pub(crate) held_max: usize,
+    pub(crate) hold_max: Duration,
+    pub(crate) release: config::Release,
+}
+
+/// What a request meets at the gate.
+pub(crate) enum Admission<'g> {
+    /// It may go upstream.
+    Pass(Ticket<'g>),
+    /// It has to wait.
+    Wait,
+}
+
+/// How the wait for the last byte in flight ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Drain {
+    /// Nothing in flight, no upstream connection.
+    Quiet,
+    /// Something is left.
+    TimedOut,
+    /// Another command has opened the gate, or begun another hold.
+    Superseded,
+}
+
+/// One service's gate, shared by all workers and the control thread.
+#[derive(Debug)]
+pub(crate) struct Gate {
+    word: AtomicU64,
+    shards: Box<[Shard]>,
+    held: Mutex<Held>,
+    limits: GateLimits,
+    started: Instant,
+    changed: watch::Sender<Word>,
+    /// Fires when a ticket or an upstream connection ends while the gate is closed.
+    quieter: Notify,
+    /// Wakes the keeper: a deadline has moved.
+    pub(crate) keeper: Notify,
+    /// Fires with each change of the held counters.
+    pub(crate) counted: Notify,
+}
+
+impl Gate {
+    pub(crate) fn new(limits: GateLimits, workers: usize, mode: Mode, register: Register) -> Self {
+        let word = Word { mode, register };
+        Self {
+            word: AtomicU64::new(word.pack()),
+            shards: (0..workers.max(1)).map(|_| Shard::default()).collect(),
+            held: Mutex::new(Held::new(limits.release.clone())),
+            limits,
+            started: Instant::now(),
+            changed: watch::Sender::new(word),
+            quieter: Notify::new(),
+            keeper: Notify::new(),
+            counted: Notify::new(),
+        }
+    }
+
+    /// Mode and register at this instant.
+    pub(crate) fn word(&self) -> Word {
+        Word::unpack(self.word.load(SeqCst))
+    }
+
+    /// Sees every later change of mode or register.
+    pub(crate) fn subscribe(&self) -> watch::Receiver<Word> {
+        self.changed.subscribe()
+    }
+
+    pub(crate) fn shard(&self, worker: usize) -> &Shard {
+        &self.shards[worker % self.shards.len()]
+    }
+
+    pub(crate) fn shards(&self) -> &[Shard] {
+        &self.shards
+    }
+
+    /// Asks for a ticket. Open: one increment, one load.
+    pub(crate) fn admit(&self, worker: usize) -> Admission<'_> {
+        self.enter(worker);
+        let word = self.word();
+        if word.mode == Mode::Open {
+            return Admission::Pass(Ticket::new(self, worker, word.register, Pass::Open));
+        }
+        self.leave(worker);
+        Admission::Wait
+    }
+
+    /// Joins the queue, in order of arrival.
+    ///
+    /// # Errors
+    /// The queue is full, or the proxy is shutting down; either way the request counts as evicted.
+    pub(crate) fn park(
+        self: &Arc<Self>,
+        worker: usize,
+        arrival: Instant,
+    ) -> Result<Parked, Eviction> {
+        let key_time = self.since_start(arrival);
+        let mut held = self.lock();
+        let (key, receiver) = held.push(key_time, worker, self.limits.held_max)?;
+        self.pump(&mut held);
+        drop(held);
+        self.keeper.notify_one();
+        self.counted.notify_waiters();
+        Ok(Parked::new(Arc::clone(self), key, receiver))
+    }
+
+    /// Whether a request that could not connect may wait again: the gate has closed since, or was opened so
+    /// recently that the owner may not be accepting yet.
+    pub(super) fn may_wait_again(self: &Arc<Self>, pass: Pass) -> bool {
+        let mut held = self.lock();
+        let now = Instant::now();
+        match self.word().mode {
+            Mode::Holding => {}
+            Mode::Releasing => held.connect_failed(pass, now),
+            Mode::Open if held.opened_within(now, self.limits.release.grace) => {
+                held.begin_release();
+                held.connect_failed(pass, now);
+                self.set(Word {
+                    mode: Mode::Releasing,
+                    ..self.word()
+                });
+            }
+            Mode::Open => return false,
+        }
+        drop(held);
+        self.keeper.notify_one();
+        true
+    }
+
+    /// A released request was answered: the window grows and the next go through.
+    pub(super) fn answered(&self, generation: u64) {
+        let mut held = self.lock();
+        held.answered(generation);
+        self.after_release_step(held);
+    }
+
+    /// A released request ended without an answer and without blame.
+    pub(super) fn forgotten(&self, generation: u64) {
+        let mut held = self.lock();
+        held.forgotten(generation);
+        self.after_release_step(held);
+    }
+
+    fn after_release_step(&self, mut held: MutexGuard<'_, Held>) {
+        self.pump(&mut held);
+        drop(held);
+        self.keeper.notify_one();
+        self.counted.notify_waiters();
+    }
+
+    /// A client left while held. Nothing happens if it has just been let through or refused.
+    pub(super) fn gave_up(&self, key: Key) {
+        let mut held = self.lock();
+        held.gave_up(key, self.since_start(Instant::now()));
+        self.pump(&mut held);
+        drop(held);
+        self.counted.notify_waiters();
+    }
+
+    /// Lets through as many as the window allows, and opens the gate behind the last. Runs under the lock, which
+    /// is what makes the change of mode and the queue one step. Somebody may have found the gate closed and join
+    /// the queue just after it opened: an open gate lets them through at once.
+    fn pump(&self, held: &mut Held) {
+        let word = self.word();
+        if word.mode == Mode::Holding {
+            return;
+        }
+        let now = Instant::now();
+        let pace = if word.mode == Mode::Open {
+            Pace::AtOnce
+        } else {
+            Pace::Window
+        };
+        while let Some((waiter, pass)) = held.next_to_release(pace, now, self.since_start(now)) {
+            self.enter(waiter.worker);
+            let grant = Grant {
+                register: word.register,
+                worker: waiter.worker,
+                pass,
+            };
+            if waiter.verdict.send(Ok(grant)).is_err() {
+                self.leave(waiter.worker);
+                held.undeliverable(pass);
+            }
+        }
+        if word.mode == Mode::Releasing && held.release_is_over() {
+            held.opened(now);
+            self.set(Word {
+                mode: Mode::Open,
+                ..word
+            });
+        }
+    }
+
+    /// Closes the gate, at this register.
+    pub(super) fn close(&self, register: Register) {
+        let mut held = self.lock();
+        held.begin_hold();
+        self.set(Word {
+            mode: Mode::Holding,
+            register,
+        });
+        drop(held);
+        self.keeper.notify_one();
+        self.counted.notify_waiters();
+    }
+
+    /// Lets the held through to this register's owner, in turn.
+    pub(super) fn release(&self, register: Register) {
+        let mut held = self.lock();
+        held.begin_release();
+        self.set(Word {
+            mode: Mode::Releasing,
+            register,
+        });
+        self.after_release_step(held);
+    }
+
+    /// Puts a new register in place without opening or closing anything.
+    pub(super) fn advance(&self, register: Register) {
+        let held = self.lock();
+        self.set(Word {
+            register,
+            ..self.word()
+        });
+        drop(held);
+        self.counted.notify_waiters();
+    }
+
+    /// Refuses whoever has waited too long, ends a release's pause; returns when to look again.
+    pub(crate) fn tend(&self, now: Instant) -> Option<Instant> {
+        let mut held = self.lock();
+        let now_ns = self.since_start(now);
+        let too_old = now_ns.saturating_sub(nanoseconds(self.limits.hold_max));
+        held.evict_older_than(too_old, now_ns);
+        self.pump(&mut held);
+        let oldest = held
+            .oldest()
+            .map(|ns| self.started + Duration::from_nanos(ns) + self.limits.hold_max);
+        let pause = held
+            .paused_until()
+            .filter(|_| self.word().mode == Mode::Releasing);
+        drop(held);
+        self.counted.notify_waiters();
+        [oldest, pause].into_iter().flatten().min()
+    }
+
+    /// Refuses everybody who is held, and whoever comes later.
+    pub(crate) fn shut(&self) {
+        let mut held = self.lock();
+        held.shut(self.since_start(Instant::now()));
+        drop(held);
+        self.counted.notify_waiters();
+    }
+
+    /// Looks at the held under their lock, so that the counters seen together belong together.
+    pub(crate) fn with_held<T>(&self, look: impl FnOnce(&Held) -> T) -> T {
+        look(&self.lock())
+    }
+
+    /// Waits until nothing is in flight and no upstream connection is left.
+    pub(crate) async fn drained(&self, hold: u64, deadline: tokio::time::Instant) -> Drain {
+        loop {
+            let quieter = self.quieter.notified();
+            tokio::pin!(quieter);
+            quieter.as_mut().enable();
+            if self.word().mode != Mode::Holding
+                || self.with_held(|held| held.hold_generation()) != hold
+            {
+                return Drain::Superseded;
+            }
+            if self.in_flight() == 0 && self.connections() == 0 {
+                return Drain::Quiet;
+            }
+            if tokio::time::timeout_at(deadline, quieter).await.is_err() {
+                return Drain::TimedOut;
+            }
+        }
+    }
+
+    /// Requests and raw connections between their admission and their last byte.
+    pub(crate) fn in_flight(&self) -> u64 {
+        self.shards
+            .iter()
+            .map(|shard| shard.in_flight.load(SeqCst))
+            .sum()
+    }
+
+    /// Open upstream connections, idle ones included.
+    pub(crate) fn connections(&self) -> u64 {
+        self.shards
+            .iter()
+            .map(|shard| shard.connections.load(SeqCst))
+            .sum()
+    }
+
+    pub(super) fn enter(&self, worker: usize) {
+        self.shard(worker).in_flight.fetch_add(1, SeqCst);
+    }
+
+    pub(super) fn leave(&self, worker: usize) {
+        self.shard(worker).in_flight.fetch_sub(1, SeqCst);
+        self.grew_quieter();
+    }
+
+    pub(super) fn connection_opens(&self, worker: usize) {
+        self.shard(worker).connections.fetch_add(1, SeqCst);
+    }
+
+    pub(super) fn connection_closed(&self, worker: usize) {
+        self.shard(worker).connections.fetch_sub(1, SeqCst);
+        self.grew_quieter();
+    }
+
+    fn grew_quieter(&self) {
+        if self.word().mode == Mode::Holding {
+            self.quieter.notify_waiters();
+        }
+    }
+
+    /// Only under the lock of `held`.
+    fn set(&self, word: Word) {
+        self.word.store(word.pack(), SeqCst);
+        self.changed.send_replace(word);
+        self.quieter.notify_waiters();
+    }
+
+    fn since_start(&self, instant: Instant) -> u64 {
+        nanoseconds(instant.saturating_duration_since(self.started))
+    }
+
+    /// A panic while holding the lock leaves counters at worst one off; refusing every later request would be
+    /// worse.
+    fn lock(&self) -> MutexGuard<'_, Held> {
+        self.held.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn nanoseconds(duration: Duration) -> u64 {
+    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
+}

@@ -1,0 +1,261 @@
+//! The register of one service on disk: who may serve, and whether the gate holds.
+//!
+//! The embedded arbiter is this file. It is written to a temporary name, synced, renamed and its folder synced
+//! before a change takes effect, so a crash leaves either the old truth or the new one, and a proxy that was
+//! holding comes back holding.
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+
+use cutover_protocol::id::{Epoch, Register, ServiceName, Site};
+use serde::{Deserialize, Serialize};
+
+/// Version of the file's layout.
+const VERSION: u32 = 1;
+
+/// What the file says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Record {
+    pub(super) version: u32,
+    /// Who may serve.
+    pub(crate) register: Register,
+    /// How the register came to be what it is; makes a repeated command recognisable.
+    pub(crate) decided: Decision,
+    /// Whether the gate holds.
+    pub(crate) gate: GateRecord,
+}
+
+/// The last change of the register.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Decision {
+    /// None yet.
+    First,
+    /// A commit.
+    Commit,
+    /// An abort, by command or by a lease that ran out.
+    Abort,
+}
+
+/// The gate as far as it must survive a crash.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "is", rename_all = "snake_case", deny_unknown_fields)]
+pub(crate) enum GateRecord {
+    /// Open, or being released: those held before the crash are gone with their connections.
+    Open,
+    /// Holding since this epoch, for this long at a time.
+    Holding {
+        /// The register's epoch when the hold began.
+        epoch: Epoch,
+        /// Time without renewal after which the hold aborts by itself, in milliseconds.
+        lease_ms: u64,
+    },
+}
+
+/// What went wrong with a state file.
+#[derive(Debug, thiserror::Error)]
+pub enum StateError {
+    /// The folder is not usable.
+    #[error("the state folder {} cannot be used; create it, or let this user write to it", .path.display())]
+    Folder {
+        /// The folder.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// Another proxy keeps its registers there.
+    #[error("another hopgate-proxy uses the state folder {}; stop it, or give this one its own", .path.display())]
+    InUse {
+        /// The folder.
+        path: PathBuf,
+    },
+    /// The file is there and cannot be read.
+    #[error("the state of a service in {} cannot be read; restore it, or ask both agents who serves before removing it", .path.display())]
+    Unreadable {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// The file does not say what it should.
+    #[error("the state of a service in {} is damaged ({problem}); restore it, or ask both agents who serves before removing it", .path.display())]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// What does not fit.
+        problem: String,
+    },
+    /// A change could not be made durable.
+    #[error("the state could not be written to {}", .path.display())]
+    Write {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+}
+
+/// The folder of all state files, locked while it exists.
+#[derive(Debug)]
+pub(crate) struct StateDir {
+    path: PathBuf,
+    /// Holds the lock; the kernel lets go of it when we die, however that happens.
+    _lock: File,
+}
+
+impl StateDir {
+    /// Creates the folder if need be and locks it.
+    pub(crate) fn open(path: &Path) -> Result<Self, StateError> {
+        let failed = |source| StateError::Folder {
+            path: path.to_owned(),
+            source,
+        };
+        std::fs::create_dir_all(path).map_err(failed)?;
+        let lock = File::options()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .open(path.join("lock"))
+            .map_err(failed)?;
+        match rustix::fs::flock(&lock, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => Ok(Self {
+                path: path.to_owned(),
+                _lock: lock,
+            }),
+            Err(rustix::io::Errno::WOULDBLOCK) => Err(StateError::InUse {
+                path: path.to_owned(),
+            }),
+            Err(errno) => Err(failed(errno.into())),
+        }
+    }
+
+    /// The file of one service.
+    pub(crate) fn file(&self, service: &ServiceName) -> StateFile {
+        StateFile {
+            folder: self.path.clone(),
+            path: self.path.join(format!("{service}.json")),
+        }
+    }
+}
+
+/// Where one service's record lives.
+#[derive(Debug)]
+pub(crate) struct StateFile {
+    folder: PathBuf,
+    path: PathBuf,
+}
+
+impl StateFile {
+    /// Reads the record; a service never seen before belongs to its source, and that is written down first.
+    pub(crate) fn load_or_create(&self) -> Result<Record, StateError> {
+        match std::fs::read(&self.path) {
+            Ok(bytes) => self.decode(&bytes),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                let record = Record::first();
+                self.store(&record)?;
+                Ok(record)
+            }
+            Err(source) => Err(StateError::Unreadable {
+                path: self.path.clone(),
+                source,
+            }),
+        }
+    }
+
+    fn decode(&self, bytes: &[u8]) -> Result<Record, StateError> {
+        let damaged = |problem| StateError::Damaged {
+            path: self.path.clone(),
+            problem,
+        };
+        let record: Record =
+            serde_json::from_slice(bytes).map_err(|error| damaged(error.to_string()))?;
+        if record.version == VERSION {
+            Ok(record)
+        } else {
+            Err(damaged(format!(
+                "its version is {}, this program writes {VERSION}",
+                record.version
+            )))
+        }
+    }
+
+    /// Makes a record durable; when this returns without error, no crash brings the old one back.
+    pub(crate) fn store(&self, record: &Record) -> Result<(), StateError> {
+        self.write(record).map_err(|source| StateError::Write {
+            path: self.path.clone(),
+            source,
+        })
+    }
+
+    fn write(&self, record: &Record) -> io::Result<()> {
+        let mut text = serde_json::to_vec(record)?;
+        text.push(b'\n');
+        let temporary = self.path.with_extension("json.new");
+        let mut file = File::create(&temporary)?;
+        file.write_all(&text)?;
+        file.sync_all()?;
+        std::fs::rename(&temporary, &self.path)?;
+        File::open(&self.folder)?.sync_all()
+    }
+}
+
+impl Record {
+    pub(crate) const fn first() -> Self {
+        Self {
+            version: VERSION,
+            register: Register {
+                epoch: Epoch::FIRST,
+                owner: Site::Source,
+            },
+            decided: Decision::First,
+            gate: GateRecord::Open,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_record_comes_back_as_it_was_written() {
+        let folder = tempfile::tempdir().unwrap();
+        let state = StateDir::open(folder.path()).unwrap();
+        let file = state.file(&"web".parse().unwrap());
+        assert_eq!(file.load_or_create().unwrap(), Record::first());
+        let mut record = Record::first();
+        record.register.owner = Site::Target;
+        record.gate = GateRecord::Holding {
+            epoch: Epoch(3),
+            lease_ms: 77,
+        };
+        file.store(&record).unwrap();
+        assert_eq!(file.load_or_create().unwrap(), record);
+    }
+
+    #[test]
+    fn a_damaged_record_is_refused_with_what_to_do() {
+        let folder = tempfile::tempdir().unwrap();
+        let state = StateDir::open(folder.path()).unwrap();
+        std::fs::write(folder.path().join("web.json"), "{\"version\":1").unwrap();
+        let error = state
+            .file(&"web".parse().unwrap())
+            .load_or_create()
+            .unwrap_err()
+            .to_string();
+        assert!(error.contains("web.json is damaged"), "{error}");
+        assert!(error.contains("ask both agents who serves"), "{error}");
+    }
+
+    #[test]
+    fn two_proxies_cannot_share_a_state_folder() {
+        let folder = tempfile::tempdir().unwrap();
+        let _first = StateDir::open(folder.path()).unwrap();
+        assert!(matches!(
+            StateDir::open(folder.path()),
+            Err(StateError::InUse { .. })
+        ));
+    }
+}

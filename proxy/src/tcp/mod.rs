@@ -1,0 +1,59 @@
+//! Raw TCP: a connection is held after accept and before connect, because the server may speak first; it is in
+//! flight from then until both directions have ended.
+
+pub(crate) mod copy;
+
+use std::net::SocketAddr;
+use std::rc::Rc;
+use std::time::Instant;
+
+use tokio::net::TcpStream;
+
+use crate::access_log::Line;
+use crate::buffer::Buffer;
+use crate::error::RequestError;
+use crate::listen::port::{Connected, Passage, Port, Visitor};
+
+/// Serves one raw connection to its end.
+pub(crate) async fn serve(port: Rc<Port>, stream: TcpStream, client: SocketAddr) {
+    let arrival = Instant::now();
+    let mut passage = Passage::new(arrival);
+    let outcome = forward(&port, &stream, client, &mut passage).await;
+    port.count(if outcome.is_ok() { 200 } else { 0 });
+    if let Err(error) = &outcome {
+        tracing::debug!(%client, "{error}");
+    }
+    port.log(|| Line::raw(&port, client, port.next_id(), &passage, &outcome));
+}
+
+async fn forward(
+    port: &Port,
+    stream: &TcpStream,
+    client: SocketAddr,
+    passage: &mut Passage,
+) -> Result<copy::Moved, RequestError> {
+    let (mut buffer, mut head) = (Buffer::default(), Vec::new());
+    let mut visitor = Visitor {
+        stream,
+        buffer: &mut buffer,
+        head: &mut head,
+        passage,
+    };
+    let ticket = port.admit(&mut visitor).await?;
+    let Connected {
+        ticket, upstream, ..
+    } = port.connect(ticket, false, &mut visitor).await?;
+    port.buffers.give(buffer);
+    ticket.answered();
+    passage.register = Some(ticket.register());
+    let _row = port.in_flight.enter(client, b"tcp", passage.arrival);
+    let moved = copy::tunnel(
+        stream,
+        &upstream.stream,
+        &port.buffers,
+        port.limits.tunnel_idle_max,
+    )
+    .await;
+    port.pool.part(upstream);
+    Ok(moved)
+}
