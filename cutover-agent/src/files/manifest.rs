@@ -280,3 +280,117 @@ pub(crate) fn rebuild(base: &[Entry], steps: Vec<Step>) -> Result<Vec<Entry>, Ma
     }
     Ok(entries)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn entry(path: &str, kind: Kind) -> Entry {
+        let path = path.as_bytes().to_vec();
+        Entry {
+            path,
+            kind,
+            mode: 0o644,
+            uid: 0,
+            gid: 0,
+            mtime_ns: 0,
+            attributes: Vec::new(),
+        }
+    }
+
+    fn tree(entries: &[(&str, Kind)]) -> Vec<Entry> {
+        let root = std::iter::once(entry("", Kind::Directory));
+        root.chain(entries.iter().map(|(path, kind)| entry(path, kind.clone())))
+            .collect()
+    }
+
+    const FILE: Kind = Kind::File { size: 1 };
+
+    #[test]
+    fn a_peer_can_not_name_a_path_outside_the_tree() {
+        for path in [
+            "/etc/passwd",
+            "..",
+            "../x",
+            "a/../../x",
+            "a//b",
+            "./a",
+            "a/.",
+            "a\0b",
+            "a/",
+        ] {
+            let refused = check(&tree(&[("a", Kind::Directory), (path, FILE)]));
+            assert!(
+                matches!(refused, Err(ManifestError::Path(_))),
+                "{path:?}: {refused:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn nothing_can_sit_inside_a_symlink_or_a_file_or_nowhere() {
+        let link = Kind::Symlink {
+            to: b"/etc".to_vec(),
+        };
+        for parent in [link, FILE, Kind::Fifo] {
+            let refused = check(&tree(&[("a", parent), ("a/passwd", FILE)]));
+            assert_eq!(refused, Err(ManifestError::Order("a/passwd".into())));
+        }
+        assert!(check(&tree(&[("a/b", FILE)])).is_err());
+        assert!(check(&tree(&[("b", FILE), ("a", FILE)])).is_err());
+        assert!(check(&tree(&[("a", FILE), ("a", FILE)])).is_err());
+        assert!(check(&[entry("a", FILE)]).is_err());
+        assert!(check(&[]).is_err());
+    }
+
+    #[test]
+    fn a_hard_link_leads_to_an_earlier_file_and_sizes_are_bounded() {
+        let link = |to: &str| Kind::HardLink {
+            to: to.as_bytes().to_vec(),
+        };
+        assert_eq!(check(&tree(&[("a", FILE), ("b", link("a"))])), Ok(()));
+        for to in ["b", "c", "../a", ""] {
+            assert_eq!(
+                check(&tree(&[("a", FILE), ("b", link(to)), ("c", FILE)])),
+                Err(ManifestError::Link("b".into()))
+            );
+        }
+        let huge = Kind::File { size: u64::MAX };
+        assert_eq!(
+            check(&tree(&[("a", huge.clone()), ("b", huge)])),
+            Err(ManifestError::TooLarge)
+        );
+    }
+
+    #[test]
+    fn a_directory_comes_before_everything_in_it_and_its_siblings_after() {
+        let good = [
+            ("a", Kind::Directory),
+            ("a/b", Kind::Directory),
+            ("a/b/c", FILE),
+            ("a/d", FILE),
+            ("a b", FILE),
+        ];
+        assert_eq!(check(&tree(&good)), Ok(()));
+    }
+
+    #[test]
+    fn a_difference_gives_the_same_entries_back_and_costs_what_changed() {
+        let old = tree(&[("a", FILE), ("b", FILE), ("c", FILE), ("d", FILE)]);
+        let new = tree(&[("a", FILE), ("bb", FILE), ("c", FILE), ("d", FILE)]);
+        let steps = difference(&old, &new);
+        assert_eq!(steps.len(), 3, "{steps:?}");
+        assert_eq!(rebuild(&old, steps).unwrap(), new);
+        assert!(rebuild(&old, vec![Step::Same { from: 4, count: 2 }]).is_err());
+        assert!(
+            rebuild(
+                &old,
+                vec![Step::Same {
+                    from: u32::MAX,
+                    count: u32::MAX
+                }]
+            )
+            .is_err()
+        );
+    }
+}

@@ -16,6 +16,7 @@
 //! Memory does not depend on sizes: about 20 frames of 1 MiB at each end, plus 32 bytes of digest per 16 KiB of tree.
 
 mod collect;
+mod plan;
 mod receive;
 mod round;
 mod send;

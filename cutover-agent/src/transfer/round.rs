@@ -243,3 +243,139 @@ pub(super) fn open_tree(path: &std::path::Path) -> Result<Root, FilesError> {
     std::fs::create_dir_all(path).map_err(failed)?;
     Root::open(path).map_err(|errno| FilesError::read(path.to_owned(), errno))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::files::manifest::difference;
+
+    fn round(folder: &std::path::Path, size: u64) -> Round {
+        let entry = |path: &[u8], kind| Entry {
+            path: path.to_vec(),
+            kind,
+            mode: 0o755,
+            uid: rustix::process::geteuid().as_raw(),
+            gid: rustix::process::getegid().as_raw(),
+            mtime_ns: 5,
+            attributes: Vec::new(),
+        };
+        let entries = vec![
+            entry(b"", Kind::Directory),
+            entry(b"file", Kind::File { size }),
+        ];
+        let round = Round::new();
+        let steps = Packed::of(&difference(&[], &entries)).unwrap();
+        round
+            .prepare(open_tree(folder).unwrap(), Arc::default(), &steps)
+            .unwrap();
+        round
+    }
+
+    fn head(first: u32, digests: Vec<Digest>) -> DataHead {
+        DataHead {
+            round: 1,
+            codec: Codec::Plain,
+            pieces: vec![Piece {
+                entry: 1,
+                first,
+                blocks: Blocks::Data(digests),
+            }],
+        }
+    }
+
+    #[test]
+    fn a_damaged_block_is_found_before_it_is_written() {
+        let folder = tempfile::tempdir().unwrap();
+        let round = round(folder.path(), 5);
+        let sent = head(0, vec![Digest::of(b"whole")]);
+        assert_eq!(
+            round.apply(&sent, b"wholf"),
+            Err(Fault::Damaged {
+                path: "file".into()
+            })
+        );
+        assert_eq!(std::fs::read(folder.path().join("file")).unwrap(), b"");
+        assert_eq!(round.apply(&sent, b"whole"), Ok(()));
+        assert_eq!(std::fs::read(folder.path().join("file")).unwrap(), b"whole");
+    }
+
+    #[test]
+    fn a_tree_with_a_missing_block_or_another_root_is_never_sealed() {
+        let folder = tempfile::tempdir().unwrap();
+        let round = round(folder.path(), 16384 + 5);
+        let name = TreeName::new("db/volume").unwrap();
+        round
+            .apply(&head(1, vec![Digest::of(b"whole")]), b"whole")
+            .unwrap();
+        let digests = vec![
+            Arc::default(),
+            Arc::new(vec![Digest::UNKNOWN, Digest::of(b"whole")]),
+        ];
+        let body = round.body.get().unwrap();
+        let half = Manifest {
+            entries: body.entries.clone(),
+            digests,
+        }
+        .root();
+        assert_eq!(
+            round.finish(&name, half, false).err(),
+            Some(Fault::NotSealed(name.clone()))
+        );
+        assert_eq!(
+            round.finish(&name, Digest::of(b"other"), false).err(),
+            Some(Fault::NotSealed(name))
+        );
+    }
+
+    #[test]
+    fn pieces_beyond_the_file_or_of_no_file_are_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let round = round(folder.path(), 5);
+        let digest = Digest::of(b"whole");
+        for first in [1, u32::MAX] {
+            assert_eq!(
+                round.apply(&head(first, vec![digest]), b"whole"),
+                Err(Fault::Garbled)
+            );
+        }
+        assert_eq!(
+            round.apply(&head(0, vec![digest]), b"whole and more"),
+            Err(Fault::Garbled)
+        );
+        assert_eq!(
+            round.apply(&head(0, vec![digest; 2]), b"whole"),
+            Err(Fault::Garbled)
+        );
+        for entry in [0, 2] {
+            let piece = Piece {
+                entry,
+                first: 0,
+                blocks: Blocks::Zeros(1),
+            };
+            let sent = DataHead {
+                round: 1,
+                codec: Codec::Plain,
+                pieces: vec![piece],
+            };
+            assert_eq!(round.apply(&sent, b""), Err(Fault::Garbled));
+        }
+        let bomb = DataHead {
+            round: 1,
+            codec: Codec::Zstd { bytes: u32::MAX },
+            pieces: Vec::new(),
+        };
+        assert_eq!(round.apply(&bomb, b""), Err(Fault::Garbled));
+    }
+
+    #[test]
+    fn a_symlink_planted_in_the_tree_is_not_followed() {
+        let (folder, outside) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let victim = outside.path().join("victim");
+        std::fs::write(&victim, "whole").unwrap();
+        let round = round(folder.path(), 5);
+        std::os::unix::fs::symlink(&victim, folder.path().join("file")).unwrap();
+        let refused = round.apply(&head(0, vec![Digest::of(b"other")]), b"other");
+        assert!(matches!(refused, Err(Fault::Files { .. })), "{refused:?}");
+        assert_eq!(std::fs::read(&victim).unwrap(), b"whole");
+    }
+}

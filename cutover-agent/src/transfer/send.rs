@@ -8,23 +8,19 @@ use std::time::{Duration, Instant};
 
 use tokio::runtime::Handle;
 
-use super::collect::{Collector, Outlet};
-use super::wire::{
-    Answer, Ask, Base, Codec, DATA_BYTES_MAX, DataHead, Fault, Listing, Packed, Space,
-};
+use super::collect::Outlet;
+use super::plan::{self, Memory, Plan, Sealed};
+use super::wire::{Answer, Ask, Base, Codec, DATA_BYTES_MAX, DataHead, Fault, Listing, Space};
 use super::{
     Durability, Measured, Origin, SyncOptions, SyncReport, TransferError, TreeName, Writers,
 };
-use crate::files::blocks::{self, Digest};
-use crate::files::content::{self, Calm};
-use crate::files::manifest::{self, Manifest};
-use crate::files::walk::{self, Stamp, Walked};
-use crate::files::{FilesError, Kind, ManifestError, Root};
+use crate::files::blocks::Digest;
+use crate::files::content::Calm;
+use crate::files::manifest::Manifest;
+use crate::files::{FilesError, ManifestError};
 use crate::peer::message::{Message, Topic};
 use crate::peer::{Link, PeerError, Session, encode};
 
-/// Threads that read, hash and pack. Two keep a link of several Gbit/s busy, and leave the rest to the containers.
-const READERS: usize = 2;
 /// Round trips looked at by a measurement.
 const PINGS: u32 = 5;
 
@@ -35,23 +31,6 @@ pub(crate) struct Sender {
     trees: Mutex<HashMap<TreeName, Arc<tokio::sync::Mutex<Memory>>>>,
     /// The last round's number; held while a round is announced, so that numbers arrive in order.
     rounds: tokio::sync::Mutex<u64>,
-}
-
-/// What is remembered of a tree between rounds.
-#[derive(Debug, Default)]
-struct Memory {
-    /// What the target sealed; absent before the first round and after a failed one.
-    sealed: Option<Sealed>,
-    stamps: Vec<Option<Stamp>>,
-    scanned_ns: i64,
-}
-
-#[derive(Debug)]
-struct Sealed {
-    manifest: Manifest,
-    root: Digest,
-    /// Whether the stamps are those of this manifest's files.
-    is_ours: bool,
 }
 
 impl Sender {
@@ -290,19 +269,8 @@ impl Drop for Underway<'_> {
     }
 }
 
-/// A round as planned from the walk.
-struct Plan {
-    root: Root,
-    walked: Walked,
-    wanted: Vec<usize>,
-    /// Digests that need no reading, per entry.
-    kept: Vec<Option<Arc<Vec<Digest>>>>,
-    /// What the target has, per entry.
-    base: Vec<Option<Arc<Vec<Digest>>>>,
-    steps: Packed,
-}
-
 impl Sender {
+    /// One round. `memory` is left empty unless it ends well.
     async fn round(
         &self,
         tree: &TreeName,
@@ -317,62 +285,19 @@ impl Sender {
             cancel: Arc::clone(&cancel),
             is_over: false,
         };
-        let (path, walking) = (root.to_owned(), Arc::clone(&cancel));
-        let walk = off(move || walk_tree(&path, &walking));
-        // The walk and the target's answer take their time together.
-        let (walked, sealed) = tokio::join!(walk, self.sealed(tree, options, memory.sealed.take()));
-        let ((root, walked), sealed) = (walked?, sealed?);
-        let base = sealed
-            .as_ref()
-            .map_or(Base::Empty, |sealed| Base::Known(sealed.root));
-        let (stamps, scanned_ns) = (std::mem::take(&mut memory.stamps), memory.scanned_ns);
-        let rehash = options.always_rehash.clone();
-        let plan = off(move || {
-            let is_same = |index: usize, at: usize, walked: &Walked| {
-                let stamp = &walked.stamps[index];
-                let known = stamps.get(at).copied().flatten();
-                known.is_some_and(|known| known.is_same(stamp) && known.is_settled(scanned_ns))
-                    && !rehash.contains(&(stamp.device, stamp.inode))
-            };
-            plan(root, walked, sealed.unwrap_or_default(), is_same)
-        })
-        .await?;
-        let total = plan
-            .wanted
-            .iter()
-            .map(|at| plan.walked.entries[*at].size())
-            .sum();
-        options.progress.total.fetch_add(total, Ordering::Relaxed);
-        let is_durable = options.durability == Durability::Synced;
-        let (number, list_bytes) = (self.link.number(), plan.steps.length());
+        let mut plan = self.plan(tree, root, options, memory, &cancel).await?;
+        let (bytes_read, list_bytes) = (plan.bytes(), plan.steps.length());
+        let (progress, base) = (&options.progress, std::mem::take(&mut plan.base));
+        progress.total.fetch_add(bytes_read, Ordering::Relaxed);
+        let number = self.link.number();
         let booking = self.link.expect(number);
-        let Plan {
-            root,
-            walked,
-            wanted,
-            kept,
-            base: has,
-            steps,
-        } = plan;
-        let mut last = self.rounds.lock().await;
-        *last += 1;
-        underway.round = *last;
-        let begin = encoded(&Ask::Begin {
-            round: *last,
-            tree: tree.clone(),
-            base,
-            steps,
-            is_durable,
-        })?;
-        self.link.tell(Topic::Ask, number, &begin).await?;
-        drop(last);
-        let outlet = self.outlet(underway.round, has, cancel, options);
-        let calm = if options.writers == Writers::Frozen {
-            Calm::Frozen
-        } else {
-            Calm::Live
+        underway.round = self.begin(number, tree, options, &mut plan).await?;
+        let outlet = self.outlet(underway.round, base, cancel, options);
+        let calm = match options.writers {
+            Writers::Frozen => Calm::Frozen,
+            Writers::Running => Calm::Live,
         };
-        let reading = off(move || read(root, walked, &wanted, kept, calm, outlet));
+        let reading = off(move || plan::read(plan, calm, outlet));
         let answering = self.link.answer(booking);
         tokio::pin!(reading, answering);
         let read = tokio::select! {
@@ -383,27 +308,57 @@ impl Sender {
                 return Err(PeerError::Vocabulary.into());
             }
         };
-        let seal = Ask::Seal {
-            round: underway.round,
-            frames: read.frames,
-            root: read.hash,
-        };
+        let seal = encoded(&read.seal(underway.round))?;
         self.link
-            .tell(Topic::Ask, self.link.number(), &encoded(&seal)?)
+            .tell(Topic::Ask, self.link.number(), &seal)
             .await?;
         understood(&answering.await?)?;
         underway.is_over = true;
-        let report = read.report(total, list_bytes);
-        *memory = Memory {
-            sealed: Some(Sealed {
-                manifest: read.manifest,
-                root: read.hash,
-                is_ours: true,
-            }),
-            stamps: read.stamps,
-            scanned_ns: read.scanned_ns,
-        };
+        let report = read.report(bytes_read, list_bytes);
+        *memory = read.into_memory();
         Ok(report)
+    }
+
+    /// Walks the tree, learns what the target has, and decides what has to be read.
+    async fn plan(
+        &self,
+        tree: &TreeName,
+        root: &Path,
+        options: &SyncOptions,
+        memory: &mut Memory,
+        cancel: &Arc<AtomicBool>,
+    ) -> Result<Plan, TransferError> {
+        let mut memory = std::mem::take(memory);
+        let (path, walking) = (root.to_owned(), Arc::clone(cancel));
+        let walk = off(move || plan::walk_tree(&path, &walking));
+        // The walk and the target's answer take their time together.
+        let sealed = self.sealed(tree, options, memory.sealed.take());
+        let (walked, sealed) = tokio::join!(walk, sealed);
+        let ((root, walked), sealed) = (walked?, sealed?);
+        memory.sealed = sealed;
+        let rehash = options.always_rehash.clone();
+        off(move || plan::plan(root, walked, memory, &rehash)).await
+    }
+
+    /// Announces the round, and gives its number.
+    async fn begin(
+        &self,
+        number: u64,
+        tree: &TreeName,
+        options: &SyncOptions,
+        plan: &mut Plan,
+    ) -> Result<u64, TransferError> {
+        let mut last = self.rounds.lock().await;
+        *last += 1;
+        let ask = Ask::Begin {
+            round: *last,
+            tree: tree.clone(),
+            base: plan.origin.take().map_or(Base::Empty, Base::Known),
+            steps: std::mem::take(&mut plan.steps),
+            is_durable: options.durability == Durability::Synced,
+        };
+        self.link.tell(Topic::Ask, number, &encoded(&ask)?).await?;
+        Ok(*last)
     }
 
     fn outlet(
@@ -462,119 +417,6 @@ impl Sender {
                 }))
             }
             _ => Err(PeerError::Vocabulary.into()),
-        }
-    }
-}
-
-fn walk_tree(path: &Path, cancel: &AtomicBool) -> Result<(Root, Walked), TransferError> {
-    let root = Root::open(path).map_err(|errno| FilesError::read(path.to_owned(), errno))?;
-    let walked = walk::walk(&root, cancel)?;
-    Ok((root, walked))
-}
-
-impl Default for Sealed {
-    fn default() -> Self {
-        Self {
-            manifest: Manifest::default(),
-            root: Digest::UNKNOWN,
-            is_ours: false,
-        }
-    }
-}
-
-/// Decides what has to be read: everything but files of an earlier round of ours that have not changed since.
-fn plan(
-    root: Root,
-    walked: Walked,
-    sealed: Sealed,
-    is_same: impl Fn(usize, usize, &Walked) -> bool,
-) -> Result<Plan, TransferError> {
-    let steps = Packed::of(&manifest::difference(
-        &sealed.manifest.entries,
-        &walked.entries,
-    ))?;
-    let (mut wanted, mut kept, mut base) = (Vec::new(), Vec::new(), Vec::new());
-    for (index, entry) in walked.entries.iter().enumerate() {
-        let at = match entry.kind {
-            Kind::File { .. } => sealed.manifest.find(&entry.path),
-            _ => None,
-        };
-        let known = at.filter(|at| matches!(sealed.manifest.entries[*at].kind, Kind::File { .. }));
-        let has = known.map(|at| Arc::clone(&sealed.manifest.digests[at]));
-        let reuse = known
-            .filter(|at| sealed.is_ours && is_same(index, *at, &walked))
-            .and_then(|_| has.clone());
-        let reuse = reuse.filter(|digests| digests.len() as u64 == blocks::count(entry.size()));
-        if reuse.is_none() && matches!(entry.kind, Kind::File { .. }) {
-            wanted.push(index);
-        }
-        kept.push(reuse);
-        base.push(has);
-    }
-    Ok(Plan {
-        root,
-        walked,
-        wanted,
-        kept,
-        base,
-        steps,
-    })
-}
-
-/// A round whose frames are all handed to the streams.
-struct ReadRound {
-    manifest: Manifest,
-    hash: Digest,
-    stamps: Vec<Option<Stamp>>,
-    scanned_ns: i64,
-    frames: u64,
-    bytes_data: u64,
-    bytes_wire: u64,
-}
-
-fn read(
-    root: Root,
-    walked: Walked,
-    wanted: &[usize],
-    kept: Vec<Option<Arc<Vec<Digest>>>>,
-    calm: Calm,
-    outlet: Outlet,
-) -> Result<ReadRound, TransferError> {
-    let collectors = (0..READERS).map(|_| Collector::new(&outlet)).collect();
-    let contents = content::read(&root, &walked, wanted, calm, collectors, &outlet.cancel)?;
-    let mut digests: Vec<Arc<Vec<Digest>>> =
-        kept.into_iter().map(Option::unwrap_or_default).collect();
-    for (entry, found) in wanted.iter().zip(contents.digests) {
-        digests[*entry] = Arc::new(found);
-    }
-    let mut stamps: Vec<_> = walked.stamps.into_iter().map(Some).collect();
-    for entry in contents.unsteady {
-        stamps[entry] = None;
-    }
-    let manifest = Manifest {
-        entries: walked.entries,
-        digests,
-    };
-    Ok(ReadRound {
-        hash: manifest.root(),
-        manifest,
-        stamps,
-        scanned_ns: walked.started_ns,
-        frames: outlet.frames.into_inner(),
-        bytes_data: outlet.bytes_data.into_inner(),
-        bytes_wire: outlet.bytes_wire.into_inner(),
-    })
-}
-
-impl ReadRound {
-    fn report(&self, bytes_read: u64, list_bytes: u64) -> SyncReport {
-        SyncReport {
-            bytes_data: self.bytes_data,
-            bytes_wire: self.bytes_wire + list_bytes,
-            bytes_read,
-            bytes_tree: self.manifest.bytes(),
-            files: self.manifest.files(),
-            took: Duration::ZERO,
         }
     }
 }

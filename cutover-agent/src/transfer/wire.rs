@@ -183,7 +183,7 @@ pub(crate) enum Blocks {
 }
 
 /// A postcard value under zstd, with its true length.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Default, Serialize, Deserialize)]
 pub(crate) struct Packed {
     bytes: u32,
     packed: Vec<u8>,

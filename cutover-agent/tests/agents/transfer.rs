@@ -217,7 +217,11 @@ async fn an_unreadable_file_is_named() {
     }
     let world = World::new().await;
     fs::write(world.here().join("secret"), "x").unwrap();
-    fs::set_permissions(world.here().join("secret"), fs::Permissions::from_mode(0)).unwrap();
+    fs::set_permissions(
+        world.here().join("secret"),
+        fs::Permissions::from_mode(0o000),
+    )
+    .unwrap();
     let text = world
         .sync(&world.connect().await)
         .await
