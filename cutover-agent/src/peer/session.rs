@@ -82,6 +82,7 @@ async fn open(
         purpose,
     };
     let dead_after_ms = hello::milliseconds(timeouts.dead_after);
+    let started = Instant::now();
     let control = loop {
         let hello = greet(Purpose::Control {
             streams,
@@ -91,7 +92,7 @@ async fn open(
             Err(PeerError::Refused {
                 refusal: Refusal::Busy,
                 ..
-            }) if timeouts.connect > BUSY_PAUSE * 10 => {
+            }) if started.elapsed() < timeouts.connect / 2 => {
                 tokio::time::sleep(BUSY_PAUSE).await;
             }
             other => break other?,
