@@ -86,6 +86,8 @@ enum Command {
         #[arg(long, value_name = "FILE")]
         json: Option<PathBuf>,
     },
+    /// Runs every test of the workspace, then the end-to-end tests of the lab.
+    Test,
     /// The part of a hop that runs inside the guest.
     #[command(hide = true)]
     Inside {
@@ -120,9 +122,17 @@ enum Command {
     },
 }
 
-fn main() -> anyhow::Result<ExitCode> {
-    let arguments = Arguments::parse();
+fn main() -> ExitCode {
     let progress = Progress::new();
+    let outcome = run(Arguments::parse(), &progress);
+    progress.done();
+    outcome.unwrap_or_else(|error| {
+        eprintln!("error: {error:#}");
+        ExitCode::FAILURE
+    })
+}
+
+fn run(arguments: Arguments, progress: &Progress) -> anyhow::Result<ExitCode> {
     match arguments.command {
         Command::Counter(options) => counter::run(&options)?,
         Command::Delay { queue, delay_us } => {
@@ -130,11 +140,20 @@ fn main() -> anyhow::Result<ExitCode> {
         }
         Command::World { app, link } => {
             interrupt::listen()?;
-            lab::by_hand::world(app, link, &progress)?;
+            lab::by_hand::world(app, link, progress)?;
         }
         Command::Inside { options, out } => {
             interrupt::listen()?;
-            lab::guest::inside(&options.wish(Place::Host), &out, &progress)?;
+            lab::guest::inside(&options.wish(Place::Host), &out, progress)?;
+        }
+        Command::Test => {
+            interrupt::listen()?;
+            let green = lab::suite::run(&Folders::find()?, progress)?;
+            return Ok(if green {
+                ExitCode::SUCCESS
+            } else {
+                ExitCode::FAILURE
+            });
         }
         Command::Hop {
             options,
@@ -142,7 +161,7 @@ fn main() -> anyhow::Result<ExitCode> {
             json,
         } => {
             interrupt::listen()?;
-            let report = place::run(&options.wish(place), &Folders::find()?, &progress)?;
+            let report = place::run(&options.wish(place), &Folders::find()?, progress)?;
             progress.done();
             return hand_back(&report, json.as_deref());
         }

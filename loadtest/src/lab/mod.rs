@@ -21,6 +21,7 @@ pub mod process;
 pub mod rootfs;
 pub mod run_dir;
 pub mod setup;
+pub mod suite;
 pub mod traffic;
 pub mod watch;
 pub mod world;

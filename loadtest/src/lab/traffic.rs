@@ -1,5 +1,6 @@
 //! Bytes on the wide-area link while a hop runs, and from them how long it will still take.
 
+use std::cell::Cell;
 use std::fs;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -19,7 +20,7 @@ pub struct Traffic {
     /// How much the last hop of this application sent, if one is known.
     expected: Option<u64>,
     memory: PathBuf,
-    printed: std::cell::Cell<Instant>,
+    printed: Cell<(Instant, u64)>,
 }
 
 impl Traffic {
@@ -45,7 +46,7 @@ impl Traffic {
             began: now,
             expected,
             memory,
-            printed: std::cell::Cell::new(now),
+            printed: Cell::new((now, 0)),
         };
         traffic.before = traffic.total().unwrap_or(0);
         traffic
@@ -69,7 +70,8 @@ impl Traffic {
 
     /// Shows what was sent and what is left.
     pub fn show(&self, progress: &Progress) {
-        let (sent, seconds) = (self.sent() as f64 / 1e6, self.began.elapsed().as_secs_f64());
+        let bytes = self.sent();
+        let (sent, seconds) = (bytes as f64 / 1e6, self.began.elapsed().as_secs_f64());
         let left = match self.expected.map(|bytes| bytes as f64 / 1e6) {
             Some(expected) if sent > 1.0 && expected > sent => {
                 format!(", about {:.0} s left", seconds * (expected - sent) / sent)
@@ -79,8 +81,12 @@ impl Traffic {
         let line = format!("hopping: {sent:.1} MB sent in {seconds:.0} s{left}");
         if progress.is_live() {
             progress.now(line);
-        } else if self.printed.get().elapsed() >= Duration::from_secs(LINE_S) {
-            self.printed.set(Instant::now());
+            return;
+        }
+        // Plain lines only while something moves.
+        let (at, shown) = self.printed.get();
+        if at.elapsed() >= Duration::from_secs(LINE_S) && bytes > shown + (1 << 20) {
+            self.printed.set((Instant::now(), bytes));
             progress.say(format!("  {line}"));
         }
     }

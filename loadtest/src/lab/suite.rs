@@ -1,0 +1,229 @@
+//! The one test command: every test of the workspace, then hops of real containers from end to end.
+
+use std::process::Stdio;
+use std::time::Duration;
+
+use crate::command::{Shell, kill_group};
+use crate::interrupt;
+use crate::lab::app::App;
+use crate::lab::error::{LabError, Result};
+use crate::lab::folders::Folders;
+use crate::lab::hop::{Again, Engine};
+use crate::lab::kill::Victim;
+use crate::lab::link::Link;
+use crate::lab::place::{self, Place, Wish};
+use crate::lab::setup;
+use crate::progress::Progress;
+use crate::report::Report;
+use crate::verdict::judge;
+
+/// Longest the tests of the workspace may take, in seconds, their building included.
+const WORKSPACE_S: u64 = 1800;
+
+/// One end-to-end test: its name as a sentence, what is done, and what the report must show besides being green.
+struct Case {
+    name: &'static str,
+    wish: Wish,
+    shows: fn(&Report) -> std::result::Result<(), String>,
+}
+
+fn wish(app: App, clients: usize) -> Wish {
+    let link = Link::Shaped {
+        rate_mbit: 800.0,
+        round_trip: Duration::from_millis(20),
+        loss_percent: 0.1,
+    };
+    Wish {
+        app,
+        clients,
+        engine: Engine::Criu,
+        place: Place::Auto,
+        link,
+        fault: None,
+        kill: None,
+        again: Again::No,
+    }
+}
+
+fn enough_ids(report: &Report) -> std::result::Result<(), String> {
+    let ids = report.verdict.ids_acknowledged;
+    match (ids >= 300, report.ids_while_holding > 0) {
+        (false, _) => Err(format!("only {ids} ids were acknowledged")),
+        (_, false) => Err("no id was sent while the gate held".into()),
+        _ => Ok(()),
+    }
+}
+
+fn nothing_more(_: &Report) -> std::result::Result<(), String> {
+    Ok(())
+}
+
+fn cases() -> Vec<Case> {
+    let counter = wish(App::Counter, 50);
+    vec![
+        Case {
+            name: "a counter hops with its memory under load",
+            wish: counter.clone(),
+            shows: enough_ids,
+        },
+        Case {
+            name: "WordPress and its database hop under load",
+            wish: wish(App::Wordpress, 20),
+            shows: enough_ids,
+        },
+        Case {
+            name: "a hop that fails before its commit leaves the source serving, and the next one succeeds",
+            wish: Wish {
+                fault: Some("Verify".into()),
+                again: Again::Yes,
+                ..counter.clone()
+            },
+            shows: nothing_more,
+        },
+        Case {
+            name: "a target agent killed before the commit leaves exactly one side serving",
+            wish: Wish {
+                kill: Some(Victim::TargetAgent),
+                ..counter.clone()
+            },
+            shows: nothing_more,
+        },
+        Case {
+            name: "a counter hops by clean stop and start",
+            wish: Wish {
+                engine: Engine::Restart,
+                ..counter
+            },
+            shows: nothing_more,
+        },
+    ]
+}
+
+/// Runs everything and prints one line of sums at the very end. True when all of it passed.
+///
+/// # Errors
+/// When the lab was interrupted, or is not root.
+pub fn run(folders: &Folders, progress: &Progress) -> Result<bool> {
+    setup::root()?;
+    let (mut passed, mut failed) = (0, 0);
+    let mut count = |name: &str, outcome: std::result::Result<(), String>| {
+        match outcome {
+            Ok(()) => passed += 1,
+            Err(_) => failed += 1,
+        }
+        let word = if outcome.is_ok() { "passed" } else { "FAILED" };
+        progress.say(format!(
+            "{word}: {name}{}",
+            outcome
+                .err()
+                .map(|why| format!(": {why}"))
+                .unwrap_or_default()
+        ));
+    };
+    count("the workspace's own tests", workspace(folders, progress));
+    let mut faithful = None;
+    for case in cases() {
+        if interrupt::requested() {
+            return Err(LabError::Interrupted);
+        }
+        progress.say(format!("end to end: {}", case.name));
+        let outcome = place::run(&case.wish, folders, progress);
+        let outcome = outcome
+            .map_err(|error| error.to_string())
+            .and_then(|report| {
+                println!("{}", report.table());
+                if report.is_green() {
+                    (case.shows)(&report)?;
+                    faithful = Some(report);
+                    Ok(())
+                } else {
+                    Err(report.demands_unmet.join("; "))
+                }
+            });
+        count(case.name, outcome);
+    }
+    count(
+        "the harness can fail: a lost and a doubled id turn a verdict red",
+        harness_can_fail(),
+    );
+    progress.done();
+    if let Some(report) =
+        faithful.filter(|report| report.engine != Engine::Criu.as_str() || report.place != "host")
+    {
+        progress.say(format!(
+            "left out: checkpoints on this host; the last hop ran in the {} with {}",
+            report.place, report.engine
+        ));
+    }
+    println!("{passed} passed, {failed} failed");
+    Ok(failed == 0)
+}
+
+/// Spoils a faithful run on purpose: a harness that stays green then proves nothing.
+fn harness_can_fail() -> std::result::Result<(), String> {
+    use crate::record::{Asked, Outcome, Record};
+    let record = |id: &str| Record {
+        client: 0,
+        asked: Asked::Add(id.to_owned()),
+        sent_at: Duration::ZERO,
+        ended_at: Duration::ZERO,
+        outcome: Outcome::Answered(201),
+    };
+    let records = ["a", "b"].map(record);
+    let stored = |ids: &[&str]| ids.iter().map(|id| (*id).to_owned()).collect::<Vec<_>>();
+    let verdicts = [
+        judge(&records, &stored(&["a", "b"])),
+        judge(&records, &stored(&["a"])),
+        judge(&records, &stored(&["a", "b", "b"])),
+    ];
+    match verdicts.map(|verdict| (verdict.ok, verdict.lost, verdict.doubled)) {
+        [(true, 0, 0), (false, 1, 0), (false, 0, 1)] => Ok(()),
+        other => Err(format!("{other:?}")),
+    }
+}
+
+/// Every test of the workspace, with nextest where it is installed; its output is passed on as it comes.
+fn workspace(folders: &Folders, progress: &Progress) -> std::result::Result<(), String> {
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let manifest = folders.workspace.join("Cargo.toml");
+    let shell = |words: &[&str]| {
+        Shell::new(&cargo)
+            .path(&path)
+            .args(words)
+            .arg("--manifest-path")
+            .arg(&manifest)
+    };
+    let nextest = Shell::new(&cargo)
+        .path(&path)
+        .args(["nextest", "--version"])
+        .succeeds();
+    let runs = if nextest {
+        vec![
+            shell(&["nextest", "run", "--workspace", "--no-fail-fast"]),
+            shell(&["test", "--workspace", "--doc", "--quiet"]),
+        ]
+    } else {
+        vec![shell(&["test", "--workspace", "--no-fail-fast"])]
+    };
+    for run in runs {
+        progress.say(format!("running {}", run.line()));
+        let mut command = run.prepare();
+        command.stdout(Stdio::inherit()).stderr(Stdio::inherit());
+        let mut child = command.spawn().map_err(|error| error.to_string())?;
+        let mut status = None;
+        interrupt::wait_until(Duration::from_secs(WORKSPACE_S), || {
+            status = child.try_wait().ok().flatten();
+            status.is_some()
+        });
+        match status {
+            Some(status) if status.success() => {}
+            Some(status) => return Err(format!("the tests ended with {status}")),
+            None => {
+                kill_group(&mut child);
+                return Err(format!("the tests did not end within {WORKSPACE_S} s"));
+            }
+        }
+    }
+    Ok(())
+}
