@@ -265,13 +265,15 @@ impl Agent {
         let mut progress = driver.watch().progress.subscribe();
         let agent = Arc::clone(&self);
         let mut running = tokio::spawn(async move { agent.to_the_end(driver).await });
+        let mut watching = true;
         loop {
             tokio::select! {
+                // Lines first, so that none is missing before the report.
                 biased;
-                line = progress.recv() => match line {
+                line = progress.recv(), if watching => match line {
                     Ok(line) => say(answers, &Line::Progress(line)).await,
                     Err(broadcast::error::RecvError::Lagged(_)) => {}
-                    Err(broadcast::error::RecvError::Closed) => progress = broadcast::Sender::new(1).subscribe(),
+                    Err(broadcast::error::RecvError::Closed) => watching = false,
                 },
                 ended = &mut running => {
                     let report = ended.map_err(|error| error.to_string())?.map_err(|error| error.to_string())?;

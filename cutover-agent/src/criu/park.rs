@@ -248,6 +248,10 @@ fn hook_error(path: &Path) -> String {
     }
 }
 
+/// Unlinked files that are still open travel inside the images up to this size; CRIU's own default is 1 MiB, which
+/// a program replaced on disk while it runs exceeds.
+const GHOST_BYTES_MAX: u64 = 256 << 20;
+
 /// CRIU runs one path without arguments, so a two-line script carries the folder to our own binary.
 fn write_script(folder: &Path) -> std::io::Result<()> {
     let program = std::env::current_exe()?;
