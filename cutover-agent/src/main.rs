@@ -3,7 +3,6 @@
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use anyhow::Context;
 use clap::{Parser, Subcommand};
 use cutover_agent::config::{Config, load_plan};
 use cutover_agent::control::{self, Checked, Command, Line, Status};
@@ -110,7 +109,8 @@ fn main() -> ExitCode {
     match run(arguments) {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("cutover-agent: {error:#}");
+            // Every error of ours is a whole sentence and names its own cause.
+            eprintln!("cutover-agent: {error}");
             ExitCode::from(EXIT_FAILED)
         }
     }
@@ -229,8 +229,9 @@ fn hop(
         anyhow::bail!("the agent answered something else than a report");
     };
     if let Some(path) = json {
-        std::fs::write(path, serde_json::to_vec_pretty(&report)?)
-            .with_context(|| format!("cannot write the report to {}", path.display()))?;
+        std::fs::write(path, serde_json::to_vec_pretty(&report)?).map_err(|error| {
+            anyhow::anyhow!("cannot write the report to {}: {error}", path.display())
+        })?;
     }
     Ok(conclude(&report))
 }

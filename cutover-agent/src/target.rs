@@ -1,6 +1,7 @@
 //! The target's side of a hop: it does what the source's agent asks and never decides. What it built stays parked
 //! or fenced until it is told otherwise, also across a restart of this agent.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -12,7 +13,7 @@ use tokio::sync::Mutex;
 
 use crate::config::Config;
 use crate::durable;
-use crate::engine::{EngineError, Host};
+use crate::engine::{Built, EngineError, Host};
 use crate::fence::Fence;
 use crate::{preflight, probe};
 
@@ -51,6 +52,8 @@ pub struct Standing {
 pub struct Target {
     host: Host,
     standing: Mutex<Option<Standing>>,
+    /// What was built and has not run. Lost with the agent: the source then takes the hop back.
+    built: Mutex<BTreeMap<ContainerName, Built>>,
 }
 
 /// The target could not do what it was asked.
@@ -73,6 +76,9 @@ pub enum TargetError {
     /// Another hop, or none, is current.
     #[error("this target knows no hop {0}: it was taken down or never begun; start a new hop")]
     UnknownHop(HopId),
+    /// This agent was restarted since it built the container.
+    #[error("{0} was not built by this agent: it was restarted meanwhile; hop again")]
+    NotBuilt(ContainerName),
     /// The target owns the service.
     #[error("the containers of hop {0} serve here: they are not taken down")]
     Serving(HopId),
@@ -95,6 +101,7 @@ impl Target {
         Ok(Self {
             host: Host::new(config),
             standing: Mutex::new(standing),
+            built: Mutex::default(),
         })
     }
 
@@ -205,11 +212,18 @@ impl Target {
         let mut builds = tokio::task::JoinSet::new();
         for name in containers {
             let host = self.host.clone();
-            builds.spawn(async move { host.build(engine, &name, limit).await });
+            builds.spawn(async move {
+                host.build(engine, &name, limit)
+                    .await
+                    .map(|built| (name, built))
+            });
         }
+        let mut all = BTreeMap::new();
         while let Some(built) = builds.join_next().await {
-            built.map_err(EngineError::from)??;
+            let (name, built) = built.map_err(EngineError::from)??;
+            all.insert(name, built);
         }
+        *self.built.lock().await = all;
         Ok(Response::Done)
     }
 
@@ -227,8 +241,12 @@ impl Target {
         for name in &current.containers {
             self.host.fence(name, Fence::Inside).await?;
         }
+        let mut built = std::mem::take(&mut *self.built.lock().await);
         for name in &current.containers {
-            self.host.run(current.engine, name, limit).await?;
+            let one = built
+                .remove(name)
+                .ok_or_else(|| TargetError::NotBuilt(name.clone()))?;
+            self.host.run(one, name, limit).await?;
         }
         let mut told = Vec::with_capacity(probes.len());
         for probe in probes {

@@ -264,10 +264,11 @@ fn write_script(folder: &Path) -> std::io::Result<()> {
         quote(folder)
     )?;
     file.set_permissions(std::fs::Permissions::from_mode(0o700))?;
-    std::fs::write(
-        folder.join("criu.conf"),
-        format!("action-script {}\n", script.display()),
-    )
+    let configuration = format!(
+        "action-script {}\nghost-limit {GHOST_BYTES_MAX}\n",
+        script.display()
+    );
+    std::fs::write(folder.join("criu.conf"), configuration)
 }
 
 fn quote(path: &Path) -> String {

@@ -11,6 +11,7 @@ use cutover_protocol::wire::{Inspect, Request, Response, Severity};
 
 use super::Driver;
 use super::lease::Lease;
+use super::link::SyncJob;
 use crate::engine::pre_dump;
 use crate::proxy::ProxyError;
 use crate::report::Progress;
@@ -143,28 +144,27 @@ impl Driver {
 
     /// Copies what changed in the file trees of every container, all at once.
     async fn sync_trees(&mut self, frozen: bool, limit: Duration) -> Result<(), String> {
+        let jobs = self.tree_jobs(frozen, limit).await?;
+        self.bytes += self.join(jobs).await?;
+        Ok(())
+    }
+
+    async fn tree_jobs(&self, frozen: bool, limit: Duration) -> Result<Vec<SyncJob>, String> {
         let mut jobs = Vec::new();
         for name in self.containers() {
             let container = self
                 .host
                 .container(&name)
                 .map_err(|error| error.to_string())?;
-            let pid = self
-                .host
-                .runc
-                .state(name.as_str())
-                .await
-                .ok()
-                .flatten()
-                .map_or(0, |state| state.pid);
             let written = if frozen {
-                open_files::being_written(pid)
+                self.being_written(&name).await
             } else {
                 HashSet::new()
             };
             for tree in &container.trees {
+                let tree_name = format!("{name}/{}", tree.name);
                 jobs.push(self.link.sync(
-                    format!("{name}/{}", tree.name),
+                    tree_name,
                     tree.path.clone(),
                     frozen,
                     written.clone(),
@@ -172,33 +172,34 @@ impl Driver {
                 ));
             }
         }
-        self.bytes += self.join(jobs).await?;
-        Ok(())
+        Ok(jobs)
     }
 
-    /// Copies the images of every container, all at once.
-    async fn sync_images(&mut self, limit: Duration) -> Result<u64, String> {
-        let jobs = self
-            .containers()
-            .into_iter()
-            .map(|name| {
-                let images = self.host.config.images(&name);
-                self.link.sync(
-                    format!("{name}/{}", crate::config::IMAGES_TREE),
-                    images,
-                    false,
-                    HashSet::new(),
-                    limit,
-                )
-            })
-            .collect();
-        let bytes = self.join(jobs).await?;
-        self.bytes += bytes;
-        Ok(bytes)
+    /// The inodes a container has open for writing; a stopped one has none.
+    async fn being_written(&self, name: &ContainerName) -> HashSet<u64> {
+        match self.host.runc.state(name.as_str()).await {
+            Ok(Some(state)) => open_files::being_written(state.pid),
+            _ => HashSet::new(),
+        }
+    }
+
+    /// The images of every container.
+    fn image_jobs(&self, limit: Duration) -> Vec<SyncJob> {
+        let job = |name: ContainerName| {
+            let images = self.host.config.images(&name);
+            self.link.sync(
+                format!("{name}/{}", crate::config::IMAGES_TREE),
+                images,
+                true,
+                HashSet::new(),
+                limit,
+            )
+        };
+        self.containers().into_iter().map(job).collect()
     }
 
     /// Runs syncs side by side and tells their progress; returns the bytes that crossed the link.
-    async fn join(&self, jobs: Vec<super::link::SyncJob>) -> Result<u64, String> {
+    async fn join(&self, jobs: Vec<SyncJob>) -> Result<u64, String> {
         let mut running = tokio::task::JoinSet::new();
         for job in jobs {
             running.spawn(job);
@@ -232,7 +233,9 @@ impl Driver {
                 .map_err(|error| error.to_string())?
                 .map_err(|error| error.to_string())?;
         }
-        let bytes = self.sync_images(UNHELD_MAX).await?;
+        let jobs = self.image_jobs(UNHELD_MAX);
+        let bytes = self.join(jobs).await?;
+        self.bytes += bytes;
         // What changed in the files meanwhile goes along, so that the frozen delta stays small.
         self.sync_trees(false, UNHELD_MAX).await?;
         let round = Round {
@@ -315,10 +318,13 @@ impl Driver {
 
     async fn transfer(&mut self) -> Result<(), String> {
         let limit = self.step_max();
-        if self.engine() == Engine::Criu {
-            self.sync_images(limit).await?;
-        }
-        self.sync_trees(true, limit).await
+        let mut jobs = match self.engine() {
+            Engine::Criu => self.image_jobs(limit),
+            Engine::Restart => Vec::new(),
+        };
+        jobs.extend(self.tree_jobs(true, limit).await?);
+        self.bytes += self.join(jobs).await?;
+        Ok(())
     }
 
     async fn restore(&mut self) -> Result<(), String> {

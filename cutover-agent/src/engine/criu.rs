@@ -246,7 +246,7 @@ pub(super) async fn build(
     host: &Host,
     container: &Container,
     limit: Duration,
-) -> Result<(), EngineError> {
+) -> Result<Child, EngineError> {
     let name = &container.name;
     let park = host.park(name);
     let waiting = park.prepare(ParkAt::Restore, &container.network_namespace)?;
@@ -263,49 +263,34 @@ pub(super) async fn build(
         folders,
         &park.criu_configuration(),
     )?;
-    until_parked(
-        host,
-        child,
-        waiting,
-        Call {
-            verb: "restore",
-            name,
-            work: &work,
-        },
-        limit,
-    )
-    .await
-    .map(drop)
+    let call = Call {
+        verb: "restore",
+        name,
+        work: &work,
+    };
+    until_parked(host, child, waiting, call, limit).await
 }
 
 pub(super) async fn run(
     host: &Host,
+    runtime: Child,
     name: &ContainerName,
     limit: Duration,
 ) -> Result<(), EngineError> {
-    let park = host.park(name);
-    if !park.tell(Word::Go, limit).await? {
+    if !host.park(name).tell(Word::Go, limit).await? {
         return Err(EngineError::NotRunning(name.clone()));
     }
-    let deadline = tokio::time::Instant::now() + limit;
-    loop {
-        let state = host.runc.state(name.as_str()).await?;
-        if let Some(state) = state
-            && state.status == "running"
-            && state.pid != 0
-            && !is_traced(state.pid)
-        {
-            return Ok(());
-        }
-        if tokio::time::Instant::now() > deadline {
-            return Err(EngineError::TimedOut {
-                verb: "run",
-                container: name.clone(),
-                seconds: limit.as_secs(),
-            });
-        }
-        tokio::time::sleep(POLL).await;
-    }
+    // The runtime ends when CRIU has let the tasks run and detached from them.
+    Ok(host
+        .runc
+        .finish(
+            runtime,
+            "restore",
+            name.as_str(),
+            &host.work(name).join("restore"),
+            limit,
+        )
+        .await?)
 }
 
 /// Takes down a restore wherever it stands, and a container of the engine `restart` as well.

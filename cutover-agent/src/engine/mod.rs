@@ -71,6 +71,15 @@ pub enum EngineError {
     Thread(#[from] tokio::task::JoinError),
 }
 
+/// A container that stands at the target and has not run.
+#[derive(Debug)]
+pub enum Built {
+    /// CRIU is parked before the first instruction; this is the runtime that waits for it.
+    Parked(tokio::process::Child),
+    /// The runtime created it.
+    Created,
+}
+
 /// One site's containers and the tools to move them.
 #[derive(Debug, Clone)]
 pub struct Host {
@@ -166,33 +175,38 @@ impl Host {
         engine: Engine,
         name: &ContainerName,
         limit: Duration,
-    ) -> Result<(), EngineError> {
+    ) -> Result<Built, EngineError> {
         let container = self.container(name)?.clone();
         overlay::mount(&container)?;
         let namespace = container.network_namespace.clone();
         tokio::task::spawn_blocking(move || fence::set(&namespace, fence::Fence::Shut)).await??;
         match engine {
-            Engine::Criu => criu::build(self, &container, limit).await,
-            Engine::Restart => Ok(self
-                .runc
-                .create(name.as_str(), &container.bundle, &self.work(name))
-                .await?),
+            Engine::Criu => criu::build(self, &container, limit)
+                .await
+                .map(Built::Parked),
+            Engine::Restart => {
+                let work = self.work(name);
+                self.runc
+                    .create(name.as_str(), &container.bundle, &work)
+                    .await?;
+                Ok(Built::Created)
+            }
         }
     }
 
-    /// Runs a built container behind a fence that lets its neighbours through.
+    /// Runs a built container.
     ///
     /// # Errors
     /// [`EngineError`].
     pub async fn run(
         &self,
-        engine: Engine,
+        built: Built,
         name: &ContainerName,
         limit: Duration,
     ) -> Result<(), EngineError> {
-        match engine {
-            Engine::Criu => criu::run(self, name, limit).await,
-            Engine::Restart => Ok(self.runc.start(name.as_str(), &self.work(name)).await?),
+        match built {
+            Built::Parked(runtime) => criu::run(self, runtime, name, limit).await,
+            Built::Created => Ok(self.runc.start(name.as_str(), &self.work(name)).await?),
         }
     }
 
