@@ -97,7 +97,7 @@ impl Park {
         };
         let spec = serde_json::to_vec(&spec).map_err(std::io::Error::other);
         self.make(|folder| std::fs::write(folder.join(SPEC_FILE), spec?))?;
-        self.make(|folder| write_script(folder))?;
+        self.make(write_script)?;
         let path = self.folder.join(AGENT_SOCKET);
         let listener = sockets::bind(&path)
             .and_then(|listener| {
