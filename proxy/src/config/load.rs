@@ -18,7 +18,6 @@ pub struct ConfigError {
     /// The file as it was named.
     pub path: PathBuf,
     /// What is wrong.
-    #[source]
     pub problem: Problem,
 }
 

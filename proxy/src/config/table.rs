@@ -12,8 +12,8 @@ use toml::{Table, Value};
 #[derive(Debug, thiserror::Error)]
 pub enum Problem {
     /// The file could not be read.
-    #[error("cannot be read; check the path given to --config")]
-    Unreadable(#[source] std::io::Error),
+    #[error("cannot be read ({0}); check the path given to --config")]
+    Unreadable(std::io::Error),
     /// Not TOML at all.
     #[error("line {line}: {message}")]
     Syntax {

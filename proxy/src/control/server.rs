@@ -3,7 +3,7 @@
 
 use std::fs::Permissions;
 use std::io;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::net::{UnixListener as StdListener, UnixStream as StdStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -32,6 +32,9 @@ pub enum ControlError {
     /// Somebody answers there.
     #[error("another proxy listens on the control socket {}; stop it, or give this one its own", .0.display())]
     InUse(PathBuf),
+    /// Something else has that name.
+    #[error("{} is not a socket; remove it, or name another control socket", .0.display())]
+    NotASocket(PathBuf),
     /// Anything the system says.
     #[error("cannot listen on the control socket {}; check its folder", .path.display())]
     Bind {
@@ -52,6 +55,12 @@ impl ControlSocket {
             path: path.to_owned(),
             source,
         };
+        match std::fs::symlink_metadata(path) {
+            Ok(found) if !found.file_type().is_socket() => {
+                return Err(ControlError::NotASocket(path.to_owned()));
+            }
+            _ => {}
+        }
         // Bound under another name and renamed once its mode is right: nobody meets it with the wrong one.
         let mut fresh = path.as_os_str().to_owned();
         fresh.push(".new");
@@ -129,7 +138,8 @@ async fn obey(line: &[u8], commander: &Commander, peer: Option<&UCred>) -> Answe
     };
     let changes = !matches!(command, Command::Status { .. });
     let said = changes.then(|| serde_json::to_string(&command).unwrap_or_default());
-    if let Some(said) = &said {
+    // A hold takes its time: who began it must be known even if we die before its end.
+    if let (Some(said), Command::Hold { .. }) = (&said, &command) {
         audit(peer, said, "begun");
     }
     let answer = commander.execute(command).await;

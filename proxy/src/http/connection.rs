@@ -145,10 +145,11 @@ impl Connection<'_> {
 
     async fn read_more(&mut self) -> Result<bool, RequestError> {
         let silence = self.port.limits.client_head_max;
-        let count = stream::read(self.stream, &mut self.buffer, silence).await;
-        count
-            .map(|count| count > 0)
-            .map_err(RequestError::ClientLeft)
+        match stream::read(self.stream, &mut self.buffer, silence).await {
+            Ok(count) => Ok(count > 0),
+            Err(error) if error.kind() == io::ErrorKind::TimedOut => Err(RequestError::HeadTimeout),
+            Err(error) => Err(RequestError::ClientLeft(error)),
+        }
     }
 
     /// Answers a head that cannot be served. No gate, no ticket, no log line but the status.

@@ -13,7 +13,6 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::rc::Rc;
 
 use rustix::event::epoll::{self, CreateFlags, Event, EventData, EventFlags};
-use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::oneshot;
 
@@ -37,8 +36,7 @@ impl HangupWatch {
     /// Must be called inside the worker's runtime.
     pub(crate) fn new() -> io::Result<Rc<Self>> {
         let epoll = epoll::create(CreateFlags::CLOEXEC)?;
-        // SAFETY: an OwnedFd names the same open file from here until it is dropped, inside the AsyncFd.
-        let epoll = unsafe { AsyncFd::register_with_interest(epoll, Interest::READABLE) }?;
+        let epoll = super::watch(epoll)?;
         Ok(Rc::new(Self {
             epoll,
             watched: RefCell::default(),

@@ -4,16 +4,19 @@
 pub(crate) mod hangup;
 pub(crate) mod port;
 
-use std::future::poll_fn;
 use std::io;
 use std::net::{SocketAddr, TcpListener as StdListener};
+use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::task::Poll;
 use std::time::Duration;
 
+use rustix::io::Errno;
+use rustix::net::{SocketFlags, acceptfrom_with};
 use socket2::{Domain, Protocol as SocketProtocol, Socket, Type};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+use tokio::net::TcpStream;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
 
@@ -64,6 +67,12 @@ fn bind_one(address: SocketAddr) -> io::Result<StdListener> {
     Ok(socket.into())
 }
 
+/// Lets the runtime say when a file becomes readable.
+fn watch(file: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+    // SAFETY: an OwnedFd names the same open file from here until it is dropped, inside the AsyncFd.
+    Ok(unsafe { AsyncFd::register_with_interest(file, Interest::READABLE) }?)
+}
+
 /// Accepts until the proxy closes, never more than there are permits: the others wait in the kernel. Returns when
 /// the last connection has ended.
 ///
@@ -74,28 +83,26 @@ pub(crate) async fn serve(
     listener: StdListener,
     permits: Arc<Semaphore>,
 ) -> io::Result<()> {
-    let listener = TcpListener::from_std(listener)?;
+    let listener = watch(listener.into())?;
     let mut connections = JoinSet::new();
-    while let Some(permit) = permit(&port, &permits, &mut connections).await {
-        tokio::select! {
+    loop {
+        // Forgets the connections that have ended.
+        while connections.try_join_next().is_some() {}
+        let next = tokio::select! {
             biased;
-            accepted = listener.accept() => match accepted {
-                Ok((stream, client)) => start(&port, stream, client, permit, &mut connections),
-                Err(error) => {
-                    drop(permit);
-                    pause_after(&port, &error).await;
-                }
-            },
             () = port.closing.closed() => break,
+            next = next_client(&listener, &permits) => next,
+        };
+        match next {
+            Ok((stream, client, permit)) => start(&port, stream, client, permit, &mut connections),
+            Err(error) => pause_after(&port, &error).await,
         }
     }
     // Who has been accepted by the kernel already would be reset by the close of the listener.
     while let Ok(permit) = Arc::clone(&permits).try_acquire_owned() {
-        match poll_fn(|ctx| Poll::Ready(listener.poll_accept(ctx))).await {
-            Poll::Ready(Ok((stream, client))) => {
-                start(&port, stream, client, permit, &mut connections)
-            }
-            Poll::Ready(Err(_)) | Poll::Pending => break,
+        match accept(&listener) {
+            Ok(Some((stream, client))) => start(&port, stream, client, permit, &mut connections),
+            Ok(None) | Err(_) => break,
         }
     }
     drop(listener);
@@ -103,17 +110,39 @@ pub(crate) async fn serve(
     Ok(())
 }
 
-async fn permit(
-    port: &Port,
+/// Waits for a client first and for a permit then: a listener that nobody calls on must not keep one from the
+/// others.
+///
+/// # Cancel safety
+/// Nothing is taken off the kernel's queue until it returns.
+async fn next_client(
+    listener: &AsyncFd<OwnedFd>,
     permits: &Arc<Semaphore>,
-    connections: &mut JoinSet<()>,
-) -> Option<OwnedSemaphorePermit> {
-    // Forgets the connections that have ended.
-    while connections.try_join_next().is_some() {}
-    tokio::select! {
-        biased;
-        permit = Arc::clone(permits).acquire_owned() => permit.ok(),
-        () = port.closing.closed() => None,
+) -> io::Result<(TcpStream, SocketAddr, OwnedSemaphorePermit)> {
+    loop {
+        let mut ready = listener.readable().await?;
+        let permit = Arc::clone(permits)
+            .acquire_owned()
+            .await
+            .map_err(io::Error::other)?;
+        match accept(listener)? {
+            Some((stream, client)) => return Ok((stream, client, permit)),
+            None => ready.clear_ready(),
+        }
+    }
+}
+
+/// Takes a client off the kernel's queue, if there is one.
+fn accept(listener: &AsyncFd<OwnedFd>) -> io::Result<Option<(TcpStream, SocketAddr)>> {
+    let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
+    match acceptfrom_with(listener.get_ref(), flags) {
+        Ok((socket, Some(client))) => {
+            let client = SocketAddr::try_from(client)?;
+            Ok(Some((TcpStream::from_std(socket.into())?, client)))
+        }
+        Ok((_, None)) => Err(io::ErrorKind::ConnectionAborted.into()),
+        Err(Errno::AGAIN) => Ok(None),
+        Err(errno) => Err(errno.into()),
     }
 }
 

@@ -70,10 +70,7 @@ impl Service {
         let record = file.load_or_create()?;
         let (mode, lease_until) = match record.gate {
             GateRecord::Open => (Mode::Open, None),
-            GateRecord::Holding { lease_ms, .. } => (
-                Mode::Holding,
-                Some(Instant::now() + Duration::from_millis(lease_ms)),
-            ),
+            GateRecord::Holding { lease_ms, .. } => (Mode::Holding, Some(lease_end(lease_ms))),
         };
         let limits = GateLimits {
             held_max: all.limits.held_max,
@@ -141,7 +138,7 @@ impl Service {
         }
         let gate = GateRecord::Holding { epoch, lease_ms };
         self.store(&mut ledger, Record { gate, ..record })?;
-        ledger.lease_until = Some(Instant::now() + Duration::from_millis(lease_ms));
+        ledger.lease_until = Some(lease_end(lease_ms));
         let holds_already =
             matches!(record.gate, GateRecord::Holding { epoch: since, .. } if since == epoch);
         if holds_already {
@@ -186,7 +183,7 @@ impl Service {
                 },
             )?;
         }
-        ledger.lease_until = Some(Instant::now() + Duration::from_millis(lease_ms));
+        ledger.lease_until = Some(lease_end(lease_ms));
         self.gate.keeper.notify_one();
         Ok(())
     }
@@ -390,6 +387,11 @@ impl Ledger {
             self.wrong_epoch(named)
         }
     }
+}
+
+/// A lease longer than a century would overflow the clock, and nobody would wait for it.
+fn lease_end(lease_ms: u64) -> Instant {
+    Instant::now() + Duration::from_millis(lease_ms.min(u64::from(u32::MAX) * 1000))
 }
 
 fn milliseconds(duration: Duration) -> u64 {
