@@ -75,12 +75,17 @@ impl Actors {
     /// When one ends by itself or does not listen in time.
     pub fn start(world: &World, folders: &Folders) -> Result<Self> {
         let run = world.run.path.clone();
-        let agent = folders.binaries.join("cutover-agent");
+        // Copies of its own: a build that replaces the programs meanwhile must not replace them in this world.
+        for name in ["hopgate-proxy", "cutover-agent"] {
+            let from = folders.binaries.join(name);
+            std::fs::copy(&from, run.join("bin").join(name)).on("copy", &from)?;
+        }
+        let agent = run.join("bin/cutover-agent");
         Shell::new(&agent)
             .args(["pki", "--dir"])
             .arg(run.join("tls"))
             .run()?;
-        let mut proxy = start_proxy(world, folders)?;
+        let mut proxy = start_proxy(world)?;
         let socket = run.join("proxy.sock");
         proxy.wait_ready(Duration::from_secs(READY_S), || {
             watch::status(&socket).is_some()
@@ -150,9 +155,9 @@ impl Actors {
     }
 }
 
-fn start_proxy(world: &World, folders: &Folders) -> Result<Process> {
+fn start_proxy(world: &World) -> Result<Process> {
     let run = &world.run.path;
-    let shell = Shell::new(folders.binaries.join("hopgate-proxy"))
+    let shell = Shell::new(run.join("bin/hopgate-proxy"))
         .args(["run", "--config"])
         .arg(run.join("proxy.toml"));
     Process::start("proxy", &shell.inside(&world.run.names.path("edge")), run)

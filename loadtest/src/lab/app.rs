@@ -85,8 +85,11 @@ const MARIADB: &[&str] = &[
     "--skip-name-resolve",
     "--skip-log-bin",
     "--innodb-use-native-aio=0",
-    "--innodb-buffer-pool-size=64M",
+    "--innodb-buffer-pool-size=24M",
     "--innodb-buffer-pool-size-max=128M",
+    "--innodb-log-buffer-size=2M",
+    "--aria-pagecache-buffer-size=2M",
+    "--key-buffer-size=1M",
     "--innodb-log-file-size=16M",
 ];
 

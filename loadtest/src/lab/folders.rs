@@ -82,9 +82,13 @@ impl Folders {
 
     fn forget(&self, name: &str) -> Result<()> {
         let prefix = format!("{name}-");
+        // Another lab's containers may stand on an older product: what is mounted stays.
+        let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
         for entry in fs::read_dir(&self.lab).on("read", &self.lab)?.flatten() {
-            if entry.file_name().to_string_lossy().starts_with(&prefix) {
-                fs::remove_dir_all(entry.path()).on("remove", &entry.path())?;
+            let path = entry.path();
+            let in_use = mounts.contains(&*path.to_string_lossy());
+            if entry.file_name().to_string_lossy().starts_with(&prefix) && !in_use {
+                fs::remove_dir_all(&path).on("remove", &path)?;
             }
         }
         Ok(())

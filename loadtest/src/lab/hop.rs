@@ -1,5 +1,6 @@
 //! One run of the lab: a world, its actors, load before, during and after a hop, and the verdict.
 
+use std::cell::Cell;
 use std::collections::BTreeSet;
 use std::fs;
 use std::net::SocketAddr;
@@ -235,15 +236,18 @@ fn one_hop(
     });
     let command = actors.hop(&file, fault)?;
     let traffic = Traffic::watch(actors.agents[0].pid(), world, progress);
+    let parked = Cell::new(false);
     let mut killed = None;
     let code = command.wait(
         Duration::from_secs(HOP_S),
-        |line| progress.say(format!("  {line}")),
+        |line| {
+            // The phase after the checkpoint begins: CRIU is parked with its tasks frozen.
+            parked.set(parked.get() || line.starts_with("Transfer"));
+            progress.say(format!("  {line}"));
+        },
         || {
             traffic.show(progress);
-            if let (Some(victim), None) = (victim, killed)
-                && kill::source_is_frozen(world)
-            {
+            if let (Some(victim), None, true) = (victim, killed, parked.get()) {
                 kill::strike(victim, world, actors, progress);
                 killed = Some(Instant::now());
             }

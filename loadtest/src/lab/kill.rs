@@ -34,21 +34,6 @@ impl fmt::Display for Victim {
     }
 }
 
-/// Whether every container of the source is frozen by its cgroup, on either cgroup version.
-#[must_use]
-pub fn source_is_frozen(world: &World) -> bool {
-    world.app.containers().iter().all(|kind| {
-        let cgroup = world.run.names.name(&format!("source-{}", kind.name()));
-        let state = |path: String, word: &str| {
-            fs::read_to_string(path).is_ok_and(|text| text.trim() == word)
-        };
-        state(
-            format!("/sys/fs/cgroup/freezer/{cgroup}/freezer.state"),
-            "FROZEN",
-        ) || state(format!("/sys/fs/cgroup/{cgroup}/cgroup.freeze"), "1")
-    })
-}
-
 /// Kills the victim as a power failure would.
 pub fn strike(victim: Victim, world: &World, actors: &mut Actors, progress: &Progress) {
     progress.say(format!("the source is frozen: kill -9 of the {victim}"));

@@ -14,9 +14,12 @@ use serde::{Deserialize, Serialize};
 use crate::command::Shell;
 use crate::lab::error::{LabError, OnFile, Result};
 use crate::lab::netns::{Names, within};
+use crate::lab::process::Process;
 
 /// The netfilter queue of the delay program; queues are numbered per namespace.
 const QUEUE: &str = "7";
+/// Longest a delay program may take to begin, in seconds.
+const DELAY_READY_S: u64 = 20;
 /// The target's end of the link.
 const TARGET: &str = "192.0.2.2:0";
 /// How long throughput is measured, in milliseconds, after as long a start.
@@ -207,6 +210,20 @@ pub fn shape(
         }
     }
     Ok((emulation, delays))
+}
+
+/// Waits until the kernel hands the link's packets to a delay program.
+///
+/// # Errors
+/// When the program ends, or does not take its queue in time.
+pub fn wait_for_delay(delay: &mut Process) -> Result<()> {
+    let queues = format!("/proc/{}/net/netfilter/nfnetlink_queue", delay.pid());
+    delay.wait_ready(Duration::from_secs(DELAY_READY_S), || {
+        let table = std::fs::read_to_string(&queues).unwrap_or_default();
+        table
+            .lines()
+            .any(|line| line.split_whitespace().next() == Some(QUEUE))
+    })
 }
 
 /// Measures the link from source to target with connections of our own.

@@ -61,6 +61,9 @@ const WEB_FILES: &[(&str, &str, u32)] = &[
 /// The tables of the lab, made once in the prepared database.
 pub const SCHEMA: &str = include_str!("../../assets/wordpress/schema.sql");
 
+/// Removes what the keeper of connections left while the database was prepared: its rows are evidence of one run.
+pub const SWEEP: &str = "TRUNCATE wordpress.lab_persist; TRUNCATE wordpress.lab_transaction";
+
 /// The read-only lower layers of an application's containers, by kind.
 #[derive(Debug, Clone)]
 pub struct Images {
@@ -76,7 +79,7 @@ pub fn recipe() -> String {
         .map(|(path, text, mode)| format!("{path} {mode:o}\n{text}"))
         .collect();
     format!(
-        "{LAYOUT} {SUITE} {DB_PACKAGES} {WEB_PACKAGES}\n{SCHEMA}\n{}\n{files}",
+        "{LAYOUT} {SUITE} {DB_PACKAGES} {WEB_PACKAGES}\n{SCHEMA}\n{SWEEP}\n{}\n{files}",
         ContainerKind::Db.args().join(" ")
     )
 }

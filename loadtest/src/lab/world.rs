@@ -19,7 +19,7 @@ use crate::lab::folders::Folders;
 use crate::lab::link::{self, Link, Measured};
 use crate::lab::netns::{self, Names, SITES};
 use crate::lab::process::Process;
-use crate::lab::rootfs::{self, Images, SCHEMA};
+use crate::lab::rootfs::{self, Images, SCHEMA, SWEEP};
 use crate::lab::run_dir::RunDir;
 use crate::progress::Progress;
 
@@ -85,7 +85,10 @@ impl World {
         let (emulation, programs) = link::shape(parts.link, names, &folders.program)?;
         let start =
             |(site, shell): &(&str, Shell)| Process::start(&format!("delay-{site}"), shell, &path);
-        let delays = programs.iter().map(start).collect::<Result<Vec<_>>>()?;
+        let mut delays = programs.iter().map(start).collect::<Result<Vec<_>>>()?;
+        for delay in &mut delays {
+            link::wait_for_delay(delay)?;
+        }
         progress.now("starting the application at the source and measuring the link");
         let (measured, started) = thread::scope(|scope| {
             let measured = scope.spawn(|| link::measure(parts.link, emulation, names));
@@ -229,6 +232,16 @@ fn start_application(parts: &Parts, source: &Runtime, names: Names) -> Result<()
     Ok(())
 }
 
+fn sql(site: &Runtime, statements: &str) -> Result<()> {
+    let args = [
+        "mariadb",
+        "--socket=/run/mysqld/mysqld.sock",
+        "-e",
+        statements,
+    ];
+    site.exec(ContainerKind::Db, &args).map(drop)
+}
+
 /// Copies the content of a folder with owners, modes, links and attributes.
 ///
 /// # Errors
@@ -297,6 +310,7 @@ fn install_wordpress(
     }
     let limit = Duration::from_secs(START_S);
     world.sites[0].stop(ContainerKind::Web, limit)?;
+    sql(&world.sites[0], SWEEP)?;
     world.sites[0].stop(ContainerKind::Db, limit)?;
     copy(&world.sites[0].volume(ContainerKind::Db), &part.join("db"))
 }
