@@ -71,10 +71,14 @@ fn act(folder: &Path, action: &str) -> std::io::Result<bool> {
     let spec: Spec = serde_json::from_slice(&std::fs::read(folder.join(SPEC_FILE))?)?;
     match (action, spec.at) {
         ("post-dump", ParkAt::Dump) => {
+            let criu = rustix::process::getppid();
             let frozen = freeze(folder, &spec)?;
             let released = park(folder)?;
-            // Under CRIU's hands the tasks stay stopped; a dump that goes on would hang on a frozen v1 cgroup.
-            frozen.cgroup.thaw().map_err(std::io::Error::other)?;
+            // Under CRIU's hands the tasks stay stopped, and a dump that goes on would hang on a frozen v1 cgroup.
+            // Without CRIU nothing but the freeze stops them: the agent cures them first.
+            if rustix::process::getppid() == criu {
+                frozen.cgroup.thaw().map_err(std::io::Error::other)?;
+            }
             Ok(released)
         }
         ("post-restore", ParkAt::Restore) => park(folder),

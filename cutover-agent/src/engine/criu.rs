@@ -8,9 +8,10 @@ use cutover_protocol::id::ContainerName;
 use tokio::process::Child;
 
 use super::{EngineError, Host};
+use crate::cgroup::Cgroup;
 use crate::config::Container;
 use crate::criu::hook::ParkAt;
-use crate::criu::park::{Waiting, Word};
+use crate::criu::park::{Park, Waiting, Word};
 use crate::criu::{cure, stats};
 use crate::runtime::runc::ImageFolders;
 
@@ -151,7 +152,8 @@ pub(super) async fn thaw(
     if let Some(state) = host.runc.state(name.as_str()).await?
         && state.pid != 0
     {
-        until_untraced(name, state.pid, limit).await?;
+        let cgroup = Cgroup::of(state.pid)?;
+        until_untraced("thaw", name, &cgroup, (&park, Word::Veto), limit).await?;
     }
     if let Some(frozen) = park.frozen() {
         // The hook or CRIU may have died without taking back what they did. Each step is harmless when they did.
@@ -167,20 +169,21 @@ pub(super) async fn thaw(
     Ok(park.clear()?)
 }
 
-/// Waits until no debugger (CRIU) holds any task of the container.
+/// Waits until no debugger (CRIU) holds any task of a container. A dump that an earlier agent began may park only
+/// now, so its hook is given the word whenever it appears.
 async fn until_untraced(
+    verb: &'static str,
     name: &ContainerName,
-    init_pid: u32,
+    cgroup: &Cgroup,
+    late: (&Park, Word),
     limit: Duration,
 ) -> Result<(), EngineError> {
-    let pids = crate::cgroup::Cgroup::of(init_pid)
-        .map(|cgroup| cgroup.pids())
-        .unwrap_or_default();
     let deadline = tokio::time::Instant::now() + limit;
-    while pids.iter().any(|&pid| is_traced(pid)) {
+    while cgroup.pids().into_iter().any(is_traced) {
+        late.0.tell(late.1, limit).await?;
         if tokio::time::Instant::now() > deadline {
             return Err(EngineError::TimedOut {
-                verb: "thaw",
+                verb,
                 container: name.clone(),
                 seconds: limit.as_secs(),
             });
@@ -205,11 +208,10 @@ pub(super) async fn retire(
 ) -> Result<(), EngineError> {
     let container = host.container(name)?.clone();
     let park = host.park(name);
-    let parked = park.tell(Word::Go, limit).await?;
+    park.tell(Word::Go, limit).await?;
     if let Some(frozen) = park.frozen() {
-        if parked {
-            until_empty(&frozen.cgroup, name, limit).await?;
-        }
+        // CRIU kills what it dumped. If CRIU died while parked, its tasks are left for us, frozen.
+        until_untraced("retire", name, &frozen.cgroup, (&park, Word::Go), limit).await?;
         let namespace = container.network_namespace.clone();
         tokio::task::spawn_blocking(move || {
             frozen.cgroup.kill()?;
@@ -221,25 +223,6 @@ pub(super) async fn retire(
     }
     host.runc.delete(name.as_str(), &host.work(name)).await?;
     Ok(park.clear()?)
-}
-
-async fn until_empty(
-    cgroup: &crate::cgroup::Cgroup,
-    name: &ContainerName,
-    limit: Duration,
-) -> Result<(), EngineError> {
-    let deadline = tokio::time::Instant::now() + limit;
-    while !cgroup.pids().is_empty() {
-        if tokio::time::Instant::now() > deadline {
-            return Err(EngineError::TimedOut {
-                verb: "retire",
-                container: name.clone(),
-                seconds: limit.as_secs(),
-            });
-        }
-        tokio::time::sleep(POLL).await;
-    }
-    Ok(())
 }
 
 pub(super) async fn build(
