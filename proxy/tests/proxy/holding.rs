@@ -62,7 +62,7 @@ fn a_body_that_comes_while_held_arrives_whole() {
 
 #[test]
 fn the_held_are_released_in_their_order() {
-    let (world, _source, target) = two_sites();
+    let (world, _source, _target) = two_sites();
     world.hold();
     let mut clients: Vec<Peer> = (0..40).map(|_| world.client()).collect();
     for (number, client) in clients.iter_mut().enumerate() {

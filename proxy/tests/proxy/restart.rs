@@ -2,7 +2,7 @@
 
 use std::io::{BufRead, BufReader};
 use std::net::SocketAddr;
-use std::process::{Child, Command as Process, Output, Stdio};
+use std::process::{Child, ChildStderr, Command as Process, Output, Stdio};
 
 use cutover_protocol::hold::{Command, Gate};
 use cutover_protocol::id::{Epoch, Register, Site};
@@ -17,39 +17,41 @@ struct Running {
     child: Child,
     address: SocketAddr,
     /// Kept open: a proxy that cannot write its log is another test.
-    _log: BufReader<std::process::ChildStderr>,
+    log: BufReader<ChildStderr>,
 }
 
 impl Running {
     fn start(folder: &TempDir) -> Self {
         let config = folder.path().join("proxy.toml");
         let mut command = Process::new(BINARY);
-        let mut child = command
+        command
             .args(["run", "--config"])
             .arg(config)
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let mut log = BufReader::new(child.stderr.take().unwrap());
-        let mut address = None;
+            .stderr(Stdio::piped());
+        let mut child = command.spawn().unwrap();
+        let log = BufReader::new(child.stderr.take().unwrap());
+        let address = SocketAddr::from(([127, 0, 0, 1], 0));
+        let mut running = Self {
+            child,
+            address,
+            log,
+        };
+        running.until_ready();
+        running
+    }
+
+    fn until_ready(&mut self) {
         loop {
             let mut line = String::new();
             assert!(
-                log.read_line(&mut line).unwrap() > 0,
+                self.log.read_line(&mut line).unwrap() > 0,
                 "ended before it was ready"
             );
             if let Some((_, rest)) = line.split_once("serving service=web address=") {
-                address = rest
-                    .split(' ')
-                    .next()
-                    .map(|address| address.parse().unwrap());
+                self.address = rest.split(' ').next().unwrap().parse().unwrap();
             }
             if line.contains(" ready ") {
-                return Self {
-                    child,
-                    address: address.unwrap(),
-                    _log: log,
-                };
+                return;
             }
         }
     }
