@@ -722,3 +722,29 @@ fn the_counters_balance_in_every_scrape_while_clients_come_and_go() {
     all.dedup();
     assert_eq!(all.len(), count, "a request was executed twice");
 }
+
+#[test]
+fn a_change_that_cannot_be_made_durable_changes_nothing() {
+    let (world, source, _target) = two_sites();
+    std::fs::remove_dir_all(world.folder.path().join("state")).unwrap();
+    let mut control = world.control();
+    let answer = control.say(&hold(Epoch(1), 60_000, 20_000));
+    assert!(
+        matches!(
+            answer,
+            Answer::Refused {
+                reason: Refusal::NotDurable,
+                ..
+            }
+        ),
+        "{answer:?}"
+    );
+    assert_eq!(world.status().gate, Gate::Open);
+    assert_eq!(
+        world.client().get("/goes-on").message().body,
+        "source GET /goes-on"
+    );
+    std::fs::create_dir(world.folder.path().join("state")).unwrap();
+    control.hold(Epoch(1));
+    assert_eq!(source.seen(), ["GET /goes-on"]);
+}
