@@ -123,8 +123,13 @@ enum Command {
 }
 
 fn main() -> ExitCode {
-    let progress = Progress::new();
-    let outcome = run(Arguments::parse(), &progress);
+    let arguments = Arguments::parse();
+    let progress = if matches!(arguments.command, Command::Inside { .. }) {
+        Progress::plain()
+    } else {
+        Progress::new()
+    };
+    let outcome = run(arguments, &progress);
     progress.done();
     outcome.unwrap_or_else(|error| {
         eprintln!("error: {error:#}");

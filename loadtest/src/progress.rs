@@ -36,6 +36,15 @@ impl Progress {
         }
     }
 
+    /// A display of plain lines only, for a console that is read by another lab.
+    #[must_use]
+    pub fn plain() -> Self {
+        Self {
+            bar: None,
+            started: Instant::now(),
+        }
+    }
+
     /// A finished fact: one line that stays.
     pub fn say(&self, line: impl AsRef<str>) {
         let line = format!(

@@ -217,10 +217,11 @@ impl Report {
             ids_acknowledged,
             ..
         } = verdict;
+        let at = if place == "guest" { "in" } else { "on" };
         writeln!(text, "\n  {link}")?;
         writeln!(
             text,
-            "  {} · engine {engine} · on the {place} · {clients} clients",
+            "  {} · engine {engine} · {at} the {place} · {clients} clients",
             self.app.as_str()
         )?;
         writeln!(

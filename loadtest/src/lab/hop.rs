@@ -410,9 +410,12 @@ fn demands_unmet(script: &Script, report: &Report) -> Vec<String> {
     unmet
 }
 
+/// Where they are kept, below the cache folder.
+pub const LOGS: &str = "last-logs";
+
 /// Logs outlive a run that was not green, for looking into it.
 fn keep_logs(run: &Path, folders: &Folders, progress: &Progress) {
-    let kept = folders.lab.join("last-logs");
+    let kept = folders.lab.join(LOGS);
     let _ = fs::remove_dir_all(&kept);
     let logs: BTreeSet<PathBuf> = logs_below(run, 5).into_iter().collect();
     for log in logs {
