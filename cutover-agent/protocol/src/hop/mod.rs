@@ -4,8 +4,8 @@
 //! a restarted driver folds the journal and stands where the dead one stood. At most one action is outstanding.
 //! An undo is pushed before its action is issued, and undos are popped in reverse.
 //!
-//! What the machine never does: commit twice, undo anything before the register has said that the source owns
-//! the service, or go back once the register has said that the target does.
+//! What the machine never does: commit twice, undo anything of a held service before the register has moved on to
+//! the source, go back once it has moved on to the target, or call a hop undone while the source cannot serve.
 
 mod action;
 mod event;
@@ -24,9 +24,6 @@ pub use rounds::{Bounds, Link, NextRound, Round, next_round, predicted_stall_ms,
 use serde::{Deserialize, Serialize};
 
 use crate::id::{Epoch, Register, Site};
-
-/// How often one undo is tried before it is owed and the next one is taken.
-pub const UNDO_TRIES_MAX: u32 = 3;
 
 /// What a step asks of the driver.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -69,7 +66,6 @@ pub struct Hop {
     register: Option<Register>,
     rounds: Vec<Round>,
     undos: Vec<Undo>,
-    undo_tries: u32,
     owed: Vec<Undo>,
     failure: Option<Failure>,
     abort_asked: bool,
@@ -89,7 +85,6 @@ impl Hop {
             register: None,
             rounds: Vec::new(),
             undos: Vec::new(),
-            undo_tries: 0,
             owed: Vec::new(),
             failure: None,
             abort_asked: false,
@@ -128,7 +123,7 @@ impl Hop {
         &self.rounds
     }
 
-    /// Undos that failed too often and are left to `recover`; none of them keeps the source from serving.
+    /// Undos that failed and are left for later; none of them keeps the source from serving.
     #[must_use]
     pub fn owed(&self) -> &[Undo] {
         &self.owed
@@ -199,7 +194,6 @@ impl Hop {
             ActionName::Redirect => self.end(Phase::Done, Ending::Committed, action),
             ActionName::Undo => {
                 self.undos.pop();
-                self.undo_tries = 0;
                 self.unwind()
             }
             // These report what they found, by an event of their own.
@@ -290,6 +284,10 @@ impl Hop {
 
     fn settle(&mut self, register: Register) -> Step {
         self.register = Some(register);
+        // A refusal may name a register that nobody has moved: a commit on its way could still win it.
+        if self.epoch.is_some_and(|begun| register.epoch <= begun) {
+            return self.ask_register();
+        }
         match register.owner {
             Site::Target => self.issue(Phase::Redirect, Action::Redirect),
             Site::Source => {
@@ -306,16 +304,12 @@ impl Hop {
         }
     }
 
+    /// What the source needs in order to serve is tried until it succeeds: `Undone` is a promise.
     fn retry_or_owe(&mut self) -> Step {
-        self.undo_tries += 1;
-        if self.undo_tries >= UNDO_TRIES_MAX
-            || self
-                .undos
-                .last()
-                .is_some_and(|undo| !undo.is_worth_waiting_for())
+        if let Some(undo) = self.undos.last()
+            && !undo.is_worth_waiting_for()
         {
             self.owed.extend(self.undos.pop());
-            self.undo_tries = 0;
         }
         self.unwind()
     }
@@ -334,10 +328,13 @@ impl Hop {
     /// The driver died with an action outstanding; its outcome is unknown.
     fn resume(&mut self) -> Result<Step, StepError> {
         match self.phase {
-            Phase::Plan | Phase::Done | Phase::Undone => Err(StepError {
+            Phase::Plan => Err(StepError {
                 phase: self.phase,
                 event: "Restarted".to_owned(),
             }),
+            // It died between the last record and putting the journal away.
+            Phase::Done => Ok(Step::Over(Ending::Committed)),
+            Phase::Undone => Ok(Step::Over(Ending::Undone)),
             Phase::Redirect => Ok(self.issue(Phase::Redirect, Action::Redirect)),
             Phase::Unwind => Ok(self.unwind()),
             _ => Ok(self.fail(Failure::restarted(self.phase))),
