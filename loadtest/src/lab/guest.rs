@@ -21,6 +21,7 @@ use crate::lab::initrd::{self, Kernel};
 use crate::lab::packages;
 use crate::lab::place::{Wish, script};
 use crate::lab::setup::{self, Checkpoints};
+use crate::lab::world::copy;
 use crate::progress::Progress;
 use crate::report::Report;
 
@@ -47,6 +48,12 @@ pub fn run(wish: &Wish, folders: &Folders, progress: &Progress) -> Result<Report
     let initrd = initrd::make(folders, &kernel)?;
     let booted = boot(wish, folders, &kernel, &initrd, &out, progress);
     let text = fs::read_to_string(out.join("report.json")).unwrap_or_default();
+    let logs = out.join(hop::LOGS);
+    if logs.is_dir() {
+        let kept = folders.lab.join(hop::LOGS);
+        let _ = fs::remove_dir_all(&kept);
+        fs::rename(&logs, &kept).on("keep", &logs)?;
+    }
     for left in [fs::remove_dir_all(&out), fs::remove_file(&initrd)] {
         // Leftovers carry this process's number and are overwritten when it comes around again.
         let _ = left;
@@ -254,13 +261,17 @@ fn hop_inside(wish: &Wish, out: &Path, progress: &Progress) -> Result<()> {
         Checkpoints::NotWanted
     };
     let parts = setup::parts(wish.app, wish.link, checkpoints, &folders, progress)?;
-    let report = hop::run(
+    let outcome = hop::run(
         &script(wish, wish.engine, "guest"),
         &parts,
         &folders,
         progress,
-    )?;
+    );
+    if !outcome.as_ref().is_ok_and(Report::is_green) {
+        // The guest's own folder goes with it; a hop that left no logs has its error.
+        let _ = copy(&folders.lab.join(hop::LOGS), &out.join(hop::LOGS));
+    }
     let path: PathBuf = out.join("report.json");
-    let text = serde_json::to_string_pretty(&report).unwrap_or_default();
+    let text = serde_json::to_string_pretty(&outcome?).unwrap_or_default();
     fs::write(&path, text).on("write", &path)
 }
