@@ -64,6 +64,16 @@ fn a_driver_may_die_at_every_record_and_again_while_it_recovers() {
 }
 
 #[test]
+fn a_target_that_never_comes_back_does_not_keep_the_source_from_serving() {
+    let calm = run_with(&[], CALM);
+    // The last action before the commit asks the target for the last time; its success is the eleventh record.
+    for point in 0..calm.record_points[10] - 2 {
+        let account = run_with(&[(point, Fault::TargetLost)], CALM);
+        assert_eq!(account.ending, Ending::Undone, "at {point}");
+    }
+}
+
+#[test]
 fn a_hop_survives_every_pair_of_faults() {
     for point in 0..run_with(&[], CALM).points {
         for first in Fault::ALL.map(|fault| (point, fault)) {

@@ -368,6 +368,31 @@ fn an_event_that_does_not_belong_changes_nothing() {
 }
 
 #[test]
+fn an_abort_asked_before_the_commit_is_kept_as_soon_as_the_action_ends() {
+    for (count, event) in straight().into_iter().enumerate().skip(1) {
+        let mut hop = then(count, &[]);
+        let asked = hop.step(Event::AbortAsked);
+        if !hop.phase().is_before_commit() {
+            assert!(asked.is_err(), "{}", hop.phase());
+            continue;
+        }
+        assert_eq!(asked, Ok(Step::Nothing));
+        // Rounds are cheap to end, and end with the phase.
+        while hop.phase().is_before_commit() {
+            let before = hop.phase();
+            hop.step(event.clone()).unwrap();
+            assert!(
+                hop.phase() != before || before == Phase::PreCopy,
+                "{before}"
+            );
+        }
+        let is_undone = matches!(hop.phase(), Phase::Settle | Phase::Unwind | Phase::Undone);
+        assert!(is_undone, "{event:?} leads to {}", hop.phase());
+        assert_eq!(hop.failure(), Some(&Failure::aborted()));
+    }
+}
+
+#[test]
 fn only_what_the_source_can_do_without_is_ever_owed() {
     for situation in situations() {
         if situation.hop.phase() != Phase::Unwind {

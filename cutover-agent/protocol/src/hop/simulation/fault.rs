@@ -14,6 +14,8 @@ pub(super) enum Fault {
     NotDurable,
     /// The target is out of reach for a while, from here on.
     TargetGone,
+    /// It never comes back while this hop lasts. Not drawn: after the commit, such a hop cannot end.
+    TargetLost,
 }
 
 impl Fault {

@@ -219,11 +219,12 @@ impl Run {
         if let Some(fault) = fault {
             self.trace.push(format!("{fault:?} at {}", self.point - 1));
         }
-        if fault == Some(Fault::TargetGone) {
-            self.away = AWAY_RECORDS;
-            return None;
+        match fault {
+            Some(Fault::TargetGone) => self.away = AWAY_RECORDS,
+            Some(Fault::TargetLost) => self.away = u32::MAX,
+            other => return other,
         }
-        fault
+        None
     }
 
     fn strike(&mut self) -> Result<(), Stop> {
@@ -307,7 +308,7 @@ impl Run {
 
     fn send(&mut self, command: Command) -> Result<Result<Register, Register>, Stop> {
         match self.fault() {
-            None | Some(Fault::TargetGone) => Ok(self.world.command(&command)),
+            None | Some(Fault::TargetGone | Fault::TargetLost) => Ok(self.world.command(&command)),
             Some(Fault::Fails) => Err(Stop::Failed),
             Some(Fault::Crashes) => Err(Stop::Crashed),
             Some(Fault::Late) => {
@@ -352,7 +353,12 @@ impl Run {
             self.strike()?;
             deed += 1;
         }
-        self.strike()
+        self.strike()?;
+        // The target has done it all, and cannot say so.
+        if self.away > 0 {
+            return Err(Stop::Failed);
+        }
+        Ok(())
     }
 
     fn told(&mut self, refusal: &str) -> Stop {
