@@ -1,6 +1,8 @@
 //! Every example configuration in the repository: the valid ones load, each invalid one is refused with exactly the
 //! message in its first line, `# expected: …`. In that message the file's own path stands as FILE.
 
+#![allow(clippy::unwrap_used)] // helpers of tests, outside of test functions
+
 use std::path::{Path, PathBuf};
 
 use cutover_agent::config::{Config, ConfigError, load_plan};
