@@ -21,6 +21,9 @@ use crate::progress::Progress;
 /// The Debian suite a newer CRIU is taken from, and the layout it is unpacked to.
 const NEWER_RECIPE: &str = "criu from sid, layout 1";
 
+/// The first version, major and minor, that takes its scripts from a configuration file also when runc drives it.
+const PARKS_FROM: (u32, u32) = (3, 19);
+
 /// Finds one that works.
 ///
 /// # Errors
@@ -34,7 +37,8 @@ pub fn find(folders: &Folders, progress: &Progress) -> Result<PathBuf> {
     }
     if installed("criu") {
         let packaged = PathBuf::from(resolve("criu".as_ref(), SYSTEM_PATH.as_ref()));
-        match trial(&packaged, &folders.lab) {
+        let usable = recent(&packaged).and_then(|()| trial(&packaged, &folders.lab));
+        match usable {
             Ok(()) => return Ok(packaged),
             Err(why) => progress.say(format!(
                 "the packaged CRIU cannot run here ({why}); using a newer one"
@@ -45,6 +49,19 @@ pub fn find(folders: &Folders, progress: &Progress) -> Result<PathBuf> {
     match trial(&newer, &folders.lab) {
         Ok(()) => Ok(newer),
         Err(why) => Err(LabError::NoCriu { why }),
+    }
+}
+
+/// Refuses versions before 3.19: those cannot be parked, because scripts of a configuration file fail when CRIU is
+/// driven by runc.
+fn recent(criu: &Path) -> std::result::Result<(), String> {
+    let version = version(criu);
+    let mut numbers = version
+        .split(|c: char| !c.is_ascii_digit())
+        .filter_map(|part| part.parse::<u32>().ok());
+    match (numbers.next(), numbers.next()) {
+        (Some(major), Some(minor)) if (major, minor) >= PARKS_FROM => Ok(()),
+        _ => Err(format!("{version} is older than 3.19 and cannot be parked")),
     }
 }
 
