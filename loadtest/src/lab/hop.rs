@@ -436,9 +436,11 @@ fn logs_below(folder: &Path, depth: usize) -> Vec<PathBuf> {
     let mut found = Vec::new();
     for entry in entries.flatten() {
         let (path, kind) = (entry.path(), entry.file_type());
-        let skipped = ["rootfs", "upper", "work", "volumes", "images"]
+        // Of the containers nothing but their configuration; of the agents' states everything, CRIU's logs most of all.
+        let of_container = ["rootfs", "upper", "work", "volumes", "images"]
             .iter()
             .any(|name| path.ends_with(name));
+        let skipped = of_container && !folder.ends_with("state");
         if kind.as_ref().is_ok_and(fs::FileType::is_dir) && depth > 0 && !skipped {
             found.extend(logs_below(&path, depth - 1));
         }
