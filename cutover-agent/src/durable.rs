@@ -54,6 +54,17 @@ pub fn empty_folder(folder: &Path) -> io::Result<()> {
     Ok(())
 }
 
+/// Writes everything of a folder's file system to its disk (syncfs(2)); a folder that does not exist has nothing.
+///
+/// # Errors
+/// What the disk says.
+pub fn sync_file_system(folder: &Path) -> io::Result<()> {
+    match File::open(folder) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        other => Ok(rustix::fs::syncfs(other?)?),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -1,6 +1,7 @@
 //! The serving agent: the control socket for people, the peer listener for the other side, at most one hop.
 
-use std::path::PathBuf;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -110,7 +111,7 @@ pub async fn serve(config: Config) -> Result<(), ServeError> {
         path: config.state_dir.clone(),
         source,
     };
-    std::fs::create_dir_all(&config.state_dir).map_err(state)?;
+    make_private(&config.state_dir).map_err(state)?;
     let owed = durable::read_json(&config.state_dir.join("owed.json")).map_err(state)?;
     let tls = ServerTls::load(
         &TlsPaths {
@@ -154,6 +155,12 @@ pub async fn serve(config: Config) -> Result<(), ServeError> {
     tracing::info!("asked to stop");
     agent.wind_down().await;
     Ok(())
+}
+
+/// Images hold whatever secrets the memory held: nobody else may look into the state folder.
+fn make_private(folder: &Path) -> std::io::Result<()> {
+    std::fs::create_dir_all(folder)?;
+    std::fs::set_permissions(folder, std::fs::Permissions::from_mode(0o700))
 }
 
 async fn stop_signal() {
@@ -422,11 +429,7 @@ impl Agent {
 
     async fn status(&self) -> Status {
         let watch = self.current.lock().await.clone();
-        let unfinished = watch.is_none()
-            && matches!(
-                Journal::resume(&self.host.config.state_dir),
-                Ok(Some(_)) | Err(_)
-            );
+        let unfinished = watch.is_none() && Journal::exists(&self.host.config.state_dir);
         Status {
             site: self.host.config.site,
             phase: watch.as_ref().map(|watch| *watch.phase.borrow()),

@@ -26,8 +26,12 @@ pub fn bind(path: &Path) -> io::Result<UnixListener> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
         Err(_) => std::fs::remove_file(path)?,
     }
-    let listener = with_short_path(path, UnixListener::bind)?;
-    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
+    // Bound beside and renamed, so that nobody can connect before the permissions are set.
+    let beside = path.with_extension("new");
+    let _ = std::fs::remove_file(&beside);
+    let listener = with_short_path(&beside, UnixListener::bind)?;
+    std::fs::set_permissions(&beside, std::fs::Permissions::from_mode(0o600))?;
+    std::fs::rename(&beside, path)?;
     Ok(listener)
 }
 

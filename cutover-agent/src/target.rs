@@ -76,6 +76,11 @@ pub enum TargetError {
     /// Another hop, or none, is current.
     #[error("this target knows no hop {0}: it was taken down or never begun; start a new hop")]
     UnknownHop(HopId),
+    /// The register went to a target that runs nothing: somebody committed by hand.
+    #[error(
+        "hop {0} has nothing running at the target, yet the register says that it serves; release the service to the source (docs/operating.md)"
+    )]
+    NotVerified(HopId),
     /// This agent was restarted since it built the container.
     #[error("{0} was not built by this agent: it was restarted meanwhile; hop again")]
     NotBuilt(ContainerName),
@@ -248,16 +253,40 @@ impl Target {
                 .ok_or_else(|| TargetError::NotBuilt(name.clone()))?;
             self.host.run(one, name, limit).await?;
         }
+        // What the source's disks had, ours must have before the commit; meanwhile the probes are asked.
+        let synced = self.sync_to_disk(&current.containers)?;
         let mut told = Vec::with_capacity(probes.len());
         for probe in probes {
             told.push(probe::ask(probe).await.map_err(TargetError::Probe)?);
         }
+        synced.await.map_err(EngineError::from)??;
         Ok(Response::Verified(told))
+    }
+
+    /// Makes every tree of these containers durable, on a thread of its own.
+    fn sync_to_disk(
+        &self,
+        containers: &[ContainerName],
+    ) -> Result<tokio::task::JoinHandle<Result<(), TargetError>>, TargetError> {
+        let mut folders = Vec::new();
+        for name in containers {
+            let trees = &self.host.container(name)?.trees;
+            folders.extend(trees.iter().map(|tree| tree.path.clone()));
+        }
+        Ok(tokio::task::spawn_blocking(move || {
+            folders.into_iter().try_for_each(|path| {
+                durable::sync_file_system(&path)
+                    .map_err(|source| TargetError::State { path, source })
+            })
+        }))
     }
 
     async fn unfence(&self, hop: &HopId) -> Result<Response, TargetError> {
         let mut standing = self.standing.lock().await;
         let mut current = Self::check(&standing, hop)?.clone();
+        if !matches!(current.stage, Stage::Fenced | Stage::Serving) {
+            return Err(TargetError::NotVerified(hop.clone()));
+        }
         for name in &current.containers {
             self.host.lift(name).await?;
         }

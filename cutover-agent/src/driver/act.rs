@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
-use cutover_protocol::hold::{Command, Gate};
+use cutover_protocol::hold::{Command, Gate, ServiceStatus};
 use cutover_protocol::hop::{Action, Event, Round, Undo};
 use cutover_protocol::id::{ContainerName, Epoch, Register, ServiceName, Site};
 use cutover_protocol::plan::Engine;
@@ -410,47 +410,75 @@ impl Driver {
         epoch: Epoch,
         owner: Site,
     ) -> Result<(), String> {
-        let status = self
-            .proxy
-            .status(service)
-            .await
-            .map_err(|error| error.to_string())?;
-        if status.register.epoch == epoch {
-            let service = service.clone();
-            let command = match owner {
-                Site::Target => Command::Commit {
-                    service,
-                    epoch,
-                    to: owner,
-                },
-                Site::Source => Command::Abort { service, epoch },
-            };
-            self.register_after(&command).await?;
+        let mut register = self.status(service).await?.register;
+        if register.epoch == epoch {
+            register = self.decide(service, epoch, owner).await?;
         }
-        let status = self
-            .proxy
-            .status(service)
-            .await
-            .map_err(|error| error.to_string())?;
-        if status.register.owner != owner {
+        if owner == Site::Target && register.owner == Site::Source {
+            // This gate's lease ran out after the deciding register had gone to the target: follow it.
+            let settings = self.header.plan.settings();
+            let hold = Command::Hold {
+                service: service.clone(),
+                epoch: register.epoch,
+                lease_ms: settings.lease_ms,
+                drain_ms_max: settings.drain_ms_max,
+            };
+            match self.proxy.command(&hold).await {
+                // What is in flight goes to a source that is fenced for good: it cannot be drained.
+                Ok(_) | Err(ProxyError::NotDrained { .. }) => {}
+                Err(error) => return Err(error.to_string()),
+            }
+            register = self.decide(service, register.epoch, owner).await?;
+        }
+        if register.owner != owner {
             return Err(format!(
-                "the register of {service} went to the {} at {}",
-                status.register.owner, status.register.epoch
+                "the register of {service} is at epoch {} and says {}, not {owner}",
+                register.epoch, register.owner
             ));
         }
-        if matches!(status.gate, Gate::Open | Gate::Releasing) {
+        if matches!(
+            self.status(service).await?.gate,
+            Gate::Open | Gate::Releasing
+        ) {
             return Ok(());
         }
         let release = Command::Release {
             service: service.clone(),
-            epoch: status.register.epoch,
+            epoch: register.epoch,
             to: owner,
         };
-        self.proxy
-            .command(&release)
-            .await
-            .map(drop)
-            .map_err(|error| error.to_string())
+        let released = self.proxy.command(&release).await;
+        released.map(drop).map_err(|error| error.to_string())
+    }
+
+    async fn status(&self, service: &ServiceName) -> Result<ServiceStatus, String> {
+        let status = self.proxy.status(service).await;
+        status.map_err(|error| error.to_string())
+    }
+
+    /// One compare-and-set of a register, in the direction of `owner`.
+    async fn decide(
+        &mut self,
+        service: &ServiceName,
+        epoch: Epoch,
+        owner: Site,
+    ) -> Result<Register, String> {
+        let service = service.clone();
+        let command = match owner {
+            Site::Target => Command::Commit {
+                service,
+                epoch,
+                to: owner,
+            },
+            Site::Source => Command::Abort { service, epoch },
+        };
+        self.register_after(&command).await
+    }
+
+    /// Renews every hold of this hop from now on.
+    pub(super) fn renew_leases(&mut self) {
+        let lease_ms = self.header.plan.settings().lease_ms;
+        self.lease = Some(Lease::keep(self.proxy.clone(), self.holds(), lease_ms));
     }
 
     async fn undo(&mut self, undo: Undo) -> Result<(), String> {

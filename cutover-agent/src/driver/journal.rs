@@ -107,6 +107,12 @@ impl Journal {
         Ok(journal)
     }
 
+    /// Whether a hop is under way or unfinished; only looks.
+    #[must_use]
+    pub fn exists(state_dir: &Path) -> bool {
+        current(state_dir).exists()
+    }
+
     /// The unfinished hop of an agent, if there is one, with its events in order.
     ///
     /// # Errors

@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use cutover_protocol::hop::{
     Action, Bounds, Ending, Event, Failure, Hop, Phase, Step, StepError, Undo, stall_ms,
 };
-use cutover_protocol::id::{ContainerName, Epoch, HopId, ServiceName};
+use cutover_protocol::id::{ContainerName, Epoch, HopId, ServiceName, Site};
 use cutover_protocol::plan::{Engine, Plan, RawPlan};
 use cutover_protocol::wire::{Inspect, Inspected, Request, Response};
 use tokio::sync::{broadcast, watch};
@@ -49,6 +49,9 @@ pub enum DriverError {
         "this agent's configuration has no [proxy]: a hop is driven by the agent that commands the gate"
     )]
     NoProxy,
+    /// Only a source drives.
+    #[error("this agent is the target (`site`): a hop is driven by the source's agent")]
+    NotSource,
     /// The service is not the source's.
     #[error(
         "the service {service} belongs to the {owner} at epoch {epoch}: this site cannot hop it away"
@@ -57,7 +60,7 @@ pub enum DriverError {
         /// The service.
         service: ServiceName,
         /// Its owner.
-        owner: cutover_protocol::id::Site,
+        owner: Site,
         /// The epoch.
         epoch: Epoch,
     },
@@ -120,11 +123,14 @@ impl Driver {
         plan: Plan,
         fail_at: Option<Phase>,
     ) -> Result<Self, DriverError> {
+        if host.config.site != Site::Source {
+            return Err(DriverError::NotSource);
+        }
         let proxy = Proxy::new(&proxy_socket(&host)?);
         let mut epochs = BTreeMap::new();
         for service in &plan.settings().services {
             let status = proxy.status(service).await?;
-            if status.register.owner != host.config.site {
+            if status.register.owner != Site::Source {
                 return Err(DriverError::NotOurs {
                     service: service.clone(),
                     owner: status.register.owner,
@@ -174,21 +180,17 @@ impl Driver {
         for event in events {
             hop.step(event)?;
         }
-        let first = match hop.phase() {
-            // The first event never became durable: nothing was done, and nothing is to be undone.
-            Phase::Plan => Event::Begun {
-                epoch: header
-                    .epochs
-                    .values()
-                    .next()
-                    .copied()
-                    .unwrap_or(Epoch::FIRST),
-            },
-            _ => Event::Restarted,
-        };
-        Ok(Some(Self::new(
-            host, proxy, header, hop, journal, first, None,
-        )))
+        if hop.phase() == Phase::Plan {
+            // The first event never became durable, so nothing was done and nothing is to be undone.
+            journal.finish(&header.hop)?;
+            return Ok(None);
+        }
+        let is_holding = hop.phase().is_holding();
+        let mut driver = Self::new(host, proxy, header, hop, journal, Event::Restarted, None);
+        if is_holding {
+            driver.renew_leases();
+        }
+        Ok(Some(driver))
     }
 
     fn new(
@@ -233,11 +235,9 @@ impl Driver {
     pub async fn run(mut self) -> Result<Report, DriverError> {
         let mut event = self.first.clone();
         let mut tries = 0;
+        let mut last = None;
         loop {
-            if *self.watch.abort.borrow()
-                && self.hop.phase().is_before_commit()
-                && self.hop.phase() != Phase::Plan
-            {
+            if self.abort_is_due() {
                 self.step(Event::AbortAsked)?;
                 self.watch.abort.send_replace(false);
             }
@@ -246,26 +246,30 @@ impl Driver {
                 Step::Act(action) => action,
                 Step::Over(ending) => return self.over(ending),
                 Step::Nothing => {
+                    let event = "a repetition".to_owned();
                     return Err(StepError {
                         phase: before,
-                        event: "a repetition".to_owned(),
+                        event,
                     }
                     .into());
                 }
             };
-            tries = if self.hop.phase() == before {
-                tries + 1
-            } else {
-                0
-            };
-            if matches!(self.hop.phase(), Phase::Settle | Phase::Redirect) && tries > 0 {
-                if tries >= TRIES_MAX {
-                    return Ok(self.unfinished());
-                }
+            // The machine repeats an action only where there is no other way than to try again.
+            tries = if last == Some(action) { tries + 1 } else { 0 };
+            last = Some(action);
+            if tries >= TRIES_MAX {
+                return Ok(self.unfinished());
+            }
+            if tries > 0 {
                 tokio::time::sleep((RETRY_FIRST * 2_u32.pow(tries.min(10))).min(RETRY_LAST)).await;
             }
             event = self.timed(action).await;
         }
+    }
+
+    fn abort_is_due(&self) -> bool {
+        let phase = self.hop.phase();
+        *self.watch.abort.borrow() && phase.is_before_commit() && phase != Phase::Plan
     }
 
     fn step(&mut self, event: Event) -> Result<Step, DriverError> {

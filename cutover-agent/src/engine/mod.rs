@@ -161,9 +161,11 @@ impl Host {
         limit: Duration,
     ) -> Result<(), EngineError> {
         match engine {
-            Engine::Criu => criu::retire(self, name, limit).await,
-            Engine::Restart => Ok(self.runc.delete(name.as_str(), &self.work(name)).await?),
+            Engine::Criu => criu::retire(self, name, limit).await?,
+            Engine::Restart => self.runc.delete(name.as_str(), &self.work(name)).await?,
         }
+        // A hop back writes into the upper layer, which must not happen under a mount.
+        overlay::unmount(self.container(name)?)
     }
 
     /// Builds a container at the target behind a shut fence, without running any of its code.
