@@ -84,11 +84,17 @@ impl Park {
         }
     }
 
-    /// Makes the folder ready for a new dump or restore and listens for its hook.
+    /// Makes the folder ready for a new dump or restore and listens for its hook. `cgroup_root` is where a restore
+    /// puts the tasks, in the unified hierarchy.
     ///
     /// # Errors
     /// When the folder cannot be written.
-    pub fn prepare(&self, at: ParkAt, network_namespace: &Path) -> Result<Waiting, ParkError> {
+    pub fn prepare(
+        &self,
+        at: ParkAt,
+        network_namespace: &Path,
+        cgroup_root: Option<&str>,
+    ) -> Result<Waiting, ParkError> {
         self.clear()?;
         self.make(|folder| std::fs::create_dir_all(folder))?;
         let spec = Spec {
@@ -97,7 +103,7 @@ impl Park {
         };
         let spec = serde_json::to_vec(&spec).map_err(std::io::Error::other);
         self.make(|folder| std::fs::write(folder.join(SPEC_FILE), spec?))?;
-        self.make(write_script)?;
+        self.make(|folder| write_script(folder, cgroup_root))?;
         let path = self.folder.join(AGENT_SOCKET);
         let listener = sockets::bind(&path)
             .and_then(|listener| {
@@ -253,7 +259,7 @@ fn hook_error(path: &Path) -> String {
 const GHOST_BYTES_MAX: u64 = 256 << 20;
 
 /// CRIU runs one path without arguments, so a two-line script carries the folder to our own binary.
-fn write_script(folder: &Path) -> std::io::Result<()> {
+fn write_script(folder: &Path, cgroup_root: Option<&str>) -> std::io::Result<()> {
     let program = std::env::current_exe()?;
     let script = folder.join("hook.sh");
     let mut file = std::fs::File::create(&script)?;
@@ -264,10 +270,13 @@ fn write_script(folder: &Path) -> std::io::Result<()> {
         quote(folder)
     )?;
     file.set_permissions(std::fs::Permissions::from_mode(0o700))?;
-    let configuration = format!(
+    let mut configuration = format!(
         "action-script {}\nghost-limit {GHOST_BYTES_MAX}\n",
         script.display()
     );
+    if let Some(root) = cgroup_root {
+        configuration.push_str(&format!("cgroup-root {root}\n"));
+    }
     std::fs::write(folder.join("criu.conf"), configuration)
 }
 

@@ -69,7 +69,7 @@ pub(super) async fn checkpoint(
 ) -> Result<(), EngineError> {
     let container = host.container(name)?;
     let park = host.park(name);
-    let waiting = park.prepare(ParkAt::Dump, &container.network_namespace)?;
+    let waiting = park.prepare(ParkAt::Dump, &container.network_namespace, None)?;
     let images = host.config.images(name).join(FINAL);
     let work = host.work(name).join(FINAL);
     fresh(&images);
@@ -232,7 +232,12 @@ pub(super) async fn build(
 ) -> Result<Child, EngineError> {
     let name = &container.name;
     let park = host.park(name);
-    let waiting = park.prepare(ParkAt::Restore, &container.network_namespace)?;
+    let cgroup_root = cgroup_root(container);
+    let waiting = park.prepare(
+        ParkAt::Restore,
+        &container.network_namespace,
+        cgroup_root.as_deref(),
+    )?;
     let images = host.config.images(name).join(FINAL);
     let work = host.work(name).join("restore");
     let folders = ImageFolders {
@@ -252,6 +257,18 @@ pub(super) async fn build(
         work: &work,
     };
     until_parked(host, child, waiting, call, limit).await
+}
+
+/// The cgroup of the bundle, where the unified hierarchy is the only one. There CRIU would put the tasks back where
+/// they were at the source; under v1 runc tells it better.
+fn cgroup_root(container: &Container) -> Option<String> {
+    if !Path::new("/sys/fs/cgroup/cgroup.controllers").exists() {
+        return None;
+    }
+    let text = std::fs::read(container.bundle.join("config.json")).ok()?;
+    let config: serde_json::Value = serde_json::from_slice(&text).ok()?;
+    let path = config.get("linux")?.get("cgroupsPath")?.as_str()?;
+    path.starts_with('/').then(|| path.to_owned())
 }
 
 pub(super) async fn run(
