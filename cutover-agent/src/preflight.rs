@@ -13,6 +13,7 @@ use crate::cgroup::Cgroup;
 use crate::config::{Container, IMAGES_TREE};
 use crate::criu::features;
 use crate::engine::Host;
+use crate::peer::slows_down_after_idle;
 
 /// Clocks further apart than this confuse applications: time is not virtualised.
 const CLOCK_SKEW_MS_MAX: u64 = 500;
@@ -30,6 +31,12 @@ pub async fn inspect(host: &Host, inspect: &Inspect, site: Site) -> Inspected {
         clock_ms: now_ms(),
         ..Inspected::default()
     };
+    if slows_down_after_idle() == Some(true) {
+        facts.findings.push(Finding {
+            severity: Severity::Note,
+            message: "TCP starts slowly again after a pause, which costs the frozen transfer some round trips: sysctl net.ipv4.tcp_slow_start_after_idle=0".to_owned(),
+        });
+    }
     match host.runc.version().await {
         Ok(version) => facts.runtime = Some(version),
         Err(error) => facts.findings.push(refusal(error.to_string())),

@@ -243,9 +243,8 @@ impl Target {
         current.stage = Stage::Fenced;
         self.keep(&mut standing, Some(current.clone()))?;
         // Every fence is moved before the first task runs: a container may talk to a later one at once.
-        for name in &current.containers {
-            self.host.fence(name, Fence::Inside).await?;
-        }
+        self.move_fences(&current.containers, Some(Fence::Inside))
+            .await?;
         let mut built = std::mem::take(&mut *self.built.lock().await);
         for name in &current.containers {
             let one = built
@@ -261,6 +260,28 @@ impl Target {
         }
         synced.await.map_err(EngineError::from)??;
         Ok(Response::Verified(told))
+    }
+
+    /// Moves the fences of these containers, all at once: clients may be waiting.
+    async fn move_fences(
+        &self,
+        containers: &[ContainerName],
+        fence: Option<Fence>,
+    ) -> Result<(), TargetError> {
+        let mut moves = tokio::task::JoinSet::new();
+        for name in containers.iter().cloned() {
+            let host = self.host.clone();
+            moves.spawn(async move {
+                match fence {
+                    Some(fence) => host.fence(&name, fence).await,
+                    None => host.lift(&name).await,
+                }
+            });
+        }
+        while let Some(moved) = moves.join_next().await {
+            moved.map_err(EngineError::from)??;
+        }
+        Ok(())
     }
 
     /// Makes every tree of these containers durable, on a thread of its own.
@@ -287,9 +308,7 @@ impl Target {
         if !matches!(current.stage, Stage::Fenced | Stage::Serving) {
             return Err(TargetError::NotVerified(hop.clone()));
         }
-        for name in &current.containers {
-            self.host.lift(name).await?;
-        }
+        self.move_fences(&current.containers, None).await?;
         current.stage = Stage::Serving;
         self.keep(&mut standing, Some(current))?;
         Ok(Response::Done)

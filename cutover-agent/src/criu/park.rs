@@ -258,14 +258,15 @@ fn hook_error(path: &Path) -> String {
 /// a program replaced on disk while it runs exceeds.
 const GHOST_BYTES_MAX: u64 = 256 << 20;
 
-/// CRIU runs one path without arguments, so a two-line script carries the folder to our own binary.
+/// CRIU runs one path without arguments, so a short script carries the folder to our own binary.
 fn write_script(folder: &Path, cgroup_root: Option<&str>) -> std::io::Result<()> {
     let program = std::env::current_exe()?;
     let script = folder.join("hook.sh");
     let mut file = std::fs::File::create(&script)?;
+    // The shell answers the steps that are none of ours: each costs clients the start of a program.
     writeln!(
         file,
-        "#!/bin/sh\nexec {} hook --folder {}",
+        "#!/bin/sh\ncase \"$CRTOOLS_SCRIPT_ACTION\" in\npost-dump|post-restore) exec {} hook --folder {};;\nesac",
         quote(&program),
         quote(folder)
     )?;

@@ -92,8 +92,11 @@ pub fn build(names: Names, containers: &[ContainerKind], batches: &Path) -> Resu
     }
     for part in ["edge", "source", "target"] {
         let path = names.path(part);
-        let setting = Path::new("/proc/sys/net/ipv4/ip_forward");
-        within(&path, || fs::write(setting, "1"))?.on("write", setting)?;
+        // The second is what docs/operating.md asks of a site: the frozen transfer follows a pause of its streams.
+        for (name, value) in [("ip_forward", "1"), ("tcp_slow_start_after_idle", "0")] {
+            let setting = Path::new("/proc/sys/net/ipv4").join(name);
+            within(&path, || fs::write(&setting, value))?.on("write", &setting)?;
+        }
     }
     Ok(())
 }
