@@ -148,6 +148,14 @@ pub enum PlanError {
         "`services` is empty: name at least one service of the proxy, so that clients are held and not cut"
     )]
     NoService,
+    /// A service named twice would be held twice.
+    #[error("the service {0} is named twice in `services`: name each once")]
+    ServiceTwice(ServiceName),
+    /// Not an address.
+    #[error(
+        "`target` is {0:?}, but must be the target agent's peer address, as \"192.0.2.2:7443\" or \"host.example:7443\""
+    )]
+    Target(String),
     /// Nothing to move.
     #[error("the plan has no [[container]]: name at least one that both sites configure")]
     NoContainer,
@@ -195,6 +203,12 @@ impl TryFrom<RawPlan> for Plan {
         if raw.containers.is_empty() {
             return Err(PlanError::NoContainer);
         }
+        if let Some(twice) = first_repeated(&raw.services) {
+            return Err(PlanError::ServiceTwice(twice.clone()));
+        }
+        if !is_address(&raw.target) {
+            return Err(PlanError::Target(raw.target));
+        }
         check_bounds(&raw)?;
         let names = distinct_names(&raw.containers)?;
         for probe in &raw.probes {
@@ -208,6 +222,21 @@ impl TryFrom<RawPlan> for Plan {
         let order = dependency_order(&raw.containers, &names)?;
         Ok(Self { raw, order })
     }
+}
+
+fn first_repeated(services: &[ServiceName]) -> Option<&ServiceName> {
+    services
+        .iter()
+        .enumerate()
+        .find(|(index, service)| services[..*index].contains(service))
+        .map(|(_, service)| service)
+}
+
+/// `host:port`; whether the host exists is found out when it is connected to.
+fn is_address(target: &str) -> bool {
+    target.rsplit_once(':').is_some_and(|(host, port)| {
+        !host.is_empty() && port.parse::<u16>().is_ok_and(|port| port > 0)
+    })
 }
 
 fn check_bounds(raw: &RawPlan) -> Result<(), PlanError> {
