@@ -269,8 +269,8 @@ impl Target {
         fence: Option<Fence>,
     ) -> Result<(), TargetError> {
         let mut moves = tokio::task::JoinSet::new();
-        for name in containers.iter().cloned() {
-            let host = self.host.clone();
+        for name in containers {
+            let (host, name) = (self.host.clone(), name.clone());
             moves.spawn(async move {
                 match fence {
                     Some(fence) => host.fence(&name, fence).await,
