@@ -353,25 +353,36 @@ fn read_toml<T: DeserializeOwned>(path: &Path) -> Result<T, ConfigError> {
     })
 }
 
-/// One line out of a TOML error: line number, what is wrong, and the nearest known key for an unknown one.
+/// One line out of a TOML error: line number, key, what is wrong, and the nearest known key for an unknown one.
 fn explain(text: &str, error: &toml::de::Error) -> String {
     let line = error.span().map_or(0, |span| {
         text[..span.start.min(text.len())].matches('\n').count() + 1
     });
-    let message = error
+    let mut message = error
         .message()
         .split_whitespace()
         .collect::<Vec<_>>()
         .join(" ");
-    let place = if line > 0 {
-        format!("line {line}: ")
-    } else {
-        String::new()
+    for width in ["u16", "u32", "u64"] {
+        message = message.replace(&format!("expected {width}"), "expected a whole number");
+    }
+    let place = match (line, key_before(text, error)) {
+        (0, _) => String::new(),
+        (line, Some(key)) => format!("line {line}: `{key}`: "),
+        (line, None) => format!("line {line}: "),
     };
     match nearest_key(&message) {
         Some(nearest) => format!("{place}{message}; did you mean `{nearest}`?"),
         None => format!("{place}{message}"),
     }
+}
+
+/// The key whose value the error points at, when both stand on one line.
+fn key_before<'a>(text: &'a str, error: &toml::de::Error) -> Option<&'a str> {
+    let before = text.get(..error.span()?.start)?;
+    let line = before.rsplit('\n').next()?;
+    let key = line.trim_end().strip_suffix('=')?.trim();
+    (!key.is_empty()).then_some(key)
 }
 
 /// serde lists the known keys in its message, each between back quotes, the unknown one first.
@@ -411,11 +422,11 @@ mod tests {
     }
 
     #[test]
-    fn a_wrong_type_is_refused_with_its_line() {
+    fn a_wrong_type_is_refused_with_its_line_and_key() {
         let text = "services = [\"web\"]\ntarget = \"x:1\"\nstreams = \"four\"\n[[container]]\nname = \"web\"\n";
         assert_eq!(
             parse_error(text),
-            "PLAN: line 3: invalid type: string \"four\", expected u32"
+            "PLAN: line 3: `streams`: invalid type: string \"four\", expected a whole number"
         );
     }
 

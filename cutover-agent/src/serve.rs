@@ -208,15 +208,15 @@ impl Agent {
 
     async fn command(self: Arc<Self>, stream: UnixStream) {
         let (read, mut answers) = stream.into_split();
-        let mut text = String::new();
+        let mut text = Vec::new();
         if BufReader::new(read.take(LINE_BYTES_MAX))
-            .read_line(&mut text)
+            .read_until(b'\n', &mut text)
             .await
             .is_err()
         {
             return;
         }
-        let line = match serde_json::from_str(&text) {
+        let line = match serde_json::from_slice(&text) {
             Ok(command) => self.obey(command, &mut answers).await,
             Err(error) => Line::Error {
                 message: format!("not a command: {error}"),

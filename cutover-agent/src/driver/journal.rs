@@ -123,17 +123,21 @@ impl Journal {
             path: path.clone(),
             source,
         };
-        let text = match fs::read_to_string(&path) {
+        // Bytes, not text: a damaged line need not be UTF-8, and is to be told like any other.
+        let bytes = match fs::read(&path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             other => other.map_err(failed)?,
         };
-        let whole = text.rfind('\n').map_or(0, |end| end + 1);
+        let newline = bytes.iter().rposition(|byte| *byte == b'\n');
+        let whole = newline.map_or(0, |end| end + 1);
         let file = OpenOptions::new()
             .append(true)
             .open(&path)
             .map_err(failed)?;
         file.set_len(whole as u64).map_err(failed)?;
-        let mut lines = text[..whole].lines().enumerate();
+        let mut lines = bytes[..whole]
+            .split_inclusive(|byte| *byte == b'\n')
+            .enumerate();
         let Some((_, first)) = lines.next() else {
             // The header itself never became durable, so nothing was ever done.
             fs::remove_file(&path).map_err(failed)?;
@@ -144,10 +148,10 @@ impl Journal {
             line: line + 1,
             source,
         };
-        let header = serde_json::from_str(first).map_err(|source| damaged(0, source))?;
+        let header = serde_json::from_slice(first).map_err(|source| damaged(0, source))?;
         let events = lines
             .map(|(line, text)| {
-                serde_json::from_str::<Entry>(text)
+                serde_json::from_slice::<Entry>(text)
                     .map(|entry| entry.event)
                     .map_err(|source| damaged(line, source))
             })
@@ -265,13 +269,15 @@ mod tests {
         let mut journal = Journal::begin(root.path(), &header()).unwrap();
         journal.append(&Event::Restarted).unwrap();
         let path = current(root.path());
-        let text = fs::read_to_string(&path)
-            .unwrap()
-            .replace("restarted", "rest\u{0}");
-        fs::write(&path, text).unwrap();
-        assert!(matches!(
-            Journal::resume(root.path()),
-            Err(JournalError::Damaged { line: 2, .. })
-        ));
+        let text = fs::read_to_string(&path).unwrap();
+        for damage in [&b"rest\0"[..], b"rest\xff\xfe"] {
+            let (before, after) = text.split_once("restarted").unwrap();
+            let damaged = [before.as_bytes(), damage, after.as_bytes()].concat();
+            fs::write(&path, damaged).unwrap();
+            assert!(matches!(
+                Journal::resume(root.path()),
+                Err(JournalError::Damaged { line: 2, .. })
+            ));
+        }
     }
 }
