@@ -3,9 +3,9 @@
 use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
-use cutover_protocol::hold::{Command, Gate, ServiceStatus};
-use cutover_protocol::hop::{Action, Event, Round, Undo};
-use cutover_protocol::id::{ContainerName, Epoch, Register, ServiceName, Site};
+use cutover_protocol::hold::Command;
+use cutover_protocol::hop::{Action, Event, Round};
+use cutover_protocol::id::{ContainerName, Epoch, ServiceName, Site};
 use cutover_protocol::plan::Engine;
 use cutover_protocol::wire::{Inspect, Request, Response, Severity};
 
@@ -13,9 +13,8 @@ use super::Driver;
 use super::lease::Lease;
 use super::link::SyncJob;
 use crate::engine::pre_dump;
-use crate::proxy::ProxyError;
 use crate::report::Progress;
-use crate::{durable, open_files, preflight, probe};
+use crate::{open_files, preflight};
 
 /// Passes over the files while the source runs: one for the bulk, one for what changed meanwhile.
 const FILE_PASSES: u32 = 2;
@@ -37,7 +36,7 @@ impl Driver {
             Action::OpenTunnel => self.open_tunnel().await,
             Action::SyncFiles => self.unless_aborted(Self::sync_files).await.map(done),
             Action::PreCopy { round } => self.pre_copy(round).await,
-            Action::Hold { .. } => self.hold().await.map(done),
+            Action::Hold { .. } => self.unless_aborted(Self::hold).await.map(done),
             Action::Checkpoint => self.checkpoint().await.map(done),
             Action::Transfer => self.transfer().await.map(done),
             Action::Restore => self.restore().await.map(done),
@@ -55,15 +54,15 @@ impl Driver {
         }
     }
 
-    fn engine(&self) -> Engine {
+    pub(super) fn engine(&self) -> Engine {
         self.header.plan.settings().engine
     }
 
-    fn containers(&self) -> Vec<ContainerName> {
+    pub(super) fn containers(&self) -> Vec<ContainerName> {
         self.header.plan.order().to_vec()
     }
 
-    fn step_max(&self) -> Duration {
+    pub(super) fn step_max(&self) -> Duration {
         Duration::from_millis(self.header.plan.settings().step_ms_max)
     }
 
@@ -71,7 +70,8 @@ impl Driver {
         self.header.plan.settings().step_ms_max
     }
 
-    /// Long work before the hold is dropped as soon as an abort is asked: it left nothing that an undo misses.
+    /// Long work up to the drain is dropped as soon as an abort is asked: it left nothing that an undo misses. A hold
+    /// that reaches the proxy only after it was dropped names an epoch that settling the register has ended.
     async fn unless_aborted(
         &mut self,
         work: impl AsyncFnOnce(&mut Self) -> Result<(), String>,
@@ -246,7 +246,7 @@ impl Driver {
         Ok(Event::PreCopied { round })
     }
 
-    fn holds(&self) -> Vec<(ServiceName, Epoch)> {
+    pub(super) fn holds(&self) -> Vec<(ServiceName, Epoch)> {
         let services = &self.header.plan.settings().services;
         services
             .iter()
@@ -263,7 +263,7 @@ impl Driver {
     }
 
     /// The service whose register decides the hop: the one clients meet first.
-    fn deciding(&self) -> ServiceName {
+    pub(super) fn deciding(&self) -> ServiceName {
         self.header.plan.settings().services[0].clone()
     }
 
@@ -350,180 +350,5 @@ impl Driver {
             }
             other => Err(format!("the target answered nonsense to verify: {other:?}")),
         }
-    }
-
-    async fn commit(&mut self, epoch: Epoch) -> Result<Register, String> {
-        let command = Command::Commit {
-            service: self.deciding(),
-            epoch,
-            to: Site::Target,
-        };
-        self.register_after(&command).await
-    }
-
-    async fn settle(&mut self, epoch: Epoch) -> Result<Register, String> {
-        let command = Command::Abort {
-            service: self.deciding(),
-            epoch,
-        };
-        self.register_after(&command).await
-    }
-
-    /// A refusal that names the register is an answer: somebody else was first.
-    async fn register_after(&mut self, command: &Command) -> Result<Register, String> {
-        match self.proxy.command(command).await {
-            Ok(status) => Ok(status.register),
-            Err(ProxyError::Refused {
-                register: Some(register),
-                ..
-            }) => Ok(register),
-            Err(error) => Err(error.to_string()),
-        }
-    }
-
-    async fn redirect(&mut self) -> Result<(), String> {
-        let hop = self.header.hop.clone();
-        self.link
-            .order(&Request::Unfence { hop: hop.clone() }, self.step_max())
-            .await?;
-        for (service, epoch) in self.holds().into_iter().rev() {
-            self.give(&service, epoch, Site::Target).await?;
-        }
-        self.lease = None;
-        for name in self.containers().iter().rev() {
-            self.host
-                .retire(self.engine(), name, self.step_max())
-                .await
-                .map_err(|error| error.to_string())?;
-            durable::empty_folder(&self.host.config.images(name))
-                .map_err(|error| error.to_string())?;
-        }
-        self.link
-            .order(&Request::Finish { hop }, self.step_max())
-            .await
-    }
-
-    /// Brings one service's register and gate where the deciding register has gone.
-    async fn give(
-        &mut self,
-        service: &ServiceName,
-        epoch: Epoch,
-        owner: Site,
-    ) -> Result<(), String> {
-        let mut register = self.status(service).await?.register;
-        if register.epoch == epoch {
-            register = self.decide(service, epoch, owner).await?;
-        }
-        if owner == Site::Target && register.owner == Site::Source {
-            // This gate's lease ran out after the deciding register had gone to the target: follow it.
-            let settings = self.header.plan.settings();
-            let hold = Command::Hold {
-                service: service.clone(),
-                epoch: register.epoch,
-                lease_ms: settings.lease_ms,
-                drain_ms_max: settings.drain_ms_max,
-            };
-            match self.proxy.command(&hold).await {
-                // What is in flight goes to a source that is fenced for good: it cannot be drained.
-                Ok(_) | Err(ProxyError::NotDrained { .. }) => {}
-                Err(error) => return Err(error.to_string()),
-            }
-            register = self.decide(service, register.epoch, owner).await?;
-        }
-        if register.owner != owner {
-            return Err(format!(
-                "the register of {service} is at epoch {} and says {}, not {owner}",
-                register.epoch, register.owner
-            ));
-        }
-        if matches!(
-            self.status(service).await?.gate,
-            Gate::Open | Gate::Releasing
-        ) {
-            return Ok(());
-        }
-        let release = Command::Release {
-            service: service.clone(),
-            epoch: register.epoch,
-            to: owner,
-        };
-        let released = self.proxy.command(&release).await;
-        released.map(drop).map_err(|error| error.to_string())
-    }
-
-    async fn status(&self, service: &ServiceName) -> Result<ServiceStatus, String> {
-        let status = self.proxy.status(service).await;
-        status.map_err(|error| error.to_string())
-    }
-
-    /// One compare-and-set of a register, in the direction of `owner`.
-    async fn decide(
-        &mut self,
-        service: &ServiceName,
-        epoch: Epoch,
-        owner: Site,
-    ) -> Result<Register, String> {
-        let service = service.clone();
-        let command = match owner {
-            Site::Target => Command::Commit {
-                service,
-                epoch,
-                to: owner,
-            },
-            Site::Source => Command::Abort { service, epoch },
-        };
-        self.register_after(&command).await
-    }
-
-    /// Renews every hold of this hop from now on.
-    pub(super) fn renew_leases(&mut self) {
-        let lease_ms = self.header.plan.settings().lease_ms;
-        self.lease = Some(Lease::keep(self.proxy.clone(), self.holds(), lease_ms));
-    }
-
-    async fn undo(&mut self, undo: Undo) -> Result<(), String> {
-        let hop = self.header.hop.clone();
-        match undo {
-            Undo::KillTarget => self.link.order(&Request::Kill { hop }, KILL_MAX).await,
-            Undo::Thaw => self.thaw().await,
-            Undo::Reopen => {
-                for (service, epoch) in self.holds().into_iter().rev() {
-                    self.give(&service, epoch, Site::Source).await?;
-                }
-                self.lease = None;
-                Ok(())
-            }
-            Undo::DropStaging => {
-                for name in self.containers() {
-                    durable::empty_folder(&self.host.config.images(&name))
-                        .map_err(|error| error.to_string())?;
-                }
-                let containers = self.containers();
-                self.link
-                    .order(&Request::Drop { hop, containers }, KILL_MAX)
-                    .await
-            }
-            Undo::CloseTunnel => {
-                self.link.close();
-                Ok(())
-            }
-        }
-    }
-
-    async fn thaw(&mut self) -> Result<(), String> {
-        let (engine, limit) = (self.engine(), self.step_max());
-        for name in self.containers() {
-            self.host
-                .thaw(engine, &name, limit)
-                .await
-                .map_err(|error| error.to_string())?;
-        }
-        if engine == Engine::Restart {
-            // Started anew, it serves only once it answers; thawed memory answers at once.
-            for wanted in &self.header.plan.settings().probes {
-                probe::ask(wanted).await?;
-            }
-        }
-        Ok(())
     }
 }

@@ -7,6 +7,7 @@ mod act;
 pub mod journal;
 mod lease;
 mod link;
+mod register;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
