@@ -62,6 +62,17 @@ pub enum CommandError {
     },
 }
 
+/// How a program ended and what it printed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Ended {
+    /// Its exit code; nothing when a signal ended it.
+    pub code: Option<i32>,
+    /// Its standard output.
+    pub out: String,
+    /// Its standard error.
+    pub err: String,
+}
+
 /// One command line to run.
 #[derive(Debug, Clone)]
 pub struct Shell {
@@ -179,6 +190,20 @@ impl Shell {
     #[must_use]
     pub fn succeeds(&self) -> bool {
         self.run().is_ok()
+    }
+
+    /// Runs it to its end, whatever its exit code, and gives all it printed.
+    ///
+    /// # Errors
+    /// When it cannot start, exceeds its limit, or the lab is interrupted.
+    pub fn end(&self) -> Result<Ended, CommandError> {
+        let (status, out, err) = self.finish()?;
+        let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
+        Ok(Ended {
+            code: status.code(),
+            out: text(out),
+            err: text(err),
+        })
     }
 
     fn finish(&self) -> Result<(ExitStatus, Vec<u8>, Vec<u8>), CommandError> {

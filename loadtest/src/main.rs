@@ -87,7 +87,11 @@ enum Command {
         json: Option<PathBuf>,
     },
     /// Runs every test of the workspace, then the end-to-end tests of the lab.
-    Test,
+    Test {
+        /// Only the tests whose name contains this, such as "bad input"; all of them by default.
+        #[arg(default_value = "")]
+        filter: String,
+    },
     /// The part of a hop that runs inside the guest.
     #[command(hide = true)]
     Inside {
@@ -151,9 +155,9 @@ fn run(arguments: Arguments, progress: &Progress) -> anyhow::Result<ExitCode> {
             interrupt::listen()?;
             lab::guest::inside(&options.wish(Place::Host), &out, progress)?;
         }
-        Command::Test => {
+        Command::Test { filter } => {
             interrupt::listen()?;
-            let green = lab::suite::run(&Folders::find()?, progress)?;
+            let green = lab::suite::run(&filter, &Folders::find()?, progress)?;
             return Ok(if green {
                 ExitCode::SUCCESS
             } else {

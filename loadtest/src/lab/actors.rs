@@ -125,16 +125,33 @@ impl Actors {
         self.wait_for_agent(site)
     }
 
+    /// Kills the agent of a site and starts it again, with the configuration as it is now.
+    ///
+    /// # Errors
+    /// When it does not come up.
+    pub fn renew_agent(&mut self, world: &World, site: usize) -> Result<()> {
+        self.agents[site].kill();
+        self.restart_agent(world, site)?;
+        // Its socket is there before its port is: only an answer tells that both are.
+        self.command(site, &["status"]).run()?;
+        Ok(())
+    }
+
+    /// A command to the agent of a site, ready to be run.
+    #[must_use]
+    pub fn command(&self, site: usize, words: &[&str]) -> Shell {
+        Shell::new(&self.agent)
+            .arg("--control")
+            .arg(self.socket(site))
+            .args(words)
+    }
+
     /// Tells the agent of a site to settle what an earlier life left unfinished, and gives what it said.
     ///
     /// # Errors
     /// When it cannot.
     pub fn recover(&self, site: usize) -> Result<String> {
-        Ok(Shell::new(&self.agent)
-            .arg("--control")
-            .arg(self.socket(site))
-            .arg("recover")
-            .run()?)
+        Ok(self.command(site, &["recover"]).run()?)
     }
 
     /// Gives the command to hop.
@@ -142,11 +159,7 @@ impl Actors {
     /// # Errors
     /// When the command cannot be started.
     pub fn hop(&self, report: &Path, fail_at: Option<&str>) -> Result<HopCommand> {
-        let shell = Shell::new(&self.agent)
-            .arg("--control")
-            .arg(self.socket(0))
-            .arg("hop")
-            .arg(self.run.join("plan.toml"));
+        let shell = self.command(0, &["hop"]).arg(self.run.join("plan.toml"));
         let mut shell = shell.arg("--json").arg(report);
         if let Some(phase) = fail_at {
             shell = shell.args(["--fail-at", phase]);

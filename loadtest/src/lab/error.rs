@@ -73,6 +73,12 @@ pub enum LabError {
         /// What came instead.
         why: String,
     },
+    /// The product did something else than it must.
+    #[error("{what}")]
+    Differs {
+        /// What it did, and when.
+        what: String,
+    },
     /// The lab was asked to stop.
     #[error("interrupted")]
     Interrupted,

@@ -2,6 +2,7 @@
 
 pub mod actors;
 pub mod app;
+pub mod bad_input;
 pub mod by_hand;
 pub mod container;
 pub mod criu;

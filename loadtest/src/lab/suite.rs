@@ -6,6 +6,7 @@ use std::time::Duration;
 use crate::command::{Shell, kill_group};
 use crate::interrupt;
 use crate::lab::app::App;
+use crate::lab::bad_input;
 use crate::lab::error::{LabError, Result};
 use crate::lab::folders::Folders;
 use crate::lab::hop::{Again, Engine};
@@ -99,11 +100,18 @@ fn cases() -> Vec<Case> {
     ]
 }
 
-/// Runs everything and prints one line of sums at the very end. True when all of it passed.
+/// The tests that are no hop under load.
+const WORKSPACE: &str = "the workspace's own tests";
+const BAD_INPUT: &str = "bad input gets one clear line and an exit code, and changes nothing";
+const CAN_FAIL: &str = "the harness can fail: a lost and a doubled id turn a verdict red";
+
+/// Runs the tests whose name contains `filter` and prints one line of sums at the very end. True when all of them
+/// passed, and there was one.
 ///
 /// # Errors
 /// When the lab was interrupted, or is not root.
-pub fn run(folders: &Folders, progress: &Progress) -> Result<bool> {
+pub fn run(filter: &str, folders: &Folders, progress: &Progress) -> Result<bool> {
+    let wanted = |name: &str| name.contains(filter);
     setup::root()?;
     let (mut passed, mut failed) = (0, 0);
     let mut count = |name: &str, outcome: std::result::Result<(), String>| {
@@ -120,9 +128,11 @@ pub fn run(folders: &Folders, progress: &Progress) -> Result<bool> {
                 .unwrap_or_default()
         ));
     };
-    count("the workspace's own tests", workspace(folders, progress));
+    if wanted(WORKSPACE) {
+        count(WORKSPACE, workspace(folders, progress));
+    }
     let mut faithful = None;
-    for case in cases() {
+    for case in cases().into_iter().filter(|case| wanted(case.name)) {
         if interrupt::requested() {
             return Err(LabError::Interrupted);
         }
@@ -142,10 +152,18 @@ pub fn run(folders: &Folders, progress: &Progress) -> Result<bool> {
             });
         count(case.name, outcome);
     }
-    count(
-        "the harness can fail: a lost and a doubled id turn a verdict red",
-        harness_can_fail(),
-    );
+    if wanted(BAD_INPUT) {
+        progress.say(format!("end to end: {BAD_INPUT}"));
+        match bad_input::run(folders, progress) {
+            Err(LabError::NoCriu { why }) => progress.say(format!(
+                "left out: {BAD_INPUT}, for CRIU cannot checkpoint on this host ({why})"
+            )),
+            outcome => count(BAD_INPUT, outcome.map_err(|error| error.to_string())),
+        }
+    }
+    if wanted(CAN_FAIL) {
+        count(CAN_FAIL, harness_can_fail());
+    }
     progress.done();
     if let Some(report) =
         faithful.filter(|report| report.engine != Engine::Criu.as_str() || report.place != "host")
@@ -156,7 +174,7 @@ pub fn run(folders: &Folders, progress: &Progress) -> Result<bool> {
         ));
     }
     println!("{passed} passed, {failed} failed");
-    Ok(failed == 0)
+    Ok(failed == 0 && passed > 0)
 }
 
 /// Spoils a faithful run on purpose: a harness that stays green then proves nothing.
