@@ -10,6 +10,8 @@ use cutover_protocol::plan::{Plan, PlanError, RawPlan};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
+use crate::tls::TlsPaths;
+
 /// Name of the tree that holds a container's memory images; no configured tree may take it.
 pub const IMAGES_TREE: &str = "images";
 
@@ -37,12 +39,8 @@ pub struct Config {
 pub struct Peer {
     /// Address to listen on.
     pub listen: SocketAddr,
-    /// The authority that signed both sides.
-    pub ca: PathBuf,
-    /// Our certificate.
-    pub certificate: PathBuf,
-    /// Our private key.
-    pub key: PathBuf,
+    /// Who we are, and whom we trust.
+    pub tls: TlsPaths,
 }
 
 /// The container runtime and CRIU.
@@ -230,9 +228,11 @@ impl Config {
             control: base.join(raw.control),
             peer: Peer {
                 listen: raw.peer.listen,
-                ca: base.join(raw.peer.ca),
-                certificate: base.join(raw.peer.certificate),
-                key: base.join(raw.peer.key),
+                tls: TlsPaths {
+                    ca: base.join(raw.peer.ca),
+                    certificate: base.join(raw.peer.certificate),
+                    key: base.join(raw.peer.key),
+                },
             },
             proxy_control: raw.proxy.map(|proxy| base.join(proxy.control)),
             runtime: Runtime {

@@ -97,7 +97,8 @@ fn neighbours(namespace: &Path) -> Result<(String, String), FenceError> {
     ))
 }
 
-fn in_namespace(namespace: &Path) -> Command {
+/// A command that will run its arguments in a network namespace.
+pub(crate) fn in_namespace(namespace: &Path) -> Command {
     let mut command = Command::new("nsenter");
     command.arg(format!("--net={}", namespace.display()));
     command

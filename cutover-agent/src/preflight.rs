@@ -85,10 +85,11 @@ async fn inspect_container(
         )));
     }
     for tree in &container.trees {
+        // Only the source's trees are worth the walk: the target's will be replaced.
         facts.trees.push(tree_facts(
             &format!("{name}/{}", tree.name),
             &tree.path,
-            facts_wanted(site),
+            site == Site::Source,
         ));
     }
     facts.trees.push(tree_facts(
@@ -118,11 +119,6 @@ async fn inspect_container(
         ))),
         (Site::Target, None) => {}
     }
-}
-
-/// Only the source's trees are worth the walk: the target's will be replaced.
-const fn facts_wanted(site: Site) -> bool {
-    matches!(site, Site::Source)
 }
 
 /// Compares both sides; the source's and the target's own findings come first.

@@ -127,9 +127,7 @@ impl Proxy {
             source,
         };
         let exchange = async {
-            let stream = sockets::connect(&self.path)?;
-            stream.set_nonblocking(true)?;
-            let mut stream = tokio::net::UnixStream::from_std(stream)?;
+            let mut stream = sockets::dial(&self.path)?;
             let mut line = serde_json::to_vec(command)?;
             line.push(b'\n');
             stream.write_all(&line).await?;

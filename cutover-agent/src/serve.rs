@@ -6,9 +6,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use cutover_protocol::hop::Undo;
-use cutover_protocol::id::{ContainerName, HopId, Site};
+use cutover_protocol::id::{HopId, Site};
 use cutover_protocol::plan::{Plan, RawPlan};
-use cutover_protocol::wire::{Inspect, Request, Response};
+use cutover_protocol::wire::{Request, Response};
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{TcpListener, UnixListener, UnixStream};
@@ -22,8 +22,8 @@ use crate::engine::Host;
 use crate::peer::{self, Handler, PeerTimeouts};
 use crate::report::Report;
 use crate::target::Target;
-use crate::tls::{ServerTls, TlsPaths};
-use crate::{driver, durable, preflight, sockets};
+use crate::tls::ServerTls;
+use crate::{driver, durable, sockets};
 
 /// Longest command line, in bytes: a plan of thousands of containers fits.
 const LINE_BYTES_MAX: u64 = 1 << 20;
@@ -76,8 +76,7 @@ pub enum ServeError {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 struct Owed {
     hop: Option<HopId>,
-    plan: Option<RawPlan>,
-    containers: Vec<ContainerName>,
+    plan: Option<Plan>,
     undos: Vec<Undo>,
 }
 
@@ -113,23 +112,11 @@ pub async fn serve(config: Config) -> Result<(), ServeError> {
     };
     make_private(&config.state_dir).map_err(state)?;
     let owed = durable::read_json(&config.state_dir.join("owed.json")).map_err(state)?;
-    let tls = ServerTls::load(
-        &TlsPaths {
-            ca: config.peer.ca.clone(),
-            certificate: config.peer.certificate.clone(),
-            key: config.peer.key.clone(),
-        },
-        "source",
-    );
-    let control = sockets::bind(&config.control)
-        .and_then(|listener| {
-            listener.set_nonblocking(true)?;
-            UnixListener::from_std(listener)
-        })
-        .map_err(|source| ServeError::Listen {
-            place: config.control.display().to_string(),
-            source,
-        })?;
+    let tls = ServerTls::load(&config.peer.tls, "source");
+    let control = sockets::listen(&config.control).map_err(|source| ServeError::Listen {
+        place: config.control.display().to_string(),
+        source,
+    })?;
     let agent = Arc::new(Agent {
         host: Host::new(config.clone()),
         target: Arc::new(Target::new(config.clone())?),
@@ -291,16 +278,16 @@ impl Agent {
     }
 
     async fn to_the_end(&self, driver: Driver) -> Result<Report, DriverError> {
-        let owed = driver.debts();
+        let plan = driver.plan().clone();
         let result = driver.run().await;
         if let Ok(report) = &result {
-            self.remember_owed(report, owed).await;
+            self.remember_owed(report, plan).await;
         }
         *self.current.lock().await = None;
         result
     }
 
-    async fn remember_owed(&self, report: &Report, plan: (RawPlan, Vec<ContainerName>)) {
+    async fn remember_owed(&self, report: &Report, plan: Plan) {
         let undos: Vec<Undo> = Undo::ALL
             .into_iter()
             .filter(|undo| report.owed.contains(&undo.to_string()))
@@ -311,8 +298,7 @@ impl Agent {
         }
         let owed = Owed {
             hop: Some(report.hop.clone()),
-            plan: Some(plan.0),
-            containers: plan.1,
+            plan: Some(plan),
             undos,
         };
         self.keep_owed(owed).await;
@@ -346,7 +332,7 @@ impl Agent {
         let (Some(hop), Some(plan)) = (owed.hop.clone(), owed.plan.clone()) else {
             return;
         };
-        match driver::pay(&self.host, &plan, &hop, &owed.containers, &owed.undos).await {
+        match driver::pay(&self.host, &plan, &hop, &owed.undos).await {
             Ok(()) => {
                 tracing::info!(%hop, "what was owed to the target has been done");
                 self.keep_owed(Owed::default()).await;
@@ -419,12 +405,7 @@ impl Agent {
 
     async fn preflight(&self, plan: RawPlan) -> Result<Checked, String> {
         let plan = Plan::try_from(plan).map_err(|error| error.to_string())?;
-        let inspect = Inspect {
-            containers: plan.order().to_vec(),
-            engine: plan.settings().engine,
-        };
-        let source = preflight::inspect(&self.host, &inspect, Site::Source).await;
-        driver::dry_run(&self.host, &plan, source).await
+        driver::dry_run(&self.host, &plan).await
     }
 
     async fn status(&self) -> Status {

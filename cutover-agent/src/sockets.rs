@@ -43,6 +43,26 @@ pub fn connect(path: &Path) -> io::Result<UnixStream> {
     with_short_path(path, UnixStream::connect)
 }
 
+/// Like [`bind`], for the runtime this is called in.
+///
+/// # Errors
+/// As for [`bind`].
+pub fn listen(path: &Path) -> io::Result<tokio::net::UnixListener> {
+    let listener = bind(path)?;
+    listener.set_nonblocking(true)?;
+    tokio::net::UnixListener::from_std(listener)
+}
+
+/// Like [`connect`], for the runtime this is called in.
+///
+/// # Errors
+/// As for [`connect`].
+pub fn dial(path: &Path) -> io::Result<tokio::net::UnixStream> {
+    let stream = connect(path)?;
+    stream.set_nonblocking(true)?;
+    tokio::net::UnixStream::from_std(stream)
+}
+
 fn with_short_path<T>(path: &Path, call: impl FnOnce(PathBuf) -> io::Result<T>) -> io::Result<T> {
     if path.as_os_str().len() <= PATH_BYTES_MAX {
         return call(path.to_owned());

@@ -131,12 +131,7 @@ pub async fn ask(
         path: path.to_owned(),
         source,
     };
-    let stream = sockets::connect(path)
-        .and_then(|stream| {
-            stream.set_nonblocking(true)?;
-            tokio::net::UnixStream::from_std(stream)
-        })
-        .map_err(unreachable)?;
+    let stream = sockets::dial(path).map_err(unreachable)?;
     let (read, mut write) = stream.into_split();
     let mut text = serde_json::to_vec(command)?;
     text.push(b'\n');

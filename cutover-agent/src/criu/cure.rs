@@ -3,7 +3,9 @@
 
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::Stdio;
+
+use crate::fence::in_namespace;
 
 /// `TCP_REPAIR_OFF_NO_WP`: leave repair mode without a window probe (tcp.h); the fence still stands anyway.
 const REPAIR_OFF_NO_PROBE: libc::c_int = -1;
@@ -83,13 +85,12 @@ fn repair_off(socket: &OwnedFd) -> bool {
 pub fn unlock_network(namespace: &Path) {
     for tool in ["iptables", "ip6tables"] {
         for chain in ["INPUT", "OUTPUT"] {
-            in_namespace(namespace, tool, &["-w", "-D", chain, "-j", "CRIU"]);
+            delete(namespace, tool, &["-w", "-D", chain, "-j", "CRIU"]);
         }
-        in_namespace(namespace, tool, &["-w", "-F", "CRIU"]);
-        in_namespace(namespace, tool, &["-w", "-X", "CRIU"]);
+        delete(namespace, tool, &["-w", "-F", "CRIU"]);
+        delete(namespace, tool, &["-w", "-X", "CRIU"]);
     }
-    let listed = Command::new("nsenter")
-        .arg(format!("--net={}", namespace.display()))
+    let listed = in_namespace(namespace)
         .args(["nft", "list", "tables"])
         .stdin(Stdio::null())
         .output();
@@ -101,15 +102,14 @@ pub fn unlock_network(namespace: &Path) {
         if let [_, family, name] = line.split_whitespace().collect::<Vec<_>>()[..]
             && name.starts_with("CRIU")
         {
-            in_namespace(namespace, "nft", &["delete", "table", family, name]);
+            delete(namespace, "nft", &["delete", "table", family, name]);
         }
     }
 }
 
-fn in_namespace(namespace: &Path, tool: &str, arguments: &[&str]) {
+fn delete(namespace: &Path, tool: &str, arguments: &[&str]) {
     // Each of these fails when there is nothing to delete, which is what we want.
-    let _ = Command::new("nsenter")
-        .arg(format!("--net={}", namespace.display()))
+    let _ = in_namespace(namespace)
         .arg(tool)
         .args(arguments)
         .stdin(Stdio::null())

@@ -105,12 +105,7 @@ impl Park {
         self.make(|folder| std::fs::write(folder.join(SPEC_FILE), spec?))?;
         self.make(|folder| write_script(folder, cgroup_root))?;
         let path = self.folder.join(AGENT_SOCKET);
-        let listener = sockets::bind(&path)
-            .and_then(|listener| {
-                listener.set_nonblocking(true)?;
-                tokio::net::UnixListener::from_std(listener)
-            })
-            .map_err(|source| ParkError::File { path, source })?;
+        let listener = sockets::listen(&path).map_err(|source| ParkError::File { path, source })?;
         Ok(Waiting {
             listener,
             container: self.name(),
@@ -142,13 +137,10 @@ impl Park {
     /// When a hook took the word and did not end in time.
     pub async fn tell(&self, word: Word, limit: Duration) -> Result<bool, ParkError> {
         let path = self.folder.join(PARK_SOCKET);
-        let stream = match sockets::connect(&path) {
-            Ok(stream) => stream,
-            Err(_) => return Ok(false),
+        let Ok(mut stream) = sockets::dial(&path) else {
+            return Ok(false);
         };
         let told = async {
-            stream.set_nonblocking(true)?;
-            let mut stream = tokio::net::UnixStream::from_std(stream)?;
             stream
                 .write_all(format!("{}\n", word.as_str()).as_bytes())
                 .await?;

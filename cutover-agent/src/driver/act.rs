@@ -5,16 +5,16 @@ use std::time::{Duration, Instant};
 
 use cutover_protocol::hold::Command;
 use cutover_protocol::hop::{Action, Event, Round};
-use cutover_protocol::id::{ContainerName, Epoch, ServiceName, Site};
+use cutover_protocol::id::{ContainerName, Epoch, ServiceName};
 use cutover_protocol::plan::Engine;
-use cutover_protocol::wire::{Inspect, Request, Response, Severity};
+use cutover_protocol::wire::{Request, Response, Severity};
 
 use super::Driver;
 use super::lease::Lease;
 use super::link::SyncJob;
 use crate::engine::pre_dump;
+use crate::open_files;
 use crate::report::Progress;
-use crate::{open_files, preflight};
 
 /// Passes over the files while the source runs: one for the bulk, one for what changed meanwhile.
 const FILE_PASSES: u32 = 2;
@@ -84,26 +84,8 @@ impl Driver {
     }
 
     async fn preflight(&mut self) -> Result<(), String> {
-        let inspect = Inspect {
-            containers: self.containers(),
-            engine: self.engine(),
-        };
-        let source = preflight::inspect(&self.host, &inspect, Site::Source).await;
-        let begun = Instant::now();
-        let target = match self
-            .link
-            .call(&Request::Inspect(inspect), self.step_max())
-            .await?
-        {
-            Response::Inspected(facts) => facts,
-            other => {
-                return Err(format!(
-                    "the target answered nonsense to inspect: {other:?}"
-                ));
-            }
-        };
-        let round_trip_ms = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX);
-        let findings = preflight::compare(&source, &target, round_trip_ms);
+        let (_, findings) =
+            super::look(&self.host, &self.link, &self.header.plan, self.step_max()).await?;
         self.report.findings = findings
             .iter()
             .map(|finding| finding.message.clone())

@@ -48,11 +48,7 @@ impl Link {
             target: settings.target.clone(),
             // The plan's check bounds it to 32.
             streams: u16::try_from(settings.streams).unwrap_or(1),
-            tls: TlsPaths {
-                ca: config.peer.ca.clone(),
-                certificate: config.peer.certificate.clone(),
-                key: config.peer.key.clone(),
-            },
+            tls: config.peer.tls.clone(),
             session: tokio::sync::Mutex::new(None),
             moving: Mutex::new(Vec::new()),
         }

@@ -17,12 +17,15 @@ use std::time::{Duration, Instant};
 use cutover_protocol::hop::{
     Action, Bounds, Ending, Event, Failure, Hop, Phase, Step, StepError, Undo, stall_ms,
 };
-use cutover_protocol::id::{ContainerName, Epoch, HopId, ServiceName, Site};
-use cutover_protocol::plan::{Engine, Plan, RawPlan};
-use cutover_protocol::wire::{Inspect, Inspected, Request, Response};
+use cutover_protocol::id::{Epoch, HopId, ServiceName, Site};
+use cutover_protocol::plan::{Engine, Plan};
+use cutover_protocol::wire::{Finding, Inspect, Inspected, Request, Response};
 use tokio::sync::{broadcast, watch};
 
+use crate::config::IMAGES_TREE;
+use crate::control::Checked;
 use crate::engine::Host;
+use crate::preflight;
 use crate::proxy::{Proxy, ProxyError};
 use crate::report::{Outcome, Progress, Report};
 use journal::{Header, Journal, JournalError};
@@ -375,20 +378,17 @@ async fn rounds_max(host: &Host, plan: &Plan) -> u32 {
 }
 
 fn new_hop_id() -> HopId {
-    let id = format!("hop-{}", crate::preflight::now_ms());
+    let id = format!("hop-{}", preflight::now_ms());
     // "hop-" and digits are always a valid name; the fallback keeps this total.
     id.parse()
         .unwrap_or_else(|_| unreachable!("hop-<digits> is a valid name"))
 }
 
 impl Driver {
-    /// What [`pay`] will need if the target cannot be reached during the unwinding.
+    /// The plan, which [`pay`] will need if the target cannot be reached during the unwinding.
     #[must_use]
-    pub fn debts(&self) -> (RawPlan, Vec<ContainerName>) {
-        (
-            self.header.plan.settings().clone(),
-            self.header.plan.order().to_vec(),
-        )
+    pub const fn plan(&self) -> &Plan {
+        &self.header.plan
     }
 }
 
@@ -396,20 +396,14 @@ impl Driver {
 ///
 /// # Errors
 /// One line for a person; everything stays owed then.
-pub async fn pay(
-    host: &Host,
-    settings: &RawPlan,
-    hop: &HopId,
-    containers: &[ContainerName],
-    undos: &[Undo],
-) -> Result<(), String> {
-    let link = Link::new(&host.config, settings);
+pub async fn pay(host: &Host, plan: &Plan, hop: &HopId, undos: &[Undo]) -> Result<(), String> {
+    let link = Link::new(&host.config, plan.settings());
     for undo in undos {
         let request = match undo {
             Undo::KillTarget => Request::Kill { hop: hop.clone() },
             Undo::DropStaging => Request::Drop {
                 hop: hop.clone(),
-                containers: containers.to_vec(),
+                containers: plan.order().to_vec(),
             },
             Undo::CloseTunnel | Undo::Reopen | Undo::Thaw => continue,
         };
@@ -418,22 +412,20 @@ pub async fn pay(
     Ok(())
 }
 
-/// Inspects the target, compares, and predicts; changes nothing anywhere.
-///
-/// # Errors
-/// When the target cannot be reached.
-pub async fn dry_run(
+/// Inspects both sides and compares them; gives what the source is and everything found.
+async fn look(
     host: &Host,
+    link: &Link,
     plan: &Plan,
-    source: Inspected,
-) -> Result<crate::control::Checked, String> {
-    let link = Link::new(&host.config, plan.settings());
+    limit: Duration,
+) -> Result<(Inspected, Vec<Finding>), String> {
     let inspect = Inspect {
         containers: plan.order().to_vec(),
         engine: plan.settings().engine,
     };
+    let source = preflight::inspect(host, &inspect, Site::Source).await;
     let begun = Instant::now();
-    let target = match link.call(&Request::Inspect(inspect), act::KILL_MAX).await? {
+    let target = match link.call(&Request::Inspect(inspect), limit).await? {
         Response::Inspected(facts) => facts,
         other => {
             return Err(format!(
@@ -442,6 +434,17 @@ pub async fn dry_run(
         }
     };
     let round_trip_ms = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX);
+    let findings = preflight::compare(&source, &target, round_trip_ms);
+    Ok((source, findings))
+}
+
+/// Inspects both sides, compares, and predicts; changes nothing anywhere.
+///
+/// # Errors
+/// When the target cannot be reached.
+pub async fn dry_run(host: &Host, plan: &Plan) -> Result<Checked, String> {
+    let link = Link::new(&host.config, plan.settings());
+    let (source, findings) = look(host, &link, plan, act::KILL_MAX).await?;
     let measured = link.measure().await?;
     let rounds_max = if source.tracks_dirty_pages {
         plan.settings().rounds_max
@@ -451,12 +454,12 @@ pub async fn dry_run(
     let images: u64 = source
         .trees
         .iter()
-        .filter(|tree| tree.name.ends_with("/images"))
+        .filter(|tree| tree.name.ends_with(&format!("/{IMAGES_TREE}")))
         .map(|tree| tree.bytes)
         .sum();
     let moved = if rounds_max == 0 { images } else { 0 };
-    Ok(crate::control::Checked {
-        findings: crate::preflight::compare(&source, &target, round_trip_ms),
+    Ok(Checked {
+        findings,
         stall_ms_predicted: stall_ms(moved, &measured),
         trees: source.trees,
         rounds_max,

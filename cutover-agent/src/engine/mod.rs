@@ -180,8 +180,7 @@ impl Host {
     ) -> Result<Built, EngineError> {
         let container = self.container(name)?.clone();
         overlay::mount(&container)?;
-        let namespace = container.network_namespace.clone();
-        tokio::task::spawn_blocking(move || fence::set(&namespace, fence::Fence::Shut)).await??;
+        self.fence(name, fence::Fence::Shut).await?;
         match engine {
             Engine::Criu => criu::build(self, &container, limit)
                 .await

@@ -6,7 +6,7 @@ use std::time::Duration;
 use cutover_protocol::id::ContainerName;
 
 use super::{EngineError, Host};
-use crate::fence::{self, Fence};
+use crate::fence::Fence;
 
 /// Poll interval while a container shuts down.
 const POLL: Duration = Duration::from_millis(10);
@@ -47,7 +47,6 @@ pub(super) async fn checkpoint(
 /// Starts the container again if it has ended. One that still runs is left alone.
 pub(super) async fn thaw(host: &Host, name: &ContainerName) -> Result<(), EngineError> {
     let container = host.container(name)?;
-    let namespace = container.network_namespace.clone();
     let work = host.work(name);
     let status = host
         .runc
@@ -65,5 +64,5 @@ pub(super) async fn thaw(host: &Host, name: &ContainerName) -> Result<(), Engine
             host.runc.start(name.as_str(), &work).await?;
         }
     }
-    Ok(tokio::task::spawn_blocking(move || fence::lift(&namespace)).await??)
+    host.lift(name).await
 }
