@@ -165,16 +165,20 @@ pub fn fetch(to: SocketAddr, bytes: &[u8], limit: Duration) -> Result<Answer, Ht
 mod tests {
     use super::*;
 
-    #[test]
-    fn an_answer_is_complete_only_with_its_last_byte() {
-        let bytes = b"HTTP/1.1 201 Created\r\nContent-Length: 2\r\n\r\nok";
+    fn complete_only_at_the_end(bytes: &[u8]) -> Answer {
         for cut in 0..bytes.len() {
             assert!(
                 parse(&bytes[..cut], false).unwrap().is_none(),
                 "complete after {cut} bytes"
             );
         }
-        let answer = parse(bytes, false).unwrap().unwrap();
+        parse(bytes, false).unwrap().unwrap()
+    }
+
+    #[test]
+    fn an_answer_is_complete_only_with_its_last_byte() {
+        let bytes = b"HTTP/1.1 201 Created\r\nContent-Length: 2\r\n\r\nok";
+        let answer = complete_only_at_the_end(bytes);
         assert_eq!(
             (answer.status, answer.body.as_slice(), answer.keep_alive),
             (201, &b"ok"[..], true)
@@ -184,13 +188,7 @@ mod tests {
     #[test]
     fn a_chunked_answer_is_complete_only_with_its_last_chunk() {
         let bytes = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n2\r\nde\r\n0\r\n\r\n";
-        for cut in 0..bytes.len() {
-            assert!(
-                parse(&bytes[..cut], false).unwrap().is_none(),
-                "complete after {cut} bytes"
-            );
-        }
-        let answer = parse(bytes, false).unwrap().unwrap();
+        let answer = complete_only_at_the_end(bytes);
         assert_eq!(
             (answer.body.as_slice(), answer.length),
             (&b"abcde"[..], bytes.len())

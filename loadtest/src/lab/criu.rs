@@ -90,7 +90,7 @@ fn newer(folders: &Folders, progress: &Progress) -> Result<PathBuf> {
                 "sid",
             ])
             .arg(&root)
-            .arg(packages::mirror())
+            .args(packages::mirror())
             .within(Duration::from_secs(600))
             .run()?;
         unpack(&root, part)

@@ -277,6 +277,20 @@ fn one_hop(
     }))
 }
 
+/// When a hold ended; one that nobody saw end goes on for ever.
+fn hold_end(hold: &(Duration, Option<Duration>)) -> Duration {
+    hold.1.unwrap_or(Duration::MAX)
+}
+
+fn longest_hold(seen: &Seen) -> Duration {
+    let bounded = |hold| hold_end(hold).min(Duration::from_secs(HOP_S));
+    let lengths = seen
+        .holds
+        .iter()
+        .map(|hold| bounded(hold).saturating_sub(hold.0));
+    lengths.max().unwrap_or_default()
+}
+
 fn judge_all(
     script: &Script,
     world: &World,
@@ -303,21 +317,10 @@ fn judge_all(
         Engine::Restart => Kept::NotApplicable,
     };
     let last = hops.last().cloned().unwrap_or_default();
-    let ended = |hold: &(Duration, Option<Duration>)| hold.1.unwrap_or(Duration::MAX);
-    let hold = seen
-        .holds
-        .iter()
-        .map(|hold| {
-            ended(hold)
-                .min(Duration::from_secs(HOP_S))
-                .saturating_sub(hold.0)
-        })
-        .max()
-        .unwrap_or_default();
     let mut report = Report {
         verdict: judge(records, &stored),
         stall_ms_max: u64::try_from(stall(records).as_millis()).unwrap_or(u64::MAX),
-        hold_ms: u64::try_from(hold.as_millis()).unwrap_or(u64::MAX),
+        hold_ms: u64::try_from(longest_hold(seen).as_millis()).unwrap_or(u64::MAX),
         phases: last.phases.clone(),
         rounds: last.rounds.clone(),
         engine: script.engine.as_str().to_owned(),
@@ -334,7 +337,7 @@ fn judge_all(
         ids_while_holding: seen
             .holds
             .iter()
-            .map(|hold| ids_between(records, hold.0, ended(hold)))
+            .map(|hold| ids_between(records, hold.0, hold_end(hold)))
             .sum(),
         requests_held: seen.last.as_ref().map_or(0, |status| status.held),
         database_connection: kept,

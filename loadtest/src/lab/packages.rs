@@ -122,9 +122,9 @@ fn apt() -> Shell {
         .within(Duration::from_secs(APT_S))
 }
 
-/// The Debian mirror this system installs from.
+/// The Debian mirror this system installs from; nothing where it names none, and mmdebstrap then takes its own.
 #[must_use]
-pub fn mirror() -> String {
+pub fn mirror() -> Option<String> {
     let listed = || {
         Shell::new("apt-get")
             .args(["indextargets", "--format", "$(REPO_URI) $(LABEL)"])
@@ -135,5 +135,5 @@ pub fn mirror() -> String {
         known = listed().unwrap_or_default();
     }
     let debian = known.lines().find_map(|line| line.strip_suffix(" Debian"));
-    debian.unwrap_or("http://deb.debian.org/debian").to_owned()
+    debian.map(str::to_owned)
 }

@@ -143,7 +143,7 @@ fn debian(part: &Path, include: &str, what: &str, progress: &Progress) -> Result
         )
         .arg(SUITE)
         .arg(part)
-        .arg(packages::mirror())
+        .args(packages::mirror())
         .within(Duration::from_secs(MAKE_S))
         .run()?;
     let run = part.join("run/mysqld");

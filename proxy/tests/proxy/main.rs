@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "helpers of tests are tests too")]
 
 mod configuration;
+mod deciding;
 mod forwarding;
 mod holding;
 mod refusals;
