@@ -42,6 +42,15 @@ pub enum RequestError {
     /// The request's body is not acceptable.
     #[error("the request body has {0}")]
     Chunk(ChunkError),
+    /// The body of a stream's request is not as long as its head says.
+    #[error("the request body has not the length its head says")]
+    BodyLength,
+    /// The trailer of a stream's request is not acceptable.
+    #[error("the request's trailer has {0}")]
+    Trailer(HeadError),
+    /// The upstream switched to WebSocket without the right key.
+    #[error("the upstream's WebSocket handshake is not an answer to ours")]
+    AnswerKey,
     /// The client left, or stopped in the middle of its body.
     #[error("the client left")]
     ClientLeft(#[source] io::Error),
@@ -92,6 +101,8 @@ impl RequestError {
             | Self::HeadTooLong
             | Self::HeadTimeout
             | Self::Chunk(_)
+            | Self::BodyLength
+            | Self::Trailer(_)
             | Self::ClientLeft(_)
             | Self::ClientSilent => Fault::Client,
             Self::HeldFull | Self::HeldTooLong | Self::Shutdown => Fault::Us,
@@ -100,6 +111,7 @@ impl RequestError {
             | Self::NoAnswer(_)
             | Self::AnswerHead(_)
             | Self::AnswerHeadTooLong
+            | Self::AnswerKey
             | Self::AnswerChunk(_)
             | Self::AnswerCut(_)
             | Self::UpstreamSilent => Fault::Upstream,
@@ -119,6 +131,9 @@ impl RequestError {
             | Self::Connect(_)
             | Self::NotSent => Retry::Safe,
             Self::Chunk(_)
+            | Self::BodyLength
+            | Self::Trailer(_)
+            | Self::AnswerKey
             | Self::ClientLeft(_)
             | Self::ClientSilent
             | Self::NoAnswer(_)
@@ -134,11 +149,11 @@ impl RequestError {
     #[must_use]
     pub const fn status(&self) -> Option<u16> {
         match self {
-            Self::Head(HeadError::UnknownCoding) => Some(501),
+            Self::Head(HeadError::UnknownCoding | HeadError::Protocol) => Some(501),
             Self::Head(HeadError::Connect) => Some(405),
             Self::Head(HeadError::Version) => Some(505),
             Self::Head(HeadError::TooManyFields) | Self::HeadTooLong => Some(431),
-            Self::Head(_) | Self::Chunk(_) => Some(400),
+            Self::Head(_) | Self::Chunk(_) | Self::BodyLength | Self::Trailer(_) => Some(400),
             Self::HeadTimeout | Self::ClientSilent => Some(408),
             Self::ClientLeft(_) => None,
             Self::HeldFull | Self::HeldTooLong | Self::Shutdown => Some(503),
@@ -147,6 +162,7 @@ impl RequestError {
             | Self::NoAnswer(_)
             | Self::AnswerHead(_)
             | Self::AnswerHeadTooLong
+            | Self::AnswerKey
             | Self::AnswerChunk(_)
             | Self::AnswerCut(_) => Some(502),
             Self::UpstreamSilent => Some(504),

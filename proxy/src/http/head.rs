@@ -53,6 +53,21 @@ pub enum HeadError {
     /// CONNECT, which is not ours to grant.
     #[error("the method CONNECT")]
     Connect,
+    /// A stream's pseudo-header that is missing, unknown, repeated, empty or behind other fields.
+    #[error("a pseudo-header that is missing, repeated or out of place")]
+    Pseudo,
+    /// A stream's field whose name is no token in lower case.
+    #[error("a field name that is not one in lower case")]
+    FieldName,
+    /// A stream's field value that begins or ends with a blank.
+    #[error("a field value with a blank at an end")]
+    Blank,
+    /// A stream's field that only an HTTP/1 connection may have.
+    #[error("a field that concerns an HTTP/1 connection")]
+    ConnectionField,
+    /// An extended CONNECT for anything but a WebSocket.
+    #[error("a CONNECT for a protocol other than websocket")]
+    Protocol,
 }
 
 /// How far the search for the end of a head has come.

@@ -6,5 +6,6 @@ pub mod chunked;
 pub(crate) mod connection;
 pub(crate) mod exchange;
 pub mod head;
+pub(crate) mod mux;
 pub(crate) mod request;
 pub(crate) mod response;
