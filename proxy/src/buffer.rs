@@ -101,6 +101,13 @@ impl Buffers {
         }
     }
 
+    /// Gives a buffer back if there is nothing in it.
+    pub(crate) fn give_empty(&self, buffer: &mut Buffer) {
+        if buffer.is_empty() {
+            self.give(std::mem::take(buffer));
+        }
+    }
+
     /// Replaces a buffer by one just large enough for what it holds, for a wait of unknown length.
     pub(crate) fn shrink(&self, buffer: &mut Buffer) {
         let small = Buffer {

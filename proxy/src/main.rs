@@ -9,7 +9,7 @@ use std::process::ExitCode;
 use anyhow::Context;
 use clap::{Parser, Subcommand};
 use hopgate_proxy::Proxy;
-use hopgate_proxy::config::Config;
+use hopgate_proxy::config::{Config, ListenAddress};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 
@@ -59,10 +59,12 @@ fn main() -> ExitCode {
 fn check(path: &std::path::Path) -> anyhow::Result<ExitCode> {
     let config = Config::load(path)?;
     for service in &config.services {
-        println!(
-            "{}: {} -> source {}, target {}",
-            service.name, service.listen, service.source, service.target
-        );
+        for listen in &service.listen {
+            println!(
+                "{}: {} -> source {}, target {}",
+                service.name, listen.address, service.source, service.target
+            );
+        }
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -85,8 +87,13 @@ fn run(path: &std::path::Path) -> anyhow::Result<ExitCode> {
         let mut interrupt = signal(SignalKind::interrupt()).context("cannot wait for signals")?;
         let proxy = Proxy::start(&config)?;
         for service in &config.services {
-            if let (Some(address), Some(status)) = (proxy.address(service.name.as_str()), proxy.status(&service.name)) {
-                let (gate, register) = (status.gate, status.register);
+            let Some(status) = proxy.status(&service.name) else {
+                continue;
+            };
+            let addresses = proxy.addresses(service.name.as_str());
+            for (bound, listen) in addresses.into_iter().zip(&service.listen) {
+                let address = bound.map_or_else(|| listen.address.clone(), ListenAddress::Tcp);
+                let (gate, register) = (status.gate, &status.register);
                 tracing::info!(service = %service.name, %address, ?gate, epoch = %register.epoch, owner = %register.owner, "serving");
             }
         }

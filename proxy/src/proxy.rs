@@ -18,10 +18,10 @@ use tokio::task::{JoinSet, LocalSet};
 use tokio::time::timeout;
 
 use crate::access_log::AccessLog;
-use crate::config::{Config, LogTarget};
+use crate::config::{Config, ListenAddress, LogTarget};
 use crate::control::commands::Commander;
 use crate::control::server::{ControlError, ControlSocket};
-use crate::listen;
+use crate::listen::{self, Listener};
 use crate::metrics::Metrics;
 use crate::service::{Service, StateDir, StateError, keep};
 use crate::worker::{Phase, Question, WorkerSeed};
@@ -42,7 +42,7 @@ pub enum StartError {
     #[error("cannot listen on {address} for {what}; is another process using it?")]
     Listen {
         /// Where.
-        address: SocketAddr,
+        address: ListenAddress,
         /// For which service, or for metrics.
         what: String,
         /// What the system said.
@@ -65,7 +65,7 @@ pub enum StartError {
 #[derive(Debug)]
 pub struct Proxy {
     services: Vec<Arc<Service>>,
-    addresses: Vec<SocketAddr>,
+    addresses: Addresses,
     metrics: Option<SocketAddr>,
     stop: Option<oneshot::Sender<Stop>>,
     threads: Vec<JoinHandle<()>>,
@@ -163,14 +163,19 @@ impl Proxy {
         })
     }
 
-    /// Where a service's clients connect, with the port the kernel chose if the configuration said zero.
+    /// Where a service's clients connect by TCP first, with the port the kernel chose if the configuration said
+    /// zero.
     #[must_use]
     pub fn address(&self, name: &str) -> Option<SocketAddr> {
-        let index = self
-            .services
-            .iter()
-            .position(|service| service.name().as_str() == name)?;
-        self.addresses.get(index).copied()
+        self.addresses(name).into_iter().flatten().next()
+    }
+
+    /// The same for each of its listeners in turn; unix sockets have none.
+    #[must_use]
+    pub fn addresses(&self, name: &str) -> Vec<Option<SocketAddr>> {
+        let mut named = self.services.iter().zip(&self.addresses);
+        let found = named.find(|(service, _)| service.name().as_str() == name);
+        found.map_or_else(Vec::new, |(_, addresses)| addresses.clone())
     }
 
     /// Where metrics are scraped, if they are.
@@ -239,40 +244,52 @@ impl Drop for Proxy {
     }
 }
 
-type PerWorker = Vec<Vec<(Arc<Service>, TcpListener)>>;
+/// Of each service's listeners; unix sockets have none.
+type Addresses = Vec<Vec<Option<SocketAddr>>>;
+type PerWorker = Vec<Vec<(Arc<Service>, Vec<Listener>)>>;
 
-/// Binds every service once a worker; the addresses are in the order of the services.
+/// Binds every listener once a worker; the addresses are in the order of the services and their listeners.
 fn listen_all(
     services: &[Arc<Service>],
     workers: usize,
-) -> Result<(Vec<SocketAddr>, PerWorker), StartError> {
+) -> Result<(Addresses, PerWorker), StartError> {
     let mut addresses = Vec::new();
     let mut per_worker: PerWorker = (0..workers).map(|_| Vec::new()).collect();
     for service in services {
-        let address = service.config.listen;
-        let what = || format!("service {}", service.name());
-        let named = |source| StartError::Listen {
-            address,
-            what: what(),
-            source,
-        };
-        let listeners = listen::bind(address, workers).map_err(named)?;
-        addresses.push(listeners[0].local_addr().map_err(named)?);
-        for (worker, listener) in per_worker.iter_mut().zip(listeners) {
-            worker.push((Arc::clone(service), listener));
+        for worker in &mut per_worker {
+            worker.push((Arc::clone(service), Vec::new()));
         }
+        let mut bound = Vec::new();
+        for config in &service.config.listen {
+            let sockets =
+                listen::bind(&config.address, workers).map_err(|source| StartError::Listen {
+                    address: config.address.clone(),
+                    what: format!("service {}", service.name()),
+                    source,
+                })?;
+            bound.push(sockets.first().and_then(listen::bound_address));
+            for (worker, socket) in per_worker.iter_mut().zip(sockets) {
+                if let Some((_, listeners)) = worker.last_mut() {
+                    let config = config.clone();
+                    listeners.push(Listener { config, socket });
+                }
+            }
+        }
+        addresses.push(bound);
     }
     Ok((addresses, per_worker))
 }
 
 fn listen_one(address: SocketAddr, what: &str) -> Result<TcpListener, StartError> {
-    let named = |source| StartError::Listen {
-        address,
-        what: what.to_owned(),
-        source,
-    };
-    let mut listeners = listen::bind(address, 1).map_err(named)?;
-    Ok(listeners.swap_remove(0))
+    let address = ListenAddress::Tcp(address);
+    match listen::bind(&address, 1) {
+        Ok(mut sockets) => Ok(sockets.swap_remove(0).into()),
+        Err(source) => Err(StartError::Listen {
+            address,
+            what: what.to_owned(),
+            source,
+        }),
+    }
 }
 
 type OpenLog = (Option<AccessLog>, Vec<JoinHandle<()>>);

@@ -2,7 +2,6 @@
 //! but the gates, the registers behind them and the number of connections.
 
 use std::io;
-use std::net::TcpListener;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -16,12 +15,10 @@ use tokio::task::{JoinSet, LocalSet};
 use crate::access_log::AccessLog;
 use crate::buffer::Buffers;
 use crate::config::Limits;
-use crate::listen;
 use crate::listen::hangup::HangupWatch;
-use crate::listen::port::{Closing, Port};
+use crate::listen::port::{Closing, Current, Port, PortSeed, Settings};
+use crate::listen::{self, Listener};
 use crate::service::Service;
-use crate::service::inflight::InFlightTable;
-use crate::service::upstream::Pool;
 
 /// Smallest size of a connection's buffer, in bytes: large enough that a system call is worth its price.
 const BUFFER_BYTES_MIN: usize = 16 * 1024;
@@ -50,7 +47,7 @@ pub(crate) enum Phase {
 /// Everything a worker needs to start; it is made on the main thread.
 pub(crate) struct WorkerSeed {
     pub(crate) index: usize,
-    pub(crate) services: Vec<(Arc<Service>, TcpListener)>,
+    pub(crate) services: Vec<(Arc<Service>, Vec<Listener>)>,
     pub(crate) limits: Limits,
     pub(crate) access_log: Option<AccessLog>,
     pub(crate) permits: Arc<Semaphore>,
@@ -68,39 +65,32 @@ impl WorkerSeed {
     }
 
     async fn work(self) -> io::Result<()> {
-        let limits = Rc::new(self.limits);
-        let buffers = Buffers::new(limits.head_bytes_max.max(BUFFER_BYTES_MIN));
+        let buffers = Buffers::new(self.limits.head_bytes_max.max(BUFFER_BYTES_MIN));
+        let current = Current::new(Settings {
+            limits: self.limits,
+        });
         let hangup = HangupWatch::new()?;
         let closing = Rc::new(Closing::default());
         let mut helpers = JoinSet::new();
         helpers.spawn_local(watch_hangups(Rc::clone(&hangup)));
         let mut ports = Vec::new();
         let mut listening = JoinSet::new();
-        for (service, listener) in self.services {
-            let pool = Rc::new(Pool::new(
-                Arc::clone(&service),
-                self.index,
-                Rc::clone(&limits),
-            ));
-            helpers.spawn_local(Rc::clone(&pool).keep());
-            let port = Rc::new(Port {
+        for (service, listeners) in self.services {
+            let port = Rc::new(Port::new(PortSeed {
                 service,
                 worker: self.index,
-                limits: Rc::clone(&limits),
+                current: Rc::clone(&current),
                 buffers: Rc::clone(&buffers),
                 hangup: Rc::clone(&hangup),
-                in_flight: Rc::new(InFlightTable::default()),
-                pool,
                 closing: Rc::clone(&closing),
                 access_log: self.access_log.clone(),
                 id_origin: id_origin(self.index, ports.len()),
-                id_next: std::cell::Cell::new(1),
-            });
-            listening.spawn_local(listen::serve(
-                Rc::clone(&port),
-                listener,
-                Arc::clone(&self.permits),
-            ));
+            }));
+            helpers.spawn_local(Rc::clone(&port.pool).keep());
+            for listener in listeners {
+                let permits = Arc::clone(&self.permits);
+                listening.spawn_local(listen::serve(Rc::clone(&port), listener, permits));
+            }
             ports.push(port);
         }
         helpers.spawn_local(answer(ports.clone(), self.questions));

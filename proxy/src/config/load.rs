@@ -1,6 +1,5 @@
 //! From a TOML file to a [`Config`]: one function a table, each value checked where it is read.
 
-use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -9,7 +8,9 @@ use rustix::process::{Resource, getrlimit};
 use toml::Table;
 
 use super::table::{Problem, Section};
-use super::{Config, Limits, LogTarget, Protocol, Release, ServiceConfig};
+use super::{
+    Config, Limits, ListenAddress, ListenConfig, LogTarget, Protocol, Release, ServiceConfig,
+};
 
 /// A configuration that cannot be used: which file, and what is wrong with it.
 #[derive(Debug, thiserror::Error)]
@@ -59,6 +60,7 @@ const RELEASE_KEYS: &[&str] = &[
     "grace_ms",
 ];
 const SERVICE_KEYS: &[&str] = &["name", "listen", "protocol", "source", "target"];
+const LISTEN_KEYS: &[&str] = &["address"];
 
 /// Files the process needs for itself: listeners, epolls, control and metrics clients, logs, libraries.
 const FILES_RESERVED: u64 = 200;
@@ -106,7 +108,7 @@ impl Config {
         };
         let limits = limits(root.section("limits", LIMITS_KEYS)?)?;
         let release = release(root.section("release", RELEASE_KEYS)?)?;
-        let services = services(&root)?;
+        let services = services(&root, folder)?;
         Ok(Self {
             state_dir,
             control,
@@ -140,22 +142,27 @@ fn log_target(section: &Section<'_>, folder: &Path) -> Result<LogTarget, Problem
     }
 }
 
-fn services(root: &Section<'_>) -> Result<Vec<ServiceConfig>, Problem> {
+fn services(root: &Section<'_>, folder: &Path) -> Result<Vec<ServiceConfig>, Problem> {
     let mut services: Vec<ServiceConfig> = Vec::new();
     for section in root.sections("service", SERVICE_KEYS)? {
-        let next = service(&section)?;
+        let next = service(&section, folder)?;
         if services.iter().any(|other| other.name == next.name) {
             return Err(Problem::Twice {
                 what: "name",
                 value: next.name.to_string(),
             });
         }
-        let fixed_port = next.listen.port() != 0;
-        if fixed_port && services.iter().any(|other| other.listen == next.listen) {
-            return Err(Problem::Twice {
-                what: "listen",
-                value: next.listen.to_string(),
-            });
+        let earlier = services.iter().flat_map(|other| &other.listen);
+        let mut taken: Vec<&ListenAddress> = earlier.map(|listen| &listen.address).collect();
+        for ListenConfig { address } in &next.listen {
+            let any_port = matches!(address, ListenAddress::Tcp(address) if address.port() == 0);
+            if !any_port && taken.contains(&address) {
+                return Err(Problem::Twice {
+                    what: "listen",
+                    value: address.to_string(),
+                });
+            }
+            taken.push(address);
         }
         services.push(next);
     }
@@ -168,7 +175,7 @@ fn services(root: &Section<'_>) -> Result<Vec<ServiceConfig>, Problem> {
     Ok(services)
 }
 
-fn service(section: &Section<'_>) -> Result<ServiceConfig, Problem> {
+fn service(section: &Section<'_>, folder: &Path) -> Result<ServiceConfig, Problem> {
     let name = section.required_text("name", "name = \"web\"")?;
     let name = name.parse::<ServiceName>().map_err(|_| {
         const { assert!(NAME_BYTES_MAX == 64) };
@@ -178,7 +185,7 @@ fn service(section: &Section<'_>) -> Result<ServiceConfig, Problem> {
             "1 to 64 letters, digits, '-', '_' or '.', starting with a letter or digit",
         )
     })?;
-    let listen: SocketAddr = section.required_address("listen", "listen = \"0.0.0.0:8080\"")?;
+    let listen = listeners(section, folder)?;
     let protocol = match section.text("protocol")? {
         None | Some("http") => Protocol::Http,
         Some("tcp") => Protocol::Tcp,
@@ -192,6 +199,45 @@ fn service(section: &Section<'_>) -> Result<ServiceConfig, Problem> {
         protocol,
         source,
         target,
+    })
+}
+
+/// `listen` is one address, or a list of tables with an address each.
+fn listeners(section: &Section<'_>, folder: &Path) -> Result<Vec<ListenConfig>, Problem> {
+    const EXAMPLE: &str = "listen = \"0.0.0.0:8080\"";
+    if section.holds_text("listen") {
+        let text = section.required_text("listen", EXAMPLE)?;
+        let address = listen_address(section, "listen", text, folder)?;
+        return Ok(vec![ListenConfig { address }]);
+    }
+    let mut listeners = Vec::new();
+    for listener in section.sections("listen", LISTEN_KEYS)? {
+        let text = listener.required_text("address", "address = \"0.0.0.0:8080\"")?;
+        let address = listen_address(&listener, "address", text, folder)?;
+        listeners.push(ListenConfig { address });
+    }
+    if listeners.is_empty() {
+        return Err(section.missing("listen", EXAMPLE));
+    }
+    Ok(listeners)
+}
+
+fn listen_address(
+    section: &Section<'_>,
+    key: &'static str,
+    text: &str,
+    folder: &Path,
+) -> Result<ListenAddress, Problem> {
+    if let Some(path) = text.strip_prefix("unix:") {
+        return Ok(ListenAddress::Unix(folder.join(path)));
+    }
+    let address = text.parse().map(ListenAddress::Tcp);
+    address.map_err(|_| {
+        section.bad_text(
+            key,
+            text,
+            "an address and a port such as 10.0.0.1:80, or unix: and a path",
+        )
     })
 }
 

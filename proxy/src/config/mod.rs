@@ -54,13 +54,38 @@ pub enum Protocol {
     Tcp,
 }
 
-/// One service: a listener, a gate and two upstreams.
+/// Where a listener is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ListenAddress {
+    /// An address and a port; port zero lets the kernel choose.
+    Tcp(SocketAddr),
+    /// A unix socket.
+    Unix(PathBuf),
+}
+
+impl std::fmt::Display for ListenAddress {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Tcp(address) => address.fmt(formatter),
+            Self::Unix(path) => write!(formatter, "unix:{}", path.display()),
+        }
+    }
+}
+
+/// One listener of a service.
+#[derive(Debug, Clone)]
+pub struct ListenConfig {
+    /// Where.
+    pub address: ListenAddress,
+}
+
+/// One service: its listeners, a gate and two upstreams.
 #[derive(Debug, Clone)]
 pub struct ServiceConfig {
     /// Its name in commands, metrics and the state file.
     pub name: ServiceName,
-    /// Where clients connect.
-    pub listen: SocketAddr,
+    /// Where clients connect, at least one place.
+    pub listen: Vec<ListenConfig>,
     /// What they speak.
     pub protocol: Protocol,
     /// The upstream of site `source`.

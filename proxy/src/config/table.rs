@@ -155,6 +155,11 @@ impl<'t> Section<'t> {
         Ok(sections)
     }
 
+    /// Whether the key is there and is a text.
+    pub(super) fn holds_text(&self, key: &'static str) -> bool {
+        matches!(self.table.get(key), Some(Value::String(_)))
+    }
+
     /// A text, if it is there.
     pub(super) fn text(&self, key: &'static str) -> Result<Option<&'t str>, Problem> {
         match self.table.get(key) {

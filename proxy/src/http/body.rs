@@ -7,13 +7,11 @@ use std::cell::Cell;
 use std::io::{self, IoSlice, Write};
 use std::time::Duration;
 
-use tokio::net::TcpStream;
-
 use super::chunked::{ChunkError, Chunks, Piece};
 use super::head::Framing;
 use super::response::Encoding;
-use crate::buffer::Buffer;
-use crate::stream::{self, WriteFailed};
+use crate::buffer::{Buffer, Buffers};
+use crate::stream::{self, Stream, WriteFailed};
 
 /// What is still to come of a body.
 #[derive(Debug, Clone)]
@@ -72,8 +70,9 @@ impl Body {
 /// From where to where, and how long each end may be silent.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Route<'s> {
-    pub(crate) from: &'s TcpStream,
-    pub(crate) to: &'s TcpStream,
+    pub(crate) from: &'s Stream,
+    pub(crate) to: &'s Stream,
+    pub(crate) buffers: &'s Buffers,
     pub(crate) read_silence: Duration,
     pub(crate) write_silence: Duration,
 }
@@ -117,7 +116,7 @@ pub(crate) async fn relay(
         if piece.last {
             return Ok(());
         }
-        let count = stream::read(route.from, buffer, route.read_silence)
+        let count = stream::read(route.from, route.buffers, buffer, route.read_silence)
             .await
             .map_err(RelayError::Read)?;
         if count == 0 {

@@ -3,33 +3,34 @@
 //! Hold by not reading: a held request is its parsed head and this parked task; its body stays in the kernel.
 
 use std::io::{self, IoSlice};
-use std::net::SocketAddr;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
-use tokio::net::TcpStream;
 use tokio::time::timeout;
 
 use super::answer::{self, After};
 use super::exchange::{Exchange, Progress, Received};
 use super::head::{self, Framing, Scan};
-use super::request::{self, Method, Request, RequestId, Upgrade};
+use super::request::{self, Method, Origin, Request, RequestId, Upgrade};
 use crate::access_log::Line;
 use crate::buffer::Buffer;
 use crate::error::RequestError;
-use crate::listen::port::{Connected, Passage, Port, Visitor};
-use crate::service::upstream::Upstream;
-use crate::stream;
+use crate::listen::client::Client;
+use crate::listen::port::{Connected, Passage, Port, Settings, Visitor};
+use crate::service::pool::Upstream;
+use crate::stream::{self, Stream};
 use crate::tcp::copy::tunnel;
 
 /// Serves a client until one of the two has had enough.
-pub(crate) async fn serve(port: Rc<Port>, stream: TcpStream, client: SocketAddr) {
+pub(crate) async fn serve(port: Rc<Port>, stream: Stream, client: Client) {
     let mut connection = Connection {
         port: &port,
         stream: &stream,
-        client,
+        client: &client,
+        settings: port.settings(),
         buffer: Buffer::default(),
     };
+    connection.read_at_once();
     while connection.next_request_begins().await {
         let goes_on = match connection.read_head().await {
             Ok(end) => connection.serve_request(end).await,
@@ -39,8 +40,8 @@ pub(crate) async fn serve(port: Rc<Port>, stream: TcpStream, client: SocketAddr)
             Next::Request => {}
             Next::Close => break,
             Next::Linger => {
-                port.buffers.grow(&mut connection.buffer);
-                stream::linger(&stream, &mut connection.buffer, port.limits.linger_max).await;
+                let limit = connection.settings.limits.linger_max;
+                stream::linger(&stream, &port.buffers, &mut connection.buffer, limit).await;
                 break;
             }
         }
@@ -60,44 +61,43 @@ enum Next {
 
 struct Connection<'c> {
     port: &'c Port,
-    stream: &'c TcpStream,
-    client: SocketAddr,
+    stream: &'c Stream,
+    client: &'c Client,
+    /// As they were when the request began.
+    settings: Rc<Settings>,
     buffer: Buffer,
 }
 
 impl Connection<'_> {
+    /// Most clients send at once: a first look saves a turn of the reactor.
+    fn read_at_once(&mut self) {
+        let Some(socket) = self.stream.plain() else {
+            return;
+        };
+        self.port.buffers.grow(&mut self.buffer);
+        // The end and errors are found again by the next read.
+        if let Ok(count) = socket.read_now(self.buffer.room()) {
+            self.buffer.advance(count);
+        }
+        self.port.buffers.give_empty(&mut self.buffer);
+    }
+
     /// Waits, without a buffer, for the first bytes of a request. False when there is none to come.
     async fn next_request_begins(&mut self) -> bool {
         if !self.buffer.is_empty() {
             return true;
         }
         let port = self.port;
-        let idle_max = port.limits.client_idle_max;
-        tokio::select! {
+        let idle_max = self.settings.limits.client_idle_max;
+        let begun = tokio::select! {
             biased;
-            begun = timeout(idle_max, self.first_bytes()) => begun.unwrap_or(false),
-            () = port.closing.closed() => false,
-        }
-    }
-
-    async fn first_bytes(&mut self) -> bool {
-        loop {
-            self.port.buffers.grow(&mut self.buffer);
-            match self.stream.try_read(self.buffer.room()) {
-                Ok(count) => {
-                    self.buffer.advance(count);
-                    return count > 0;
-                }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    self.port.buffers.give(std::mem::take(&mut self.buffer));
-                    if self.stream.readable().await.is_err() {
-                        return false;
-                    }
-                }
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(_) => return false,
+            read = stream::read(self.stream, &port.buffers, &mut self.buffer, idle_max) => {
+                matches!(read, Ok(1..))
             }
-        }
+            () = port.closing.closed() => false,
+        };
+        self.settings = port.settings();
+        begun
     }
 
     /// Reads up to the end of a head whose first bytes are there.
@@ -105,8 +105,7 @@ impl Connection<'_> {
         if let Some(end) = self.find_head(&mut 0)? {
             return Ok(end);
         }
-        self.port.buffers.grow(&mut self.buffer);
-        let head_max = self.port.limits.client_head_max;
+        let head_max = self.settings.limits.client_head_max;
         timeout(head_max, self.read_rest_of_head())
             .await
             .unwrap_or(Err(RequestError::HeadTimeout))
@@ -132,7 +131,7 @@ impl Connection<'_> {
         if *from == 0 && self.buffer.filled().starts_with(b"\r\n") {
             self.buffer.consume(2);
         }
-        let head_bytes_max = self.port.limits.head_bytes_max;
+        let head_bytes_max = self.settings.limits.head_bytes_max;
         match head::scan(self.buffer.filled(), *from).map_err(RequestError::Head)? {
             Scan::Complete(end) if end <= head_bytes_max => Ok(Some(end)),
             Scan::Partial(next) if self.buffer.filled().len() < head_bytes_max => {
@@ -144,8 +143,8 @@ impl Connection<'_> {
     }
 
     async fn read_more(&mut self) -> Result<bool, RequestError> {
-        let silence = self.port.limits.client_head_max;
-        match stream::read(self.stream, &mut self.buffer, silence).await {
+        let silence = self.settings.limits.client_head_max;
+        match stream::read(self.stream, &self.port.buffers, &mut self.buffer, silence).await {
             Ok(count) => Ok(count > 0),
             Err(error) if error.kind() == io::ErrorKind::TimedOut => Err(RequestError::HeadTimeout),
             Err(error) => Err(RequestError::ClientLeft(error)),
@@ -163,13 +162,13 @@ impl Connection<'_> {
             &mut out,
             status,
             error,
-            self.port.limits.retry_after_s,
+            self.settings.limits.retry_after_s,
             After::Close,
             false,
         );
         self.write(&out).await;
         self.port
-            .log(|| Line::refused(self.port, self.client, status, out.len(), error));
+            .log(|| Line::refused(self.port, self.client.address, status, out.len(), error));
         self.port.buffers.give_output(out);
         Next::Linger
     }
@@ -180,7 +179,7 @@ impl Connection<'_> {
             stream::write_all(
                 self.stream,
                 &mut [IoSlice::new(out)],
-                self.port.limits.client_silence_max,
+                self.settings.limits.client_silence_max,
             )
             .await,
         );
@@ -190,15 +189,16 @@ impl Connection<'_> {
         let id = self.port.next_id();
         let arrival = Instant::now();
         let mut head = self.port.buffers.take_output();
-        let request =
-            match request::rewrite(&self.buffer.filled()[..end], self.client, id, &mut head) {
-                Ok(request) => request,
-                Err(error) => {
-                    self.port.buffers.give_output(head);
-                    return self.refuse(&RequestError::Head(error)).await;
-                }
-            };
+        let request = match self.write_head(end, id, &mut head) {
+            Ok(request) => request,
+            Err(error) => {
+                self.port.buffers.give_output(head);
+                return self.refuse(&error).await;
+            }
+        };
         self.buffer.consume(end);
+        // While the request waits for its answer, the buffer serves others.
+        self.port.buffers.give_empty(&mut self.buffer);
         let mut served = Served {
             id,
             arrival,
@@ -214,14 +214,31 @@ impl Connection<'_> {
         };
         self.port.count(served.progress.status.get());
         self.port
-            .log(|| Line::served(self.port, self.client, &served));
+            .log(|| Line::served(self.port, self.client.address, &served));
         self.port.buffers.give_output(served.head);
         next
+    }
+
+    /// Reads the head and writes the upstream's version of it. Nothing of the parsed form outlives this call.
+    fn write_head(
+        &self,
+        end: usize,
+        id: RequestId,
+        head: &mut Vec<u8>,
+    ) -> Result<Request, RequestError> {
+        let mut room = request::field_room();
+        let parsed = request::parse(&self.buffer.filled()[..end], &mut room);
+        let origin = Origin {
+            client: self.client,
+            id,
+        };
+        Ok(parsed.map_err(RequestError::Head)?.write(origin, head))
     }
 
     /// Forwards until the answer is complete, on a second connection where the first was dead before it began.
     async fn forward(&mut self, served: &mut Served) -> Result<Next, RequestError> {
         let port = self.port;
+        let settings = Rc::clone(&self.settings);
         let mut ticket = port.admit(&mut self.visitor(served)).await?;
         let mut may_reuse = true;
         loop {
@@ -236,8 +253,10 @@ impl Connection<'_> {
             ticket = current;
             served.passage.register = Some(ticket.register());
             let what = &served.head[..served.request.line_bytes];
-            let _row = port.in_flight.enter(self.client, what, served.arrival);
-            let mut upstream_buffer = port.buffers.take();
+            let _row = port
+                .in_flight
+                .enter(self.client.address, what, served.arrival);
+            let mut upstream_buffer = Buffer::default();
             let mut scratch = port.buffers.take_output();
             let exchange = Exchange {
                 client: self.stream,
@@ -245,7 +264,8 @@ impl Connection<'_> {
                 ticket: &ticket,
                 request: &served.request,
                 head: &served.head,
-                limits: &port.limits,
+                limits: &settings.limits,
+                buffers: &port.buffers,
                 may_persist: !port.closing.is_closed(),
                 progress: &served.progress,
             };
@@ -301,7 +321,7 @@ impl Connection<'_> {
             Next::Request
         } else if served.progress.request_done.get()
             && self.buffer.is_empty()
-            && !stream::has_unread(self.stream)
+            && !self.stream.has_unread()
         {
             Next::Close
         } else {
@@ -311,7 +331,7 @@ impl Connection<'_> {
 
     async fn upgraded(&mut self, served: &Served, upstream: &Upstream, mut from_upstream: Buffer) {
         let port = self.port;
-        let limit = port.limits.tunnel_idle_max;
+        let limit = self.settings.limits.tunnel_idle_max;
         let early = [
             (self.stream, from_upstream.filled()),
             (&upstream.stream, self.buffer.filled()),
@@ -335,7 +355,7 @@ impl Connection<'_> {
 
     async fn answer_failure(&mut self, served: &Served, error: &RequestError) -> Next {
         let progress = &served.progress;
-        tracing::debug!(client = %self.client, id = %served.id, fault = ?error.fault(), "{error}");
+        tracing::debug!(client = %self.client.address, id = %served.id, fault = ?error.fault(), "{error}");
         if progress.answering.get() {
             // Half an answer is out; only a broken connection tells the client that it is half.
             return Next::Close;
@@ -352,7 +372,7 @@ impl Connection<'_> {
         };
         let mut out = self.port.buffers.take_output();
         let is_head = served.request.method == Method::Head;
-        let retry_after_s = self.port.limits.retry_after_s;
+        let retry_after_s = self.settings.limits.retry_after_s;
         answer::write(&mut out, status, error, retry_after_s, after, is_head);
         progress.status.set(status);
         progress.answered.set(out.len() as u64);

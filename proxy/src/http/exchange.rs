@@ -3,27 +3,26 @@
 use std::cell::Cell;
 use std::io::{self, IoSlice};
 
-use tokio::net::TcpStream;
-
 use super::body::{Body, RelayError, Route, relay};
 use super::head::{self, Framing, Scan};
 use super::request::{Request, Upgrade};
 use super::response::{self, Encoding, Response};
-use crate::buffer::Buffer;
+use crate::buffer::{Buffer, Buffers};
 use crate::config::Limits;
 use crate::error::RequestError;
 use crate::service::Ticket;
-use crate::stream;
+use crate::stream::{self, Stream};
 
 /// One attempt to get one request answered.
 pub(crate) struct Exchange<'e> {
-    pub(crate) client: &'e TcpStream,
-    pub(crate) upstream: &'e TcpStream,
+    pub(crate) client: &'e Stream,
+    pub(crate) upstream: &'e Stream,
     pub(crate) ticket: &'e Ticket<'e>,
     pub(crate) request: &'e Request,
     /// The request's head as the upstream gets it.
     pub(crate) head: &'e [u8],
     pub(crate) limits: &'e Limits,
+    pub(crate) buffers: &'e Buffers,
     /// Whether we would go on with the client afterwards.
     pub(crate) may_persist: bool,
     pub(crate) progress: &'e Progress,
@@ -118,6 +117,7 @@ impl Exchange<'_> {
         let route = Route {
             from: self.client,
             to: self.upstream,
+            buffers: self.buffers,
             read_silence: self.limits.client_silence_max,
             write_silence: self.limits.response_max,
         };
@@ -203,6 +203,7 @@ impl Exchange<'_> {
         let route = Route {
             from: self.upstream,
             to: self.client,
+            buffers: self.buffers,
             read_silence: self.limits.response_max,
             write_silence: self.limits.client_silence_max,
         };
@@ -255,10 +256,11 @@ impl Exchange<'_> {
                 Scan::Complete(end) => return Ok(end),
                 Scan::Partial(next) => from = next,
             }
-            if buffer.room().is_empty() || buffer.filled().len() >= self.limits.head_bytes_max {
+            if buffer.filled().len() >= self.limits.head_bytes_max {
                 return Err(RequestError::AnswerHeadTooLong);
             }
-            match stream::read(self.upstream, buffer, self.limits.response_max).await {
+            let silence = self.limits.response_max;
+            match stream::read(self.upstream, self.buffers, buffer, silence).await {
                 Ok(0) => return Err(RequestError::NoAnswer(io::ErrorKind::UnexpectedEof.into())),
                 Ok(_) => self.progress.heard.set(true),
                 // The time runs from the end of the request.

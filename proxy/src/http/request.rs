@@ -1,12 +1,11 @@
 //! A client's request head: read strictly, and written anew for the upstream from what was understood.
 
-use std::io::Write;
 use std::mem::MaybeUninit;
-use std::net::{IpAddr, SocketAddr};
 
 use super::head::{
     ConnectionHeader, FIELDS_MAX, Framing, HeadError, Lengths, Version, syntax, write_field,
 };
+use crate::listen::client::Client;
 
 /// What we need to know of a request after its head was written for the upstream.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -51,6 +50,18 @@ pub(crate) struct RequestId {
     pub(crate) number: u64,
 }
 
+impl RequestId {
+    /// Appends what [`Display`](std::fmt::Display) shows, without the formatter's cost.
+    pub(crate) fn write(self, out: &mut Vec<u8>) {
+        const DIGITS: &[u8; 16] = b"0123456789abcdef";
+        let digit = |number: u64, shift: u32| DIGITS[(number >> shift) as usize & 15];
+        out.extend((0..16).rev().map(|place| digit(self.origin, place * 4)));
+        out.push(b'-');
+        let places = (64 - self.number.leading_zeros()).div_ceil(4).max(1);
+        out.extend((0..places).rev().map(|place| digit(self.number, place * 4)));
+    }
+}
+
 impl std::fmt::Display for RequestId {
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(formatter, "{:016x}-{:x}", self.origin, self.number)
@@ -77,6 +88,33 @@ fn is_ours(name: &str) -> bool {
     OURS.iter().any(|ours| ours.eq_ignore_ascii_case(name))
 }
 
+/// Room for the fields of one head; on the stack of whoever parses.
+pub(crate) type FieldRoom<'h> = [MaybeUninit<httparse::Header<'h>>; FIELDS_MAX];
+
+/// A head that was read strictly, in slices of the bytes it came in.
+#[derive(Debug)]
+pub(crate) struct Parsed<'f, 'h> {
+    pub(crate) method: &'h str,
+    /// What is forwarded: a path with its query, or `*`.
+    pub(crate) path: &'h str,
+    /// From the Host field or the absolute target; they agree.
+    pub(crate) host: &'h [u8],
+    pub(crate) version: Version,
+    pub(crate) framing: Framing,
+    pub(crate) fields: &'f [httparse::Header<'h>],
+    connection: ConnectionHeader<'h>,
+    upgrade: Option<&'h [u8]>,
+    expects_continue: bool,
+    request_id: bool,
+}
+
+/// What a head says of its request beyond what the client wrote into it.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Origin<'o> {
+    pub(crate) client: &'o Client,
+    pub(crate) id: RequestId,
+}
+
 struct Fields<'h> {
     host: Option<&'h [u8]>,
     lengths: Lengths,
@@ -86,17 +124,19 @@ struct Fields<'h> {
     request_id: bool,
 }
 
-/// Reads a complete head (as found by `scan`) and appends the upstream's version of it to `out`.
-pub(crate) fn rewrite(
-    head: &[u8],
-    client: SocketAddr,
-    id: RequestId,
-    out: &mut Vec<u8>,
-) -> Result<Request, HeadError> {
-    let mut fields = [MaybeUninit::<httparse::Header<'_>>::uninit(); FIELDS_MAX];
+/// An empty room.
+pub(crate) const fn field_room<'h>() -> FieldRoom<'h> {
+    [MaybeUninit::uninit(); FIELDS_MAX]
+}
+
+/// Reads a complete head, as found by `scan`.
+pub(crate) fn parse<'f, 'h>(
+    head: &'h [u8],
+    room: &'f mut FieldRoom<'h>,
+) -> Result<Parsed<'f, 'h>, HeadError> {
     let mut parsed = httparse::Request::new(&mut []);
     let status = httparse::ParserConfig::default()
-        .parse_request_with_uninit_headers(&mut parsed, head, &mut fields)
+        .parse_request_with_uninit_headers(&mut parsed, head, room)
         .map_err(syntax)?;
     if status.is_partial() {
         return Err(HeadError::Syntax);
@@ -104,93 +144,92 @@ pub(crate) fn rewrite(
     let version = Version::of(parsed.version)?;
     let method = parsed.method.ok_or(HeadError::Syntax)?;
     let read = Fields::read(parsed.headers)?;
-    let (path, host) = target(
-        method,
-        parsed.path.ok_or(HeadError::Target)?,
-        version,
-        read.host,
-    )?;
+    let path = parsed.path.ok_or(HeadError::Target)?;
+    let (path, host) = target(method, path, version, read.host)?;
     let framing = read.lengths.framing(version)?.unwrap_or(Framing::Empty);
-    let upgrade = match read.upgrade {
-        Some(protocol)
-            if version == Version::Http11 && read.connection.upgrade && is_granted(protocol) =>
-        {
-            Some(protocol)
-        }
-        _ => None,
-    };
-
-    out.extend_from_slice(method.as_bytes());
-    out.push(b' ');
-    out.extend_from_slice(path.as_bytes());
-    let request = Request {
+    let asks = version == Version::Http11 && read.connection.upgrade;
+    Ok(Parsed {
+        method,
+        path,
+        host,
         version,
-        method: class(method),
-        line_bytes: out.len(),
         framing,
-        persists: read.connection.persists(version),
-        upgrade: upgrade.map_or(Upgrade::None, |_| Upgrade::Asked),
+        fields: parsed.headers,
+        upgrade: read.upgrade.filter(|protocol| asks && is_granted(protocol)),
         expects_continue: read.expects_continue
             && version == Version::Http11
             && framing != Framing::Empty,
-    };
-    out.extend_from_slice(b" HTTP/1.1\r\n");
-    write_field(out, "Host", host);
-    for field in parsed.headers.iter() {
-        if !is_ours(field.name) && !read.connection.names(field.name) {
-            write_field(out, field.name, field.value);
-        }
-    }
-    write_ours(out, parsed.headers, &read, &request, upgrade, client, id);
-    Ok(request)
+        connection: read.connection,
+        request_id: read.request_id,
+    })
 }
 
-fn write_ours(
-    out: &mut Vec<u8>,
-    fields: &[httparse::Header<'_>],
-    read: &Fields<'_>,
-    request: &Request,
-    upgrade: Option<&[u8]>,
-    client: SocketAddr,
-    id: RequestId,
-) {
-    match request.framing {
-        Framing::Length(length) => {
-            out.extend_from_slice(b"Content-Length: ");
-            super::head::write_decimal(out, length);
+impl Parsed<'_, '_> {
+    /// Appends the upstream's version of the head.
+    pub(crate) fn write(&self, origin: Origin<'_>, out: &mut Vec<u8>) -> Request {
+        out.extend_from_slice(self.method.as_bytes());
+        out.push(b' ');
+        out.extend_from_slice(self.path.as_bytes());
+        let request = Request {
+            version: self.version,
+            method: class(self.method),
+            line_bytes: out.len(),
+            framing: self.framing,
+            persists: self.connection.persists(self.version),
+            upgrade: self.upgrade.map_or(Upgrade::None, |_| Upgrade::Asked),
+            expects_continue: self.expects_continue,
+        };
+        out.extend_from_slice(b" HTTP/1.1\r\n");
+        write_field(out, "Host", self.host);
+        for field in self.fields {
+            if !is_ours(field.name) && !self.connection.names(field.name) {
+                write_field(out, field.name, field.value);
+            }
+        }
+        self.write_ours(out, &request, origin);
+        request
+    }
+
+    fn write_ours(&self, out: &mut Vec<u8>, request: &Request, origin: Origin<'_>) {
+        match request.framing {
+            Framing::Length(length) => {
+                out.extend_from_slice(b"Content-Length: ");
+                super::head::write_decimal(out, length);
+                out.extend_from_slice(b"\r\n");
+            }
+            Framing::Chunked => out.extend_from_slice(b"Transfer-Encoding: chunked\r\n"),
+            // A POST with nothing in it still has to say so.
+            Framing::Empty if request.method == Method::Other => {
+                out.extend_from_slice(b"Content-Length: 0\r\n")
+            }
+            Framing::Empty | Framing::UntilClose => {}
+        }
+        if request.expects_continue {
+            out.extend_from_slice(b"Expect: 100-continue\r\n");
+        }
+        if let Some(protocol) = self.upgrade {
+            out.extend_from_slice(b"Connection: upgrade\r\n");
+            write_field(out, "Upgrade", protocol);
+        }
+        out.extend_from_slice(b"X-Forwarded-For: ");
+        for field in named(self.fields, "x-forwarded-for") {
+            out.extend_from_slice(field);
+            out.extend_from_slice(b", ");
+        }
+        out.extend_from_slice(origin.client.shown_address());
+        out.extend_from_slice(b"\r\nX-Forwarded-Proto: ");
+        out.extend_from_slice(origin.client.scheme.name());
+        out.extend_from_slice(b"\r\n");
+        if self.request_id {
+            named(self.fields, "x-request-id")
+                .for_each(|value| write_field(out, "X-Request-Id", value));
+        } else {
+            out.extend_from_slice(b"X-Request-Id: ");
+            origin.id.write(out);
             out.extend_from_slice(b"\r\n");
         }
-        Framing::Chunked => out.extend_from_slice(b"Transfer-Encoding: chunked\r\n"),
-        // A POST with nothing in it still has to say so.
-        Framing::Empty if request.method == Method::Other => {
-            out.extend_from_slice(b"Content-Length: 0\r\n")
-        }
-        Framing::Empty | Framing::UntilClose => {}
+        out.extend_from_slice(b"\r\n");
     }
-    if request.expects_continue {
-        out.extend_from_slice(b"Expect: 100-continue\r\n");
-    }
-    if let Some(protocol) = upgrade {
-        out.extend_from_slice(b"Connection: upgrade\r\n");
-        write_field(out, "Upgrade", protocol);
-    }
-    out.extend_from_slice(b"X-Forwarded-For: ");
-    for field in named(fields, "x-forwarded-for") {
-        out.extend_from_slice(field);
-        out.extend_from_slice(b", ");
-    }
-    let address = match client.ip() {
-        IpAddr::V6(address) => address.to_canonical(),
-        address => address,
-    };
-    // Writing to a vector cannot fail.
-    drop(write!(out, "{address}\r\nX-Forwarded-Proto: http\r\n"));
-    if read.request_id {
-        named(fields, "x-request-id").for_each(|value| write_field(out, "X-Request-Id", value));
-    } else {
-        drop(write!(out, "X-Request-Id: {id}\r\n"));
-    }
-    out.extend_from_slice(b"\r\n");
 }
 
 fn named<'f>(fields: &'f [httparse::Header<'_>], name: &'f str) -> impl Iterator<Item = &'f [u8]> {
@@ -304,16 +343,16 @@ mod tests {
 
     fn read(head: &str) -> Result<(Request, String), HeadError> {
         let mut out = Vec::new();
+        let client = Client::new("192.0.2.7:1234".parse().unwrap());
         let id = RequestId {
             origin: 1,
             number: 2,
         };
-        let request = rewrite(
-            head.as_bytes(),
-            "192.0.2.7:1234".parse().unwrap(),
+        let origin = Origin {
+            client: &client,
             id,
-            &mut out,
-        )?;
+        };
+        let request = parse(head.as_bytes(), &mut field_room())?.write(origin, &mut out);
         Ok((request, String::from_utf8(out).unwrap()))
     }
 
@@ -368,9 +407,18 @@ mod tests {
 
     proptest! {
         #[test]
+        fn an_id_is_written_as_it_is_shown(origin: u64, number: u64, small in 0_u64..300) {
+            for number in [number, small] {
+                let id = RequestId { origin, number };
+                let mut out = Vec::new();
+                id.write(&mut out);
+                prop_assert_eq!(String::from_utf8(out).unwrap(), id.to_string());
+            }
+        }
+
+        #[test]
         fn no_head_makes_the_reader_panic(head in proptest::collection::vec(any::<u8>(), 0..300)) {
-            let id = RequestId { origin: 1, number: 2 };
-            let _ = rewrite(&head, "192.0.2.7:1".parse().unwrap(), id, &mut Vec::new());
+            let _ = parse(&head, &mut field_room());
         }
 
         #[test]

@@ -1,26 +1,29 @@
-//! Listening: one socket per service and worker, all on the same address, so that the kernel spreads connections
-//! and no worker hands one to another.
+//! Listening: one socket per listener and worker, all on the same address, so that the kernel spreads connections
+//! and no worker hands one to another. A unix socket has no such spreading: its workers accept from one queue.
 
+pub(crate) mod client;
 pub(crate) mod hangup;
 pub(crate) mod port;
 
 use std::io;
-use std::net::{SocketAddr, TcpListener as StdListener};
-use std::os::fd::OwnedFd;
+use std::net::SocketAddr;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::io::Errno;
 use rustix::net::{SocketFlags, acceptfrom_with};
-use socket2::{Domain, Protocol as SocketProtocol, Socket, Type};
+use socket2::{Domain, Protocol as SocketProtocol, SockAddr, Socket as Socket2, Type};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
-use tokio::net::TcpStream;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
 
-use crate::config::Protocol;
+use crate::config::{ListenAddress, ListenConfig, Protocol};
+use crate::stream::{Socket, Stream};
+use client::Client;
 use port::Port;
 
 /// Connections the kernel keeps for us before it turns the next away; it caps this at net.core.somaxconn.
@@ -28,21 +31,35 @@ const BACKLOG: i32 = 4096;
 /// Pause after the system refused to give us a connection, mostly for want of open files.
 const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
 
+/// One worker's socket of one listener.
+#[derive(Debug)]
+pub(crate) struct Listener {
+    pub(crate) config: ListenConfig,
+    pub(crate) socket: OwnedFd,
+}
+
 /// Binds one listener a worker. Port zero lets the kernel choose one port for all of them.
-pub(crate) fn bind(address: SocketAddr, workers: usize) -> io::Result<Vec<StdListener>> {
+pub(crate) fn bind(address: &ListenAddress, workers: usize) -> io::Result<Vec<OwnedFd>> {
+    match address {
+        ListenAddress::Tcp(address) => bind_tcp(*address, workers),
+        ListenAddress::Unix(path) => bind_unix(path, workers),
+    }
+}
+
+/// Where a bound TCP socket is, with the port the kernel chose. `None` for a unix socket.
+pub(crate) fn bound_address(socket: &OwnedFd) -> Option<SocketAddr> {
+    SocketAddr::try_from(rustix::net::getsockname(socket).ok()?).ok()
+}
+
+fn bind_tcp(address: SocketAddr, workers: usize) -> io::Result<Vec<OwnedFd>> {
     if address.port() != 0 {
         // With SO_REUSEPORT a second proxy of the same user would silently take half of our clients; without it
         // the kernel says that the address is taken.
-        let probe = Socket::new(
-            Domain::for_address(address),
-            Type::STREAM,
-            Some(SocketProtocol::TCP),
-        )?;
-        probe.set_reuse_address(true)?;
+        let probe = new_socket(address)?;
         probe.bind(&address.into())?;
     }
     let first = bind_one(address)?;
-    let chosen = first.local_addr()?;
+    let chosen = bound_address(&first).unwrap_or(address);
     let mut listeners = vec![first];
     for _ in 1..workers {
         listeners.push(bind_one(chosen)?);
@@ -50,13 +67,22 @@ pub(crate) fn bind(address: SocketAddr, workers: usize) -> io::Result<Vec<StdLis
     Ok(listeners)
 }
 
-fn bind_one(address: SocketAddr) -> io::Result<StdListener> {
-    let socket = Socket::new(
+fn new_socket(address: SocketAddr) -> io::Result<Socket2> {
+    let socket = Socket2::new(
         Domain::for_address(address),
         Type::STREAM,
         Some(SocketProtocol::TCP),
     )?;
     socket.set_reuse_address(true)?;
+    if address.is_ipv6() {
+        // A listener is what its address says, whatever net.ipv6.bindv6only is: IPv4 has a listener of its own.
+        socket.set_only_v6(true)?;
+    }
+    Ok(socket)
+}
+
+fn bind_one(address: SocketAddr) -> io::Result<OwnedFd> {
+    let socket = new_socket(address)?;
     socket.set_reuse_port(true)?;
     // Accepted sockets inherit both: no call per connection.
     socket.set_tcp_nodelay(true)?;
@@ -65,6 +91,30 @@ fn bind_one(address: SocketAddr) -> io::Result<StdListener> {
     socket.bind(&address.into())?;
     socket.listen(BACKLOG)?;
     Ok(socket.into())
+}
+
+/// A socket file that nobody listens on is left over from a process that was killed, and goes.
+fn bind_unix(path: &Path, workers: usize) -> io::Result<Vec<OwnedFd>> {
+    let address = SockAddr::unix(path)?;
+    let socket = Socket2::new(Domain::UNIX, Type::STREAM, None)?;
+    match Socket2::new(Domain::UNIX, Type::STREAM, None)?.connect(&address) {
+        Ok(()) => return Err(io::ErrorKind::AddrInUse.into()),
+        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+            std::fs::remove_file(path)?;
+        }
+        // Not there, or not ours to reach: the bind below says which.
+        Err(_) => {}
+    }
+    socket.set_nonblocking(true)?;
+    socket.bind(&address)?;
+    socket.listen(BACKLOG)?;
+    let first = OwnedFd::from(socket);
+    let mut listeners = Vec::new();
+    for _ in 1..workers {
+        listeners.push(first.try_clone()?);
+    }
+    listeners.push(first);
+    Ok(listeners)
 }
 
 /// Lets the runtime say when a file becomes readable.
@@ -80,10 +130,11 @@ fn watch(file: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
 /// Dropping the future drops every connection of the port.
 pub(crate) async fn serve(
     port: Rc<Port>,
-    listener: StdListener,
+    listener: Listener,
     permits: Arc<Semaphore>,
 ) -> io::Result<()> {
-    let listener = watch(listener.into())?;
+    let Listener { config, socket } = listener;
+    let (config, listener) = (Rc::new(config), watch(socket)?);
     let mut connections = JoinSet::new();
     loop {
         // Forgets the connections that have ended.
@@ -94,14 +145,14 @@ pub(crate) async fn serve(
             next = next_client(&listener, &permits) => next,
         };
         match next {
-            Ok((stream, client, permit)) => start(&port, stream, client, permit, &mut connections),
+            Ok((accepted, permit)) => start(&port, &config, accepted, permit, &mut connections),
             Err(error) => pause_after(&port, &error).await,
         }
     }
     // Who has been accepted by the kernel already would be reset by the close of the listener.
     while let Ok(permit) = Arc::clone(&permits).try_acquire_owned() {
-        match accept(&listener) {
-            Ok(Some((stream, client))) => start(&port, stream, client, permit, &mut connections),
+        match accept(listener.get_ref()) {
+            Ok(Some(accepted)) => start(&port, &config, accepted, permit, &mut connections),
             Ok(None) | Err(_) => break,
         }
     }
@@ -118,29 +169,31 @@ pub(crate) async fn serve(
 async fn next_client(
     listener: &AsyncFd<OwnedFd>,
     permits: &Arc<Semaphore>,
-) -> io::Result<(TcpStream, SocketAddr, OwnedSemaphorePermit)> {
+) -> io::Result<(Accepted, OwnedSemaphorePermit)> {
     loop {
         let mut ready = listener.readable().await?;
         let permit = Arc::clone(permits)
             .acquire_owned()
             .await
             .map_err(io::Error::other)?;
-        match accept(listener)? {
-            Some((stream, client)) => return Ok((stream, client, permit)),
+        match accept(listener.get_ref())? {
+            Some(accepted) => return Ok((accepted, permit)),
             None => ready.clear_ready(),
         }
     }
 }
 
+/// A connection as the kernel hands it over; the peer has an address unless it came by a unix socket.
+type Accepted = (OwnedFd, Option<SocketAddr>);
+
 /// Takes a client off the kernel's queue, if there is one.
-fn accept(listener: &AsyncFd<OwnedFd>) -> io::Result<Option<(TcpStream, SocketAddr)>> {
+fn accept(listener: &impl AsFd) -> io::Result<Option<Accepted>> {
     let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
-    match acceptfrom_with(listener.get_ref(), flags) {
-        Ok((socket, Some(client))) => {
-            let client = SocketAddr::try_from(client)?;
-            Ok(Some((TcpStream::from_std(socket.into())?, client)))
+    match acceptfrom_with(listener, flags) {
+        Ok((socket, peer)) => {
+            let address = peer.and_then(|peer| SocketAddr::try_from(peer).ok());
+            Ok(Some((socket, address)))
         }
-        Ok((_, None)) => Err(io::ErrorKind::ConnectionAborted.into()),
         Err(Errno::AGAIN) => Ok(None),
         Err(errno) => Err(errno.into()),
     }
@@ -157,17 +210,26 @@ async fn pause_after(port: &Port, error: &io::Error) {
 
 fn start(
     port: &Rc<Port>,
-    stream: TcpStream,
-    client: SocketAddr,
+    config: &Rc<ListenConfig>,
+    (socket, address): Accepted,
     permit: OwnedSemaphorePermit,
     connections: &mut JoinSet<()>,
 ) {
-    let port = Rc::clone(port);
+    let (port, config) = (Rc::clone(port), Rc::clone(config));
     connections.spawn_local(async move {
-        match port.service.config.protocol {
-            Protocol::Http => crate::http::connection::serve(port, stream, client).await,
-            Protocol::Tcp => crate::tcp::serve(port, stream, client).await,
+        let client = address.map_or_else(Client::local, Client::new);
+        match Socket::new(socket) {
+            Ok(socket) => greet(port, &config, Stream::Plain(socket), client).await,
+            Err(error) => tracing::warn!("cannot watch a new connection: {error}"),
         }
         drop(permit);
     });
+}
+
+/// What comes before the listener's protocol is done here.
+async fn greet(port: Rc<Port>, _config: &ListenConfig, stream: Stream, client: Client) {
+    match port.service.config.protocol {
+        Protocol::Http => crate::http::connection::serve(port, stream, client).await,
+        Protocol::Tcp => crate::tcp::serve(port, stream, client).await,
+    }
 }

@@ -2,14 +2,13 @@
 //!
 //! The way from a request to a ticket and an upstream connection is the same for HTTP and raw TCP, and is here.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use cutover_protocol::id::Register;
-use tokio::net::TcpStream;
 use tokio::sync::Notify;
 
 use super::hangup::HangupWatch;
@@ -19,23 +18,45 @@ use crate::config::Limits;
 use crate::error::RequestError;
 use crate::http::request::RequestId;
 use crate::service::inflight::InFlightTable;
-use crate::service::upstream::{NoConnection, Pool, Upstream};
+use crate::service::pool::{NoConnection, Pool, Upstream};
 use crate::service::{Admission, Parked, Service, Ticket};
+use crate::stream::Stream;
+
+/// What a reload may change under a running connection; taken anew for each request.
+#[derive(Debug)]
+pub(crate) struct Settings {
+    pub(crate) limits: Limits,
+}
+
+/// The settings in force on one worker.
+#[derive(Debug)]
+pub(crate) struct Current(RefCell<Rc<Settings>>);
+
+impl Current {
+    pub(crate) fn new(settings: Settings) -> Rc<Self> {
+        Rc::new(Self(RefCell::new(Rc::new(settings))))
+    }
+
+    /// As they are now; a request keeps what it began with.
+    pub(crate) fn settings(&self) -> Rc<Settings> {
+        Rc::clone(&self.0.borrow())
+    }
+}
 
 /// One service on one worker.
 #[derive(Debug)]
 pub(crate) struct Port {
     pub(crate) service: Arc<Service>,
     pub(crate) worker: usize,
-    pub(crate) limits: Rc<Limits>,
+    pub(crate) current: Rc<Current>,
     pub(crate) buffers: Rc<Buffers>,
     pub(crate) hangup: Rc<HangupWatch>,
     pub(crate) in_flight: Rc<InFlightTable>,
     pub(crate) pool: Rc<Pool>,
     pub(crate) closing: Rc<Closing>,
     pub(crate) access_log: Option<AccessLog>,
-    pub(crate) id_origin: u64,
-    pub(crate) id_next: Cell<u64>,
+    id_origin: u64,
+    id_next: Cell<u64>,
 }
 
 /// Says on one worker that the proxy is going away.
@@ -87,7 +108,7 @@ impl Passage {
 /// A client that waits for a ticket or a connection, and the memory it can do without meanwhile.
 #[derive(Debug)]
 pub(crate) struct Visitor<'v> {
-    pub(crate) stream: &'v TcpStream,
+    pub(crate) stream: &'v Stream,
     pub(crate) buffer: &'v mut Buffer,
     pub(crate) head: &'v mut Vec<u8>,
     pub(crate) passage: &'v mut Passage,
@@ -102,7 +123,50 @@ pub(crate) struct Connected<'p> {
     pub(crate) kept: bool,
 }
 
+/// What a port is made of.
+pub(crate) struct PortSeed {
+    pub(crate) service: Arc<Service>,
+    pub(crate) worker: usize,
+    pub(crate) current: Rc<Current>,
+    pub(crate) buffers: Rc<Buffers>,
+    pub(crate) hangup: Rc<HangupWatch>,
+    pub(crate) closing: Rc<Closing>,
+    pub(crate) access_log: Option<AccessLog>,
+    pub(crate) id_origin: u64,
+}
+
 impl Port {
+    pub(crate) fn new(seed: PortSeed) -> Self {
+        let PortSeed {
+            service,
+            worker,
+            current,
+            buffers,
+            hangup,
+            closing,
+            access_log,
+            id_origin,
+        } = seed;
+        Self {
+            pool: Rc::new(Pool::new(Arc::clone(&service), worker, Rc::clone(&current))),
+            in_flight: Rc::new(InFlightTable::default()),
+            id_next: Cell::new(1),
+            current,
+            service,
+            worker,
+            buffers,
+            hangup,
+            closing,
+            access_log,
+            id_origin,
+        }
+    }
+
+    /// The settings in force.
+    pub(crate) fn settings(&self) -> Rc<Settings> {
+        self.current.settings()
+    }
+
     /// Passes an open gate, or waits at a closed one.
     pub(crate) async fn admit(
         &self,

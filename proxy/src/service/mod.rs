@@ -8,10 +8,10 @@
 mod gate;
 pub(crate) mod inflight;
 mod keeper;
+pub(crate) mod pool;
 mod queue;
 mod register;
 mod ticket;
-pub(crate) mod upstream;
 mod word;
 
 use std::net::SocketAddr;

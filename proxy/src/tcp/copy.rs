@@ -6,11 +6,10 @@ use std::cell::Cell;
 use std::io::{self, IoSlice};
 use std::time::Duration;
 
-use tokio::net::TcpStream;
 use tokio::time::{Instant, sleep_until};
 
 use crate::buffer::Buffers;
-use crate::stream;
+use crate::stream::{self, Stream};
 
 /// Bytes copied.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -21,8 +20,8 @@ pub(crate) struct Moved {
 
 /// Copies until it is over, however it ends; what was copied is the answer.
 pub(crate) async fn tunnel(
-    client: &TcpStream,
-    upstream: &TcpStream,
+    client: &Stream,
+    upstream: &Stream,
     buffers: &Buffers,
     idle_max: Duration,
 ) -> Moved {
@@ -64,8 +63,8 @@ async fn idle(touched: &Cell<Instant>, idle_max: Duration) {
 }
 
 struct Direction<'d> {
-    from: &'d TcpStream,
-    to: &'d TcpStream,
+    from: &'d Stream,
+    to: &'d Stream,
     moved: &'d Cell<u64>,
     touched: &'d Cell<Instant>,
 }
@@ -78,7 +77,7 @@ impl Direction<'_> {
             let mut buffer = buffers.take();
             let outcome = match self.from.try_read(buffer.room()) {
                 Ok(0) => {
-                    stream::finish(self.to);
+                    self.to.finish();
                     return Ok(());
                 }
                 Ok(count) => {
@@ -90,14 +89,7 @@ impl Direction<'_> {
                     self.touched.set(Instant::now());
                     written.map_err(|failed| failed.source)
                 }
-                Err(error)
-                    if matches!(
-                        error.kind(),
-                        io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted
-                    ) =>
-                {
-                    Ok(())
-                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(()),
                 Err(error) => Err(error),
             };
             buffers.give(buffer);

@@ -3,33 +3,32 @@
 
 pub(crate) mod copy;
 
-use std::net::SocketAddr;
 use std::rc::Rc;
 use std::time::Instant;
-
-use tokio::net::TcpStream;
 
 use crate::access_log::Line;
 use crate::buffer::Buffer;
 use crate::error::RequestError;
+use crate::listen::client::Client;
 use crate::listen::port::{Connected, Passage, Port, Visitor};
+use crate::stream::Stream;
 
 /// Serves one raw connection to its end.
-pub(crate) async fn serve(port: Rc<Port>, stream: TcpStream, client: SocketAddr) {
+pub(crate) async fn serve(port: Rc<Port>, stream: Stream, client: Client) {
     let arrival = Instant::now();
     let mut passage = Passage::new(arrival);
-    let outcome = forward(&port, &stream, client, &mut passage).await;
+    let outcome = forward(&port, &stream, &client, &mut passage).await;
     port.count(if outcome.is_ok() { 200 } else { 0 });
     if let Err(error) = &outcome {
-        tracing::debug!(%client, "{error}");
+        tracing::debug!(client = %client.address, "{error}");
     }
-    port.log(|| Line::raw(&port, client, port.next_id(), &passage, &outcome));
+    port.log(|| Line::raw(&port, client.address, port.next_id(), &passage, &outcome));
 }
 
 async fn forward(
     port: &Port,
-    stream: &TcpStream,
-    client: SocketAddr,
+    stream: &Stream,
+    client: &Client,
     passage: &mut Passage,
 ) -> Result<copy::Moved, RequestError> {
     let (mut buffer, mut head) = (Buffer::default(), Vec::new());
@@ -46,12 +45,14 @@ async fn forward(
     port.buffers.give(buffer);
     ticket.answered();
     passage.register = Some(ticket.register());
-    let _row = port.in_flight.enter(client, b"tcp", passage.arrival);
+    let _row = port
+        .in_flight
+        .enter(client.address, b"tcp", passage.arrival);
     let moved = copy::tunnel(
         stream,
         &upstream.stream,
         &port.buffers,
-        port.limits.tunnel_idle_max,
+        port.settings().limits.tunnel_idle_max,
     )
     .await;
     port.pool.part(upstream);

@@ -11,17 +11,19 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use cutover_protocol::id::Register;
-use rustix::net::{RecvFlags, Shutdown};
-use tokio::net::TcpStream;
 use tokio::time::timeout;
 
 use super::{Gate, Mode, Service, Ticket, Word};
-use crate::config::Limits;
+use crate::listen::port::Current;
+use crate::stream::{Socket, Stream};
+
+/// A turn of a busy worker's loop takes less; what the reactor said within one is fresh.
+const TURN_MAX: Duration = Duration::from_millis(5);
 
 /// One connection to an upstream.
 #[derive(Debug)]
 pub(crate) struct Upstream {
-    pub(crate) stream: TcpStream,
+    pub(crate) stream: Stream,
     /// For whom, and in which epoch it was made.
     register: Register,
     /// Dropped after the stream: the count must not say zero while the socket is open.
@@ -60,16 +62,16 @@ struct Idle {
 pub(crate) struct Pool {
     service: Arc<Service>,
     worker: usize,
-    limits: Rc<Limits>,
+    current: Rc<Current>,
     idle: RefCell<Vec<Idle>>,
 }
 
 impl Pool {
-    pub(crate) fn new(service: Arc<Service>, worker: usize, limits: Rc<Limits>) -> Self {
+    pub(crate) fn new(service: Arc<Service>, worker: usize, current: Rc<Current>) -> Self {
         Self {
             service,
             worker,
-            limits,
+            current,
             idle: RefCell::new(Vec::new()),
         }
     }
@@ -77,9 +79,10 @@ impl Pool {
     /// A kept connection that the ticket may use and that its upstream has not closed, the freshest first.
     pub(crate) fn take(&self, ticket: &Ticket<'_>) -> Option<Upstream> {
         let mut idle = self.idle.borrow_mut();
+        let idle_max = self.current.settings().limits.upstream_idle_max;
         while let Some(Idle { upstream, since }) = idle.pop() {
-            let fresh = since.elapsed() < self.limits.upstream_idle_max;
-            if fresh && upstream.register == ticket.register() && is_silent(&upstream.stream) {
+            let age = since.elapsed();
+            if age < idle_max && upstream.register == ticket.register() && upstream.is_silent(age) {
                 return Some(upstream);
             }
         }
@@ -103,18 +106,15 @@ impl Pool {
             worker: self.worker,
         };
         let moved = words.wait_for(|word| word.mode == Mode::Holding || word.register != register);
-        let attempt = TcpStream::connect(self.service.upstream(register.owner));
-        let attempt = timeout(self.limits.connect_max, attempt);
+        let attempt = Socket::connect(self.service.upstream(register.owner));
+        let attempt = timeout(self.current.settings().limits.connect_max, attempt);
         let stream = tokio::select! {
             biased;
             _ = moved => return Err(NoConnection::GateMoved),
             made = attempt => made.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())),
         };
-        let stream = stream.map_err(NoConnection::Failed)?;
-        // Without it a small body behind a head waits for an acknowledgement that the peer delays.
-        stream.set_nodelay(true).map_err(NoConnection::Failed)?;
         Ok(Upstream {
-            stream,
+            stream: Stream::Plain(stream.map_err(NoConnection::Failed)?),
             register,
             _counted: counted,
         })
@@ -127,7 +127,7 @@ impl Pool {
         if word.mode == Mode::Holding || word.register != upstream.register {
             drop(idle);
             self.part(upstream);
-        } else if idle.len() < self.limits.upstream_idle_count_max {
+        } else if idle.len() < self.current.settings().limits.upstream_idle_count_max {
             idle.push(Idle {
                 upstream,
                 since: Instant::now(),
@@ -138,19 +138,20 @@ impl Pool {
     /// Closes our end and waits, for a limited time, until the upstream closes its own. While the gate holds this
     /// keeps the count honest: a socket that the application has not closed would be frozen with it.
     pub(crate) fn part(&self, upstream: Upstream) {
-        let limit = self.limits.upstream_close_max;
+        let limit = self.current.settings().limits.upstream_close_max;
         tokio::task::spawn_local(close_politely(upstream, limit));
     }
 
     /// Closes what the gate's word no longer allows, or what has been idle for too long.
     fn sweep(&self, word: Word) {
+        let idle_max = self.current.settings().limits.upstream_idle_max;
         let mut kept = Vec::new();
         let mut gone = Vec::new();
         for entry in self.idle.borrow_mut().drain(..) {
             let allowed = word.mode != Mode::Holding && word.register == entry.upstream.register;
             if !allowed {
                 gone.push(entry.upstream);
-            } else if entry.since.elapsed() < self.limits.upstream_idle_max {
+            } else if entry.since.elapsed() < idle_max {
                 kept.push(entry);
             }
         }
@@ -165,17 +166,25 @@ impl Pool {
             let word = *words.borrow_and_update();
             self.sweep(word);
             // An error means that the gate is gone, and then so are we.
-            if let Ok(Err(_)) = timeout(self.limits.upstream_idle_max, words.changed()).await {
+            let idle_max = self.current.settings().limits.upstream_idle_max;
+            if let Ok(Err(_)) = timeout(idle_max, words.changed()).await {
                 return;
             }
         }
     }
 }
 
-async fn close_politely(upstream: Upstream, limit: Duration) {
-    if rustix::net::shutdown(&upstream.stream, Shutdown::Write).is_err() {
-        return;
+impl Upstream {
+    /// Neither closed nor talking out of turn. The reactor hears of either within a turn of its loop, so the kernel
+    /// is asked only about connections that have been idle for longer than a turn may take.
+    fn is_silent(&self, idle: Duration) -> bool {
+        let socket = self.stream.socket();
+        !socket.seems_readable() && (idle < TURN_MAX || socket.is_silent())
     }
+}
+
+async fn close_politely(upstream: Upstream, limit: Duration) {
+    upstream.stream.finish();
     let until_closed = async {
         let mut scrap = [0; 512];
         loop {
@@ -193,11 +202,4 @@ async fn close_politely(upstream: Upstream, limit: Duration) {
     };
     // Whether it closed or ran out of time, the connection ends here.
     drop(timeout(limit, until_closed).await);
-}
-
-/// Neither closed nor talking out of turn. Asks the kernel, not the runtime: the answer must be as fresh as can be.
-fn is_silent(stream: &TcpStream) -> bool {
-    let mut byte = [0; 1];
-    let peeked = rustix::net::recv(stream, &mut byte, RecvFlags::PEEK | RecvFlags::DONTWAIT);
-    matches!(peeked, Err(rustix::io::Errno::AGAIN))
 }

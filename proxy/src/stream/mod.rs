@@ -1,0 +1,246 @@
+//! Streams of bytes, whatever carries them, and reads and writes on them with a limit of silence.
+//!
+//! Both directions of a connection are served by one task, so nothing here needs exclusive access. The first
+//! attempt goes straight to the kernel where that makes sense; a timer is armed only when there is a wait.
+
+mod socket;
+
+use std::future::poll_fn;
+use std::io::{self, IoSlice};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::time::timeout;
+
+use crate::buffer::{Buffer, Buffers};
+
+pub(crate) use socket::Socket;
+
+/// A connection's bytes.
+#[derive(Debug)]
+pub(crate) enum Stream {
+    /// As they are on the wire.
+    Plain(Socket),
+}
+
+impl Stream {
+    /// Reads what is there; zero means the end. `WouldBlock` when nothing is known to be there.
+    pub(crate) fn try_read(&self, room: &mut [u8]) -> io::Result<usize> {
+        match self {
+            Self::Plain(socket) => socket.try_read(room),
+        }
+    }
+
+    /// Hands over as much of the slices as goes without waiting.
+    pub(crate) fn try_write(&self, slices: &[IoSlice<'_>]) -> io::Result<usize> {
+        match self {
+            Self::Plain(socket) => socket.try_write(slices),
+        }
+    }
+
+    /// Completes when a read may bring something: bytes, the end, or an error.
+    pub(crate) fn poll_readable(&self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self {
+            Self::Plain(socket) => socket.poll_readable(context),
+        }
+    }
+
+    /// Completes when a write that met `WouldBlock` is worth trying again.
+    pub(crate) fn poll_writable(&self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self {
+            Self::Plain(socket) => socket.poll_writable(context),
+        }
+    }
+
+    /// See [`Stream::poll_readable`].
+    pub(crate) async fn readable(&self) -> io::Result<()> {
+        poll_fn(|context| self.poll_readable(context)).await
+    }
+
+    /// Tells the peer that nothing more will come.
+    pub(crate) fn finish(&self) {
+        match self {
+            // A peer that is gone already needs no telling.
+            Self::Plain(socket) => socket.finish().ok(),
+        };
+    }
+
+    /// The socket, where its bytes are the stream's bytes.
+    pub(crate) const fn plain(&self) -> Option<&Socket> {
+        match self {
+            Self::Plain(socket) => Some(socket),
+        }
+    }
+
+    /// The socket below, whatever runs on it.
+    pub(crate) const fn socket(&self) -> &Socket {
+        match self {
+            Self::Plain(socket) => socket,
+        }
+    }
+
+    /// Whether the peer has sent something that nobody has read.
+    pub(crate) fn has_unread(&self) -> bool {
+        self.socket().has_unread()
+    }
+}
+
+impl AsFd for Stream {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket().as_fd()
+    }
+}
+
+impl AsyncRead for Stream {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        loop {
+            match self.try_read(buffer.initialize_unfilled()) {
+                Ok(count) => {
+                    buffer.advance(count);
+                    return Poll::Ready(Ok(()));
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    ready!(self.poll_readable(context))?;
+                }
+                Err(error) => return Poll::Ready(Err(error)),
+            }
+        }
+    }
+}
+
+impl AsyncWrite for Stream {
+    fn poll_write(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        self.poll_write_vectored(context, &[IoSlice::new(bytes)])
+    }
+
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        slices: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        loop {
+            match self.try_write(slices) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    ready!(self.poll_writable(context))?;
+                }
+                done => return Poll::Ready(done),
+            }
+        }
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        true
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.finish();
+        Poll::Ready(Ok(()))
+    }
+}
+
+/// A write that did not complete.
+#[derive(Debug)]
+pub(crate) struct WriteFailed {
+    /// Bytes of this write that may have reached the peer. Zero proves that nothing did.
+    pub(crate) written: usize,
+    /// What the system said; `TimedOut` for a peer that took nothing for too long.
+    pub(crate) source: io::Error,
+}
+
+/// Reads what is there into the buffer, waiting at most `silence` for the first byte. Zero means that the peer has
+/// closed its end, or that the buffer is full. An empty buffer is lent for the read only, not for the wait.
+pub(crate) async fn read(
+    stream: &Stream,
+    buffers: &Buffers,
+    buffer: &mut Buffer,
+    silence: Duration,
+) -> io::Result<usize> {
+    loop {
+        buffers.grow(buffer);
+        match stream.try_read(buffer.room()) {
+            Ok(count) => {
+                buffer.advance(count);
+                // The runtime cannot interrupt a task whose reads always succeed.
+                tokio::task::consume_budget().await;
+                return Ok(count);
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                buffers.give_empty(buffer);
+                timeout(silence, stream.readable())
+                    .await
+                    .map_err(|_| io::ErrorKind::TimedOut)??;
+            }
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+/// Writes all slices in order, waiting at most `silence` each time the peer takes nothing.
+pub(crate) async fn write_all(
+    stream: &Stream,
+    mut slices: &mut [IoSlice<'_>],
+    silence: Duration,
+) -> Result<(), WriteFailed> {
+    let mut written = 0;
+    // Skips empty slices in front, so that an all-empty write ends at once.
+    IoSlice::advance_slices(&mut slices, 0);
+    while !slices.is_empty() {
+        match stream.try_write(slices) {
+            Ok(0) => {
+                return Err(WriteFailed {
+                    written,
+                    source: io::ErrorKind::WriteZero.into(),
+                });
+            }
+            Ok(count) => {
+                written += count;
+                IoSlice::advance_slices(&mut slices, count);
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                let writable = timeout(silence, poll_fn(|context| stream.poll_writable(context)));
+                let writable = writable
+                    .await
+                    .unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()));
+                writable.map_err(|source| WriteFailed { written, source })?;
+            }
+            Err(source) => return Err(WriteFailed { written, source }),
+        }
+    }
+    tokio::task::consume_budget().await;
+    Ok(())
+}
+
+/// Finishes our side and reads what a refused peer still sends, so that our answer is not lost to a reset (RFC
+/// 9112, section 9.6). Ends at the peer's close or after `limit`.
+pub(crate) async fn linger(
+    stream: &Stream,
+    buffers: &Buffers,
+    buffer: &mut Buffer,
+    limit: Duration,
+) {
+    stream.finish();
+    let until_closed = async {
+        loop {
+            buffer.consume(usize::MAX);
+            if !matches!(read(stream, buffers, buffer, limit).await, Ok(1..)) {
+                return;
+            }
+        }
+    };
+    drop(timeout(limit, until_closed).await);
+}

@@ -1,0 +1,193 @@
+//! A non-blocking stream socket, TCP or unix, in the worker's reactor.
+//!
+//! It spends as few system calls as the kernel's rules allow. Readiness is edge-triggered: a read that did not fill
+//! its room has emptied the socket, and whatever comes later makes a new edge, so the reactor is told "not ready"
+//! at once instead of being shown an EAGAIN first (epoll(7), "Questions and answers", 9). Writes go straight to the
+//! kernel and ask the reactor only after an EAGAIN. Reads and writes share `&self`: one task serves both ways.
+
+use std::io::{self, IoSlice};
+use std::net::SocketAddr;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+use std::task::{Context, Poll, ready};
+
+use rustix::io::Errno;
+use rustix::net::{
+    AddressFamily, RecvFlags, SendFlags, Shutdown, SocketAddrUnix, SocketFlags, SocketType,
+};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+
+/// A connected stream socket.
+#[derive(Debug)]
+pub(crate) struct Socket {
+    fd: AsyncFd<OwnedFd>,
+}
+
+impl Socket {
+    /// Takes over a connected, non-blocking socket. Must be called inside a runtime.
+    pub(crate) fn new(fd: OwnedFd) -> io::Result<Self> {
+        let both = Interest::READABLE | Interest::WRITABLE;
+        // SAFETY: an OwnedFd names the same open file from here until it is dropped, inside the AsyncFd.
+        let fd = unsafe { AsyncFd::register_with_interest(fd, both) }?;
+        Ok(Self { fd })
+    }
+
+    /// Connects to a TCP address, with small writes sent at once.
+    ///
+    /// # Cancel safety
+    /// Dropping the future drops the attempt.
+    pub(crate) async fn connect(address: SocketAddr) -> io::Result<Self> {
+        let family = if address.is_ipv4() {
+            AddressFamily::INET
+        } else {
+            AddressFamily::INET6
+        };
+        let fd = new_socket(family)?;
+        // Without it a small body behind a head waits for an acknowledgement that the peer delays.
+        rustix::net::sockopt::set_tcp_nodelay(&fd, true)?;
+        let begun = rustix::net::connect(&fd, &address);
+        Self::connected(fd, begun).await
+    }
+
+    /// Connects to a unix socket. A full backlog there is an error at once, as the kernel has no queue to wait in.
+    ///
+    /// # Cancel safety
+    /// Dropping the future drops the attempt.
+    #[expect(
+        dead_code,
+        reason = "upstream groups with unix sockets are on their way"
+    )]
+    pub(crate) async fn connect_unix(path: &Path) -> io::Result<Self> {
+        let fd = new_socket(AddressFamily::UNIX)?;
+        let begun = rustix::net::connect(&fd, &SocketAddrUnix::new(path)?);
+        Self::connected(fd, begun).await
+    }
+
+    async fn connected(fd: OwnedFd, begun: rustix::io::Result<()>) -> io::Result<Self> {
+        let waits = match begun {
+            Ok(()) => false,
+            Err(Errno::INPROGRESS) => true,
+            Err(errno) => return Err(errno.into()),
+        };
+        let socket = Self::new(fd)?;
+        if waits {
+            std::future::poll_fn(|context| socket.poll_writable(context)).await?;
+            rustix::net::sockopt::socket_error(&socket)??;
+        }
+        Ok(socket)
+    }
+
+    /// Reads what is there. `WouldBlock` when the reactor knows of nothing.
+    pub(crate) fn try_read(&self, room: &mut [u8]) -> io::Result<usize> {
+        let mut short = None;
+        let read = self.fd.try_io(Interest::READABLE, |fd| {
+            match recv(fd, room)? {
+                // To the reactor the emptied socket is not ready; its end or an error, which stay, are.
+                count if count > 0 && count < room.len() => {
+                    short = Some(count);
+                    Err(io::ErrorKind::WouldBlock.into())
+                }
+                count => Ok(count),
+            }
+        });
+        short.map_or(read, Ok)
+    }
+
+    /// Reads what is there without asking the reactor first: right for a socket so new that the reactor cannot know.
+    pub(crate) fn read_now(&self, room: &mut [u8]) -> io::Result<usize> {
+        recv(self.fd.get_ref(), room)
+    }
+
+    /// Writes as much of the slices as the kernel takes. `WouldBlock` when it takes nothing.
+    pub(crate) fn try_write(&self, slices: &[IoSlice<'_>]) -> io::Result<usize> {
+        send(self.fd.get_ref(), slices)
+    }
+
+    /// Completes when a read may bring something: bytes, the end, or an error.
+    pub(crate) fn poll_readable(&self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let guard = ready!(self.fd.poll_read_ready(context))?;
+        drop(guard);
+        Poll::Ready(Ok(()))
+    }
+
+    /// Whether the reactor knows of something to read: bytes, the end, or an error. No system call.
+    pub(crate) fn seems_readable(&self) -> bool {
+        self.fd.try_io(Interest::READABLE, |_| Ok(())).is_ok()
+    }
+
+    /// Completes when the kernel may take bytes again. Only worth calling after a `WouldBlock`.
+    pub(crate) fn poll_writable(&self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        loop {
+            let mut guard = ready!(self.fd.poll_write_ready(context))?;
+            // The reactor may have heard of room that is long used up: zero bytes ask the kernel without writing.
+            let has_room = {
+                let mut asked = [rustix::event::PollFd::new(
+                    &self.fd,
+                    rustix::event::PollFlags::OUT,
+                )];
+                let no_wait = rustix::time::Timespec {
+                    tv_sec: 0,
+                    tv_nsec: 0,
+                };
+                rustix::event::poll(&mut asked, Some(&no_wait))? > 0
+            };
+            if has_room {
+                return Poll::Ready(Ok(()));
+            }
+            guard.clear_ready();
+        }
+    }
+
+    /// Tells the peer that nothing more will come.
+    pub(crate) fn finish(&self) -> io::Result<()> {
+        Ok(rustix::net::shutdown(self, Shutdown::Write)?)
+    }
+
+    /// Whether the peer has sent bytes that are still in the kernel. Does not look at a closed end.
+    pub(crate) fn has_unread(&self) -> bool {
+        matches!(self.peek(), Ok(1..))
+    }
+
+    /// Neither closed nor talking. Asks the kernel, not the reactor: the answer is as fresh as can be.
+    pub(crate) fn is_silent(&self) -> bool {
+        self.peek() == Err(Errno::AGAIN)
+    }
+
+    fn peek(&self) -> rustix::io::Result<usize> {
+        let mut byte = [0; 1];
+        let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
+        rustix::net::recv(self, &mut byte, flags).map(|(count, _)| count)
+    }
+}
+
+impl AsFd for Socket {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.get_ref().as_fd()
+    }
+}
+
+fn new_socket(family: AddressFamily) -> io::Result<OwnedFd> {
+    let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
+    Ok(rustix::net::socket_with(
+        family,
+        SocketType::STREAM,
+        flags,
+        None,
+    )?)
+}
+
+fn recv(fd: &OwnedFd, room: &mut [u8]) -> io::Result<usize> {
+    let (count, _) =
+        rustix::io::retry_on_intr(|| rustix::net::recv(fd, &mut *room, RecvFlags::empty()))?;
+    Ok(count)
+}
+
+/// One slice is cheaper to send than several.
+fn send(fd: &OwnedFd, slices: &[IoSlice<'_>]) -> io::Result<usize> {
+    let sent = match slices {
+        [one] => rustix::io::retry_on_intr(|| rustix::net::send(fd, one, SendFlags::NOSIGNAL)),
+        several => rustix::io::retry_on_intr(|| rustix::io::writev(fd, several)),
+    };
+    Ok(sent?)
+}
