@@ -15,6 +15,8 @@ mod proxy;
 mod service;
 mod stream;
 mod tcp;
+#[allow(dead_code, unused_imports)] // until routes and pools lead here
+pub mod upstream;
 mod worker;
 
 pub use control::server::ControlError;

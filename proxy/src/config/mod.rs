@@ -5,6 +5,7 @@
 
 mod load;
 mod table;
+mod upstream;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -14,6 +15,10 @@ use cutover_protocol::id::{ServiceName, Site};
 
 pub use load::ConfigError;
 pub use table::Problem;
+pub use upstream::{
+    Balance, Check, EjectConfig, HashBy, HealthConfig, HttpCheck, ProxyVersion, ResolverConfig,
+    ServerConfig, StickyConfig, UpstreamConfig, UpstreamProtocol,
+};
 
 /// Everything the proxy was told, checked.
 #[derive(Debug, Clone)]
