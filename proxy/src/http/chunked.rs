@@ -4,12 +4,38 @@
 //! side; extensions are dropped, trailers are collected. Anything that two readers could read in two ways is an
 //! error: signs, blanks, bare line feeds, sizes past 2^63.
 
-use super::head::{self, Scan};
+use super::head::{self, Scan, same_field};
 
 /// Longest chunk-size line with its extensions, in bytes.
 const SIZE_LINE_BYTES_MAX: usize = 1024;
 /// Longest trailer section, in bytes.
 const TRAILER_BYTES_MAX: usize = 8 * 1024;
+
+/// Fields that no trailer may be.
+const NO_TRAILERS: [&str; 22] = [
+    "authorization",
+    "connection",
+    "content-encoding",
+    "content-length",
+    "content-range",
+    "content-type",
+    "cookie",
+    "expect",
+    "forwarded",
+    "host",
+    "keep-alive",
+    "proxy-authorization",
+    "proxy-connection",
+    "set-cookie",
+    "te",
+    "trailer",
+    "transfer-encoding",
+    "upgrade",
+    "x-forwarded-for",
+    "x-forwarded-host",
+    "x-forwarded-proto",
+    "x-request-id",
+];
 
 /// What is wrong with a chunk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -24,7 +50,7 @@ pub enum ChunkError {
     #[error("a chunk that does not end in CR LF")]
     LineEnd,
     /// A trailer that no head could contain, or too many.
-    #[error("a trailer that is not a header field")]
+    #[error("a trailer that may not be one")]
     Trailer,
 }
 
@@ -188,7 +214,8 @@ impl Chunks {
         }
     }
 
-    /// Trailers are fields like others, except that none may frame or route (RFC 9110, section 6.5.1).
+    /// Trailers are fields like others, except that none may frame, route, or say who somebody is (RFC 9110,
+    /// section 6.5.1): a reader that takes them for header fields would believe it.
     fn check_trailer(&self) -> Result<State, ChunkError> {
         if self.trailer().is_empty() {
             return Ok(State::Done);
@@ -198,19 +225,8 @@ impl Chunks {
             Ok(httparse::Status::Complete(parsed)) => parsed,
             _ => return Err(ChunkError::Trailer),
         };
-        let forbidden = [
-            "content-length",
-            "transfer-encoding",
-            "host",
-            "connection",
-            "trailer",
-            "upgrade",
-            "te",
-        ];
         let bad = |field: &httparse::Header<'_>| {
-            forbidden
-                .iter()
-                .any(|name| name.eq_ignore_ascii_case(field.name))
+            NO_TRAILERS.iter().any(|name| same_field(field.name, name))
         };
         if fields.iter().any(bad) {
             Err(ChunkError::Trailer)

@@ -13,6 +13,9 @@ use crate::error::RequestError;
 use crate::service::Ticket;
 use crate::stream::{self, Stream};
 
+/// Most interim answers before one final answer; an honest upstream sends two or three.
+const INTERIM_MAX: usize = 32;
+
 /// One attempt to get one request answered.
 pub(crate) struct Exchange<'e> {
     pub(crate) client: &'e Stream,
@@ -158,6 +161,7 @@ impl Exchange<'_> {
         buffer: &mut Buffer,
         out: &mut Vec<u8>,
     ) -> Result<Received, RequestError> {
+        let mut interim_count = 0;
         loop {
             let end = self.read_head(buffer).await?;
             out.clear();
@@ -169,7 +173,13 @@ impl Exchange<'_> {
             match response.status {
                 101 if self.request.upgrade == Upgrade::Asked => return self.upgrade(out).await,
                 101 => return Err(RequestError::AnswerHead(head::HeadError::Syntax)),
-                100..200 => self.interim(out).await?,
+                100..200 if interim_count == INTERIM_MAX => {
+                    return Err(RequestError::AnswerHead(head::HeadError::TooManyInterim));
+                }
+                100..200 => {
+                    interim_count += 1;
+                    self.interim(out).await?;
+                }
                 _ => return self.answer(buffer, &response, out).await,
             }
         }
@@ -214,15 +224,15 @@ impl Exchange<'_> {
             response.encoding
         };
         let mut body = Body::new(response.framing);
-        let relayed = relay(
-            route,
-            buffer,
-            &mut body,
-            encoding,
-            head,
-            &self.progress.answered,
-        )
-        .await;
+        let answered = &self.progress.answered;
+        let before = answered.get();
+        let relayed = relay(route, buffer, &mut body, encoding, head, answered).await;
+        if matches!(relayed, Err(RelayError::Chunk(_) | RelayError::Read(_)))
+            && answered.get() == before
+        {
+            // Bad from its first byte: the client can still be told.
+            self.progress.answering.set(false);
+        }
         relayed.map_err(|error| match error {
             RelayError::Chunk(error) => RequestError::AnswerChunk(error),
             RelayError::Read(error) if error.kind() == io::ErrorKind::TimedOut => {

@@ -50,6 +50,15 @@ pub enum HeadError {
     /// A target that is neither a path, nor an http URL of the same host, nor `*`.
     #[error("a request target that is not a path")]
     Target,
+    /// HEAD or CONNECT in other letters: some take it for what it is not.
+    #[error("a method in the wrong letters")]
+    MethodLetters,
+    /// A Connection header that names more fields than we keep in mind.
+    #[error("a Connection header that names too many fields")]
+    TooManyOptions,
+    /// Interim answers without end.
+    #[error("too many interim answers")]
+    TooManyInterim,
     /// CONNECT, which is not ours to grant.
     #[error("the method CONNECT")]
     Connect,
@@ -148,15 +157,16 @@ impl Lengths {
     }
 }
 
-/// Digits only: no sign, no blank, no list, and no overflow.
+/// Digits only: no sign, no blank, no list, and no overflow, not even for a reader that counts with a sign.
 fn decimal(value: &[u8]) -> Option<u64> {
     if value.is_empty() || value.len() > 19 {
         return None;
     }
-    value.iter().try_fold(0_u64, |number, byte| match byte {
+    let number = value.iter().try_fold(0_u64, |number, byte| match byte {
         b'0'..=b'9' => Some(number * 10 + u64::from(byte - b'0')),
         _ => None,
-    })
+    });
+    number.filter(|number| *number <= i64::MAX as u64)
 }
 
 /// The two versions we speak.
@@ -199,7 +209,7 @@ pub(crate) struct ConnectionHeader<'h> {
 
 impl<'h> ConnectionHeader<'h> {
     /// Reads one Connection line; several add up.
-    pub(crate) fn read(&mut self, value: &'h [u8]) {
+    pub(crate) fn read(&mut self, value: &'h [u8]) -> Result<(), HeadError> {
         for token in value.split(|byte| *byte == b',').map(<[u8]>::trim_ascii) {
             if token.eq_ignore_ascii_case(b"close") {
                 self.close = true;
@@ -207,11 +217,13 @@ impl<'h> ConnectionHeader<'h> {
                 self.keep_alive = true;
             } else if token.eq_ignore_ascii_case(b"upgrade") {
                 self.upgrade = true;
-            } else if !token.is_empty() && self.named_count < self.named.len() {
-                self.named[self.named_count] = token;
+            } else if !token.is_empty() {
+                let place = self.named.get_mut(self.named_count);
+                *place.ok_or(HeadError::TooManyOptions)? = token;
                 self.named_count += 1;
             }
         }
+        Ok(())
     }
 
     /// Whether a field was named, and is therefore for this connection only.
@@ -228,6 +240,14 @@ impl<'h> ConnectionHeader<'h> {
             Version::Http10 => self.keep_alive && !self.close,
         }
     }
+}
+
+/// Whether a name is `ours`, also to a reader that takes underscores for dashes, as CGI does (RFC 3875, section
+/// 4.1.18).
+pub(crate) fn same_field(name: &str, ours: &str) -> bool {
+    let same =
+        |(name, ours): (u8, u8)| name.eq_ignore_ascii_case(&ours) || (name, ours) == (b'_', b'-');
+    name.len() == ours.len() && name.bytes().zip(ours.bytes()).all(same)
 }
 
 /// Turns what httparse says into our words.

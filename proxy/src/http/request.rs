@@ -3,7 +3,8 @@
 use std::mem::MaybeUninit;
 
 use super::head::{
-    ConnectionHeader, FIELDS_MAX, Framing, HeadError, Lengths, Version, syntax, write_field,
+    ConnectionHeader, FIELDS_MAX, Framing, HeadError, Lengths, Version, same_field, syntax,
+    write_field,
 };
 use crate::listen::client::Client;
 
@@ -68,14 +69,16 @@ impl std::fmt::Display for RequestId {
     }
 }
 
-/// Fields that concern one connection only, or that we write ourselves.
+/// Fields that concern one connection only, that we write ourselves, or that CGI would take for its own `HTTP_PROXY`.
 fn is_ours(name: &str) -> bool {
-    const OURS: [&str; 13] = [
+    const OURS: [&str; 15] = [
         "connection",
         "content-length",
         "expect",
         "host",
+        "http2-settings",
         "keep-alive",
+        "proxy",
         "proxy-connection",
         "te",
         "trailer",
@@ -85,7 +88,7 @@ fn is_ours(name: &str) -> bool {
         "x-forwarded-proto",
         "x-request-id",
     ];
-    OURS.iter().any(|ours| ours.eq_ignore_ascii_case(name))
+    OURS.iter().any(|ours| same_field(name, ours))
 }
 
 /// Room for the fields of one head; on the stack of whoever parses.
@@ -147,7 +150,8 @@ pub(crate) fn parse<'f, 'h>(
     let path = parsed.path.ok_or(HeadError::Target)?;
     let (path, host) = target(method, path, version, read.host)?;
     let framing = read.lengths.framing(version)?.unwrap_or(Framing::Empty);
-    let asks = version == Version::Http11 && read.connection.upgrade;
+    // With a body under way the connection cannot change its language.
+    let asks = version == Version::Http11 && framing == Framing::Empty && read.connection.upgrade;
     Ok(Parsed {
         method,
         path,
@@ -261,7 +265,7 @@ impl<'h> Fields<'h> {
                 }
                 7 if field.name.eq_ignore_ascii_case("upgrade") => read.upgrade = Some(field.value),
                 10 if field.name.eq_ignore_ascii_case("connection") => {
-                    read.connection.read(field.value)
+                    read.connection.read(field.value)?;
                 }
                 12 if field.name.eq_ignore_ascii_case("x-request-id") => read.request_id = true,
                 14 if field.name.eq_ignore_ascii_case("content-length") => {
@@ -285,6 +289,13 @@ fn class(method: &str) -> Method {
     }
 }
 
+/// Whoever takes `head` for HEAD answers without the body that its length announces.
+fn is_misspelt(method: &str) -> bool {
+    ["HEAD", "CONNECT"]
+        .iter()
+        .any(|known| method != *known && method.eq_ignore_ascii_case(known))
+}
+
 /// HTTP/2 in clear by upgrade would hide every later request from the gate.
 fn is_granted(protocol: &[u8]) -> bool {
     !protocol.is_empty()
@@ -304,8 +315,15 @@ fn target<'h>(
     if method == "CONNECT" {
         return Err(HeadError::Connect);
     }
+    if is_misspelt(method) {
+        return Err(HeadError::MethodLetters);
+    }
     if host.is_some_and(|host| !is_host(host)) || (host.is_none() && version == Version::Http11) {
         return Err(HeadError::Host);
+    }
+    // A fragment never travels; whoever cuts it off asks for something else than whoever does not.
+    if target.contains('#') {
+        return Err(HeadError::Target);
     }
     if target.starts_with('/') || (target == "*" && method == "OPTIONS") {
         return Ok((target, host.unwrap_or_default()));
@@ -329,10 +347,26 @@ fn target<'h>(
     }
 }
 
-/// Characters of a host and port, also of an IPv6 literal (RFC 3986, section 3.2.2); no user information.
+/// A name or an IP literal in brackets, and perhaps a port (RFC 3986, section 3.2.2); no user information.
 fn is_host(host: &[u8]) -> bool {
-    host.iter()
-        .all(|byte| byte.is_ascii_alphanumeric() || b"-._~:[]%!$&'()*+,;=".contains(byte))
+    let name = |byte: &u8| byte.is_ascii_alphanumeric() || b"-._~%!$&'()*+,;=".contains(byte);
+    let literal = |byte: &u8| name(byte) || *byte == b':';
+    let port = |rest: &[u8]| match rest {
+        [] => true,
+        [b':', digits @ ..] => digits.iter().all(u8::is_ascii_digit),
+        _ => false,
+    };
+    match host {
+        [b'[', rest @ ..] => match rest.iter().position(|byte| *byte == b']') {
+            Some(end) => rest[..end].iter().all(literal) && port(&rest[end + 1..]),
+            None => false,
+        },
+        _ => {
+            let end = host.iter().position(|byte| *byte == b':');
+            let (host, rest) = host.split_at(end.unwrap_or(host.len()));
+            host.iter().all(name) && port(rest)
+        }
+    }
 }
 
 #[cfg(test)]

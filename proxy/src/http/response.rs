@@ -56,7 +56,7 @@ pub(crate) fn rewrite(
     let mut connection = ConnectionHeader::default();
     for field in parsed.headers.iter() {
         match field.name.len() {
-            10 if field.name.eq_ignore_ascii_case("connection") => connection.read(field.value),
+            10 if field.name.eq_ignore_ascii_case("connection") => connection.read(field.value)?,
             14 if field.name.eq_ignore_ascii_case("content-length") => {
                 lengths.content_length(field.value)?
             }
@@ -104,6 +104,8 @@ fn settle(
     } else {
         declared.unwrap_or(Framing::UntilClose)
     };
+    // A body it announces and must not have may come all the same, and be taken for the next answer.
+    let lies = status == 204 && !matches!(declared, None | Some(Framing::Empty));
     let by_length = matches!(framing, Framing::Empty | Framing::Length(_));
     let encoding = match request.version {
         Version::Http11 if !by_length => Encoding::Chunked,
@@ -114,7 +116,7 @@ fn settle(
     Response {
         status,
         framing,
-        upstream_persists: upstream_persists && framing != Framing::UntilClose,
+        upstream_persists: upstream_persists && framing != Framing::UntilClose && !lies,
         client_persists: request.persists && may_persist && counted,
         encoding,
     }

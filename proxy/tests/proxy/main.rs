@@ -8,4 +8,5 @@ mod forwarding;
 mod holding;
 mod refusals;
 mod restart;
+mod smuggling;
 mod world;

@@ -1,0 +1,224 @@
+//! The corpus of smuggling and desync cases. Each row of the files in `tests/smuggling` is sent, byte for byte,
+//! through a real proxy to a recording origin: it is refused with the one right status, closed upon, and nothing of
+//! it has reached the origin; or it arrives as exactly the requests the row names, in bytes that a strict reader
+//! accepts. There is no third outcome.
+
+mod case;
+mod reading;
+mod recorder;
+
+use std::io::{Read as _, Write};
+use std::net::{Shutdown, TcpStream};
+
+use self::case::Case;
+use self::reading::{Kind, Read};
+use self::recorder::{Recorder, Seen};
+use crate::world::{Nobody, PATIENCE, Plan};
+
+#[test]
+fn two_lengths_are_refused_or_read_once() {
+    all("lengths.toml");
+}
+
+#[test]
+fn transfer_codings_are_refused_or_read_once() {
+    all("codings.toml");
+}
+
+#[test]
+fn chunks_are_refused_or_read_once() {
+    all("chunks.toml");
+}
+
+#[test]
+fn lines_and_fields_are_refused_or_read_once() {
+    all("lines.toml");
+}
+
+#[test]
+fn targets_and_hosts_are_refused_or_read_once() {
+    all("targets.toml");
+}
+
+#[test]
+fn connections_that_go_on_or_change_are_read_once() {
+    all("connections.toml");
+}
+
+#[test]
+fn answers_are_believed_once() {
+    all("answers.toml");
+}
+
+/// Runs every row and names all that went wrong, not only the first.
+fn all(file: &str) {
+    let cases = case::load(file);
+    let mut wrong = Vec::new();
+    for case in &cases {
+        assert!(!case.source.is_empty(), "{} has no source", case.name);
+        if let Err(why) = run(case) {
+            wrong.push(format!("{}\n  {}", case.name, why.replace('\n', "\n  ")));
+        }
+    }
+    assert!(
+        wrong.is_empty(),
+        "{} of {} rows of {file}:\n\n{}",
+        wrong.len(),
+        cases.len(),
+        wrong.join("\n\n")
+    );
+}
+
+fn run(case: &Case) -> Result<(), String> {
+    let recorder = Recorder::new(case.answers());
+    let mut plan = Plan::new(recorder.address(), Nobody::new().address());
+    plan.workers = 1;
+    let mut world = plan.start();
+    let mut client = Client::connect(TcpStream::connect(world.address()).unwrap(), case);
+    let talked = client.talk(case);
+    drop(client);
+    world.proxy.take().unwrap().stop(PATIENCE);
+    let seen = recorder.finish();
+    talked.and_then(|()| compare(case, &seen))
+}
+
+/// The origin's view against the row.
+fn compare(case: &Case, seen: &Seen) -> Result<(), String> {
+    let texts = |reads: &[Read]| reads.iter().map(Read::text).collect::<Vec<_>>();
+    same("wrong at the origin", &Vec::new(), &seen.wrong)?;
+    same("forwarded", &case.forwarded(), &texts(&seen.requests))?;
+    let broken_off: Vec<String> = case
+        .broken_off
+        .iter()
+        .map(|text| text.trim_end().to_owned())
+        .collect();
+    same("broken off", &broken_off, &texts(&seen.broken_off))?;
+    let most = usize::from(!case.forwarded().is_empty() || case.broken_off.is_some());
+    same(
+        "connections",
+        &case.connections.unwrap_or(most),
+        &seen.connections,
+    )
+}
+
+fn same<T: PartialEq + std::fmt::Debug>(what: &str, expected: &T, found: &T) -> Result<(), String> {
+    if expected == found {
+        Ok(())
+    } else {
+        Err(format!("{what}:\nexpected {expected:#?}\nfound {found:#?}"))
+    }
+}
+
+/// The client of one row, reading as strictly as the origin.
+struct Client {
+    stream: TcpStream,
+    bytes: Vec<u8>,
+    ended: bool,
+    /// For each final answer to come, whether it answers HEAD.
+    to_head: Vec<bool>,
+    answers: Vec<Read>,
+}
+
+impl Client {
+    fn connect(stream: TcpStream, case: &Case) -> Self {
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        stream.set_nodelay(true).unwrap();
+        let to_head = case
+            .forwarded()
+            .iter()
+            .map(|text| text.starts_with("HEAD "))
+            .collect();
+        Self {
+            stream,
+            bytes: Vec::new(),
+            ended: false,
+            to_head,
+            answers: Vec::new(),
+        }
+    }
+
+    fn talk(&mut self, case: &Case) -> Result<(), String> {
+        for (number, part) in case.send().iter().enumerate() {
+            if self.answers.len() < number {
+                self.answer()?;
+            }
+            // A proxy that has refused may have closed already; what it answered is still to be read.
+            let _ = self.stream.write_all(part);
+        }
+        let received = case.received();
+        while self.answers.len() < received.len() {
+            self.answer()?;
+        }
+        let texts: Vec<String> = self.answers.iter().map(Read::text).collect();
+        same("received", &received, &texts)?;
+        if let Some(status) = case.refused {
+            let refusal = self.answer()?;
+            same("refused", &status, &refusal.status())?;
+            same(
+                "Connection of the refusal",
+                &Some("close"),
+                &refusal.field("Connection"),
+            )?;
+        }
+        let last = self.answers.last();
+        let closes = last.is_some_and(|last| last.field("Connection") == Some("close"));
+        if !closes && case.cut.is_none() {
+            let _ = self.stream.shutdown(Shutdown::Write);
+        }
+        self.ends(case)
+    }
+
+    /// Reads on until one more answer is whole.
+    fn answer(&mut self) -> Result<Read, String> {
+        loop {
+            let read = self.begun()?;
+            if read.is_whole {
+                self.bytes.drain(..read.used);
+                self.answers.push(read.clone());
+                return Ok(read);
+            }
+            if self.ended {
+                return Err(format!(
+                    "the connection ended in the answer {:?}",
+                    read.text()
+                ));
+            }
+            self.more()?;
+        }
+    }
+
+    fn begun(&self) -> Result<Read, String> {
+        let answered = self
+            .answers
+            .iter()
+            .filter(|answer| answer.is_final())
+            .count();
+        let to_head = self.to_head.get(answered).copied().unwrap_or(false);
+        reading::read(&self.bytes, Kind::Answer { to_head }, self.ended)
+    }
+
+    fn more(&mut self) -> Result<(), String> {
+        let mut block = [0; 4096];
+        match self.stream.read(&mut block) {
+            Ok(0) => self.ended = true,
+            Ok(count) => self.bytes.extend_from_slice(&block[..count]),
+            Err(error) if error.kind() == std::io::ErrorKind::ConnectionReset => self.ended = true,
+            Err(error) => return Err(format!("waiting for an answer or the close: {error}")),
+        }
+        Ok(())
+    }
+
+    /// Nothing but what the row allows may come before the close.
+    fn ends(&mut self, case: &Case) -> Result<(), String> {
+        while !self.ended {
+            self.more()?;
+        }
+        let rest = if self.bytes.is_empty() {
+            None
+        } else {
+            Some(self.begun()?.text())
+        };
+        let cut = case.cut.as_ref().map(|text| text.trim_end().to_owned());
+        same("at the end", &cut, &rest)
+    }
+}
