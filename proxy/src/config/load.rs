@@ -8,6 +8,7 @@ use rustix::process::{Resource, getrlimit};
 use toml::Table;
 
 use super::table::{Problem, Section};
+use super::upstream::{RESOLVER_KEYS, resolver, upstreams};
 use super::{
     Config, Limits, ListenAddress, ListenConfig, LogTarget, Protocol, Release, ServiceConfig,
 };
@@ -30,6 +31,8 @@ const ROOT_KEYS: &[&str] = &[
     "access_log",
     "limits",
     "release",
+    "resolver",
+    "upstream",
     "service",
 ];
 const METRICS_KEYS: &[&str] = &["listen"];
@@ -65,7 +68,7 @@ const LISTEN_KEYS: &[&str] = &["address"];
 /// Files the process needs for itself: listeners, epolls, control and metrics clients, logs, libraries.
 const FILES_RESERVED: u64 = 200;
 /// Longest time a limit may name: a week, in milliseconds.
-const MS_MAX: i64 = 7 * 24 * 3600 * 1000;
+pub(super) const MS_MAX: i64 = 7 * 24 * 3600 * 1000;
 
 impl Config {
     /// Reads and checks a configuration file. Relative paths in it are taken from the folder of the file.
@@ -108,6 +111,8 @@ impl Config {
         };
         let limits = limits(root.section("limits", LIMITS_KEYS)?)?;
         let release = release(root.section("release", RELEASE_KEYS)?)?;
+        let resolver = resolver(root.section("resolver", RESOLVER_KEYS)?)?;
+        let upstreams = upstreams(&root)?;
         let services = services(&root, folder)?;
         Ok(Self {
             state_dir,
@@ -117,6 +122,8 @@ impl Config {
             access_log,
             limits,
             release,
+            resolver,
+            upstreams,
             services,
         })
     }

@@ -17,7 +17,7 @@ pub use load::ConfigError;
 pub use table::Problem;
 pub use upstream::{
     Balance, Check, EjectConfig, HashBy, HealthConfig, HttpCheck, ProxyVersion, ResolverConfig,
-    ServerConfig, StickyConfig, UpstreamConfig, UpstreamProtocol,
+    ServerConfig, StickyConfig, UpstreamConfig, UpstreamProtocol, UpstreamRef,
 };
 
 /// Everything the proxy was told, checked.
@@ -37,6 +37,10 @@ pub struct Config {
     pub limits: Limits,
     /// How the held are let through.
     pub release: Release,
+    /// Who resolves the names of servers.
+    pub resolver: ResolverConfig,
+    /// In the order of the file; names are unique.
+    pub upstreams: Vec<UpstreamConfig>,
     /// In the order of the file; names and listening addresses are unique.
     pub services: Vec<ServiceConfig>,
 }

@@ -80,6 +80,54 @@ pub enum Problem {
         /// What would be accepted.
         wanted: &'static str,
     },
+    /// A list without entries, or with one of the wrong type.
+    #[error("\"{key}\" in {place} must be a list of texts in quotes")]
+    NotTexts {
+        /// The table.
+        place: String,
+        /// The key.
+        key: &'static str,
+    },
+    /// A name of something that is not there.
+    #[error("\"{key}\" in {place} names the {what} \"{name}\", which does not exist{hint}", hint = hint(nearest.as_deref()))]
+    NoSuch {
+        /// The table.
+        place: String,
+        /// The key.
+        key: &'static str,
+        /// What it should name, such as `upstream`.
+        what: &'static str,
+        /// The name.
+        name: Box<str>,
+        /// The name that looks most like it, if there is any.
+        nearest: Option<Box<str>>,
+    },
+    /// A key that has no effect here.
+    #[error("\"{key}\" in {place} means nothing without {needs}")]
+    Useless {
+        /// The table.
+        place: String,
+        /// The key.
+        key: &'static str,
+        /// What would give it a meaning.
+        needs: &'static str,
+    },
+    /// Two tables of a kind share a name.
+    #[error("two {kind} have the name \"{name}\"; give each its own")]
+    NameTwice {
+        /// The tables, such as `[[upstream]]`.
+        kind: &'static str,
+        /// The name they share.
+        name: String,
+    },
+    /// An entry that is there twice.
+    #[error("{place} lists {value} twice; leave one out")]
+    EntryTwice {
+        /// The table.
+        place: String,
+        /// The entry.
+        value: String,
+    },
     /// Two services share what must be their own.
     #[error("two services have the {what} \"{value}\"; give each its own")]
     Twice {
@@ -122,9 +170,19 @@ impl<'t> Section<'t> {
         key: &'static str,
         known: &'static [&'static str],
     ) -> Result<Option<Section<'t>>, Problem> {
+        self.section_at(key, format!("[{key}]"), known)
+    }
+
+    /// A table inside this one, if it is there, with a place that says inside which.
+    pub(super) fn section_at(
+        &self,
+        key: &'static str,
+        place: String,
+        known: &'static [&'static str],
+    ) -> Result<Option<Section<'t>>, Problem> {
         match self.table.get(key) {
             None => Ok(None),
-            Some(Value::Table(table)) => Section::open(format!("[{key}]"), table, known).map(Some),
+            Some(Value::Table(table)) => Section::open(place, table, known).map(Some),
             Some(other) => Err(self.wrong_type(key, other, "a table")),
         }
     }
@@ -133,6 +191,20 @@ impl<'t> Section<'t> {
     pub(super) fn sections(
         &self,
         key: &'static str,
+        known: &'static [&'static str],
+    ) -> Result<Vec<Section<'t>>, Problem> {
+        let place = |index: usize, table: &Table| match table.get("name") {
+            Some(Value::String(name)) => format!("[[{key}]] \"{name}\""),
+            _ => format!("[[{key}]] number {}", index + 1),
+        };
+        self.sections_at(key, place, known)
+    }
+
+    /// The tables of an array, in order, with places that say where each is.
+    pub(super) fn sections_at(
+        &self,
+        key: &'static str,
+        place: impl Fn(usize, &Table) -> String,
         known: &'static [&'static str],
     ) -> Result<Vec<Section<'t>>, Problem> {
         let Some(value) = self.table.get(key) else {
@@ -146,11 +218,7 @@ impl<'t> Section<'t> {
             let Value::Table(table) = entry else {
                 return Err(self.wrong_type(key, entry, "a list of tables"));
             };
-            let place = match table.get("name") {
-                Some(Value::String(name)) => format!("[[{key}]] \"{name}\""),
-                _ => format!("[[{key}]] number {}", index + 1),
-            };
-            sections.push(Section::open(place, table, known)?);
+            sections.push(Section::open(place(index, table), table, known)?);
         }
         Ok(sections)
     }
@@ -176,6 +244,41 @@ impl<'t> Section<'t> {
         example: &'static str,
     ) -> Result<&'t str, Problem> {
         self.text(key)?.ok_or_else(|| self.missing(key, example))
+    }
+
+    /// A list of texts; empty when the key is absent.
+    pub(super) fn texts(&self, key: &'static str) -> Result<Vec<&'t str>, Problem> {
+        let not_texts = || Problem::NotTexts {
+            place: self.place.clone(),
+            key,
+        };
+        match self.table.get(key) {
+            None => Ok(Vec::new()),
+            Some(Value::Array(entries)) if !entries.is_empty() => entries
+                .iter()
+                .map(|entry| entry.as_str().ok_or_else(not_texts))
+                .collect(),
+            Some(_) => Err(not_texts()),
+        }
+    }
+
+    /// True or false, if it is there.
+    pub(super) fn flag(&self, key: &'static str) -> Result<Option<bool>, Problem> {
+        match self.table.get(key) {
+            None => Ok(None),
+            Some(Value::Boolean(flag)) => Ok(Some(*flag)),
+            Some(other) => Err(self.wrong_type(key, other, "true or false")),
+        }
+    }
+
+    /// Whether the key is there.
+    pub(super) fn has(&self, key: &'static str) -> bool {
+        self.table.contains_key(key)
+    }
+
+    /// Where this is, for messages.
+    pub(super) fn place(&self) -> &str {
+        &self.place
     }
 
     /// An `address:port`, if it is there.
@@ -218,6 +321,41 @@ impl<'t> Section<'t> {
         }
     }
 
+    /// The problem of a key that has no effect, if it is there.
+    pub(super) fn refuse_useless(
+        &self,
+        keys: &[&'static str],
+        needs: &'static str,
+    ) -> Result<(), Problem> {
+        match keys.iter().find(|key| self.has(key)) {
+            None => Ok(()),
+            Some(key) => Err(Problem::Useless {
+                place: self.place.clone(),
+                key,
+                needs,
+            }),
+        }
+    }
+
+    /// The problem of a name that nothing has.
+    #[allow(dead_code)] // until services name groups
+    pub(super) fn no_such<'n>(
+        &self,
+        key: &'static str,
+        what: &'static str,
+        name: &str,
+        known: impl Iterator<Item = &'n str>,
+    ) -> Problem {
+        let nearest = known.min_by_key(|known| strsim::damerau_levenshtein(name, known));
+        Problem::NoSuch {
+            place: self.place.clone(),
+            key,
+            what,
+            name: name.into(),
+            nearest: nearest.map(Into::into),
+        }
+    }
+
     /// The problem of an absent key.
     pub(super) fn missing(&self, key: &'static str, example: &'static str) -> Problem {
         Problem::Missing {
@@ -245,6 +383,12 @@ impl<'t> Section<'t> {
             wanted,
         }
     }
+}
+
+fn hint(nearest: Option<&str>) -> String {
+    nearest.map_or_else(String::new, |nearest| {
+        format!("; did you mean \"{nearest}\"?")
+    })
 }
 
 fn nearest(key: &str, known: &'static [&'static str]) -> &'static str {

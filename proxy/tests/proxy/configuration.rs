@@ -97,3 +97,21 @@ fn a_refused_configuration_is_one_line_and_exit_code_two() {
         assert_eq!(String::from_utf8(output.stderr).unwrap(), said);
     }
 }
+
+#[test]
+fn the_full_file_shows_every_default_of_a_group_of_servers() {
+    let full = Config::load(&configs().join("proxy/full.toml")).unwrap();
+    let minimal = Config::load(&configs().join("proxy/minimal.toml")).unwrap();
+    assert_eq!(full.resolver, minimal.resolver);
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("proxy.toml");
+    let text = "state_dir = \"s\"\ncontrol = \"c\"\n[[upstream]]\nname = \"web-source\"\n\
+                servers = [{ address = \"10.0.0.11:80\" }]\n[upstream.health]\ncheck = \"http\"\n[upstream.eject]\n\
+                [[service]]\nname = \"web\"\nlisten = \"127.0.0.1:0\"\nsource = \"10.0.0.1:80\"\ntarget = \"10.0.1.1:80\"\n";
+    std::fs::write(&path, text).unwrap();
+    let mut least = Config::load(&path).unwrap().upstreams.remove(0);
+    let shown = full.upstreams[0].clone();
+    assert_eq!(shown.servers[0], least.servers[0]);
+    least.servers = shown.servers.clone();
+    assert_eq!(shown, least);
+}

@@ -1,10 +1,37 @@
 //! `[[upstream]]` and `[resolver]`: groups of servers, how they are balanced, checked and spared, and who resolves
-//! their names. Reads and checks; never resolves or connects.
+//! their names. The values are here, their reading in `read`; neither resolves or connects.
 
+mod read;
+
+use std::borrow::Cow;
 use std::net::SocketAddr;
 use std::time::Duration;
 
 use crate::upstream::Address;
+
+#[allow(unused_imports)] // until services name groups
+pub(super) use read::reference;
+pub(super) use read::{RESOLVER_KEYS, resolver, upstreams};
+
+/// What a service or a route names as its upstream.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum UpstreamRef {
+    /// An `[[upstream]]`, which exists.
+    Group(String),
+    /// An address: a group of one.
+    Plain(Address),
+}
+
+impl UpstreamRef {
+    /// The name of the group it stands for.
+    #[must_use]
+    pub fn name(&self) -> Cow<'_, str> {
+        match self {
+            Self::Group(name) => Cow::Borrowed(name),
+            Self::Plain(address) => Cow::Owned(address.to_string()),
+        }
+    }
+}
 
 /// A group of servers that do the same work.
 #[derive(Debug, Clone, PartialEq, Eq)]
