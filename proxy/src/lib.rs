@@ -17,6 +17,7 @@ mod stream;
 mod tcp;
 #[allow(dead_code, unused_imports)] // until routes and pools lead here
 pub mod upstream;
+mod tls;
 mod worker;
 
 pub use control::server::ControlError;
