@@ -15,9 +15,9 @@ mod proxy;
 mod service;
 mod stream;
 mod tcp;
+mod tls;
 #[allow(dead_code, unused_imports)] // until routes and pools lead here
 pub mod upstream;
-mod tls;
 mod worker;
 
 pub use control::server::ControlError;

@@ -178,8 +178,10 @@ impl Upstream {
     /// Neither closed nor talking out of turn. The reactor hears of either within a turn of its loop, so the kernel
     /// is asked only about connections that have been idle for longer than a turn may take.
     fn is_silent(&self, idle: Duration) -> bool {
-        let socket = self.stream.socket();
-        !socket.seems_readable() && (idle < TURN_MAX || socket.is_silent())
+        // A TLS upstream may still have tickets for us: its session looks at what has come.
+        let readable = self.stream.socket().seems_readable();
+        let may_speak = self.stream.plain().is_none();
+        (!readable && idle < TURN_MAX) || ((!readable || may_speak) && self.stream.is_silent())
     }
 }
 

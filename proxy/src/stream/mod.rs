@@ -16,6 +16,7 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::timeout;
 
 use crate::buffer::{Buffer, Buffers};
+use crate::tls::stream::{Mark, TlsStream};
 
 pub(crate) use socket::Socket;
 
@@ -24,6 +25,9 @@ pub(crate) use socket::Socket;
 pub(crate) enum Stream {
     /// As they are on the wire.
     Plain(Socket),
+    #[allow(dead_code, reason = "TLS listeners and upstreams are on their way")]
+    /// Inside TLS. In a box, so that a plain connection does not pay for it.
+    Tls(Box<TlsStream>),
 }
 
 impl Stream {
@@ -31,13 +35,15 @@ impl Stream {
     pub(crate) fn try_read(&self, room: &mut [u8]) -> io::Result<usize> {
         match self {
             Self::Plain(socket) => socket.try_read(room),
+            Self::Tls(stream) => stream.try_read(room),
         }
     }
 
-    /// Hands over as much of the slices as goes without waiting.
+    /// Hands over as much of the slices as goes without waiting. What was handed over may still need a flush.
     pub(crate) fn try_write(&self, slices: &[IoSlice<'_>]) -> io::Result<usize> {
         match self {
             Self::Plain(socket) => socket.try_write(slices),
+            Self::Tls(stream) => stream.try_write(slices),
         }
     }
 
@@ -45,6 +51,7 @@ impl Stream {
     pub(crate) fn poll_readable(&self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         match self {
             Self::Plain(socket) => socket.poll_readable(context),
+            Self::Tls(stream) => stream.poll_readable(context),
         }
     }
 
@@ -52,6 +59,39 @@ impl Stream {
     pub(crate) fn poll_writable(&self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         match self {
             Self::Plain(socket) => socket.poll_writable(context),
+            Self::Tls(stream) => stream.poll_writable(context),
+        }
+    }
+
+    /// Completes when all that was handed over has gone to the kernel.
+    pub(crate) fn poll_flush(&self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self {
+            Self::Plain(_) => Poll::Ready(Ok(())),
+            Self::Tls(stream) => stream.poll_flush(context),
+        }
+    }
+
+    /// Hands to the kernel what earlier writes left over; `WouldBlock` when it does not take all of it.
+    pub(crate) fn try_flush(&self) -> io::Result<()> {
+        match self {
+            Self::Plain(_) => Ok(()),
+            Self::Tls(stream) => stream.try_flush(),
+        }
+    }
+
+    /// A place in what has been handed over, for [`Stream::left_since`].
+    fn mark(&self) -> Option<Mark> {
+        match self {
+            Self::Plain(_) => None,
+            Self::Tls(stream) => Some(stream.mark()),
+        }
+    }
+
+    /// How many of the `written` bytes handed over since the mark may have reached the peer: none, or all.
+    fn left_since(&self, mark: Option<Mark>, written: usize) -> usize {
+        match (self, mark) {
+            (Self::Tls(stream), Some(mark)) if !stream.left_since(mark) => 0,
+            _ => written,
         }
     }
 
@@ -64,14 +104,16 @@ impl Stream {
     pub(crate) fn finish(&self) {
         match self {
             // A peer that is gone already needs no telling.
-            Self::Plain(socket) => socket.finish().ok(),
-        };
+            Self::Plain(socket) => drop(socket.finish()),
+            Self::Tls(stream) => stream.finish(),
+        }
     }
 
     /// The socket, where its bytes are the stream's bytes.
     pub(crate) const fn plain(&self) -> Option<&Socket> {
         match self {
             Self::Plain(socket) => Some(socket),
+            Self::Tls(_) => None,
         }
     }
 
@@ -79,12 +121,24 @@ impl Stream {
     pub(crate) const fn socket(&self) -> &Socket {
         match self {
             Self::Plain(socket) => socket,
+            Self::Tls(stream) => stream.socket(),
         }
     }
 
     /// Whether the peer has sent something that nobody has read.
     pub(crate) fn has_unread(&self) -> bool {
-        self.socket().has_unread()
+        match self {
+            Self::Plain(socket) => socket.has_unread(),
+            Self::Tls(stream) => stream.has_unread(),
+        }
+    }
+
+    /// Neither closed nor talking. Asks the kernel, not the reactor: the answer is as fresh as can be.
+    pub(crate) fn is_silent(&self) -> bool {
+        match self {
+            Self::Plain(socket) => socket.is_silent(),
+            Self::Tls(stream) => stream.is_silent(),
+        }
     }
 }
 
@@ -143,11 +197,12 @@ impl AsyncWrite for Stream {
         true
     }
 
-    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Poll::Ready(Ok(()))
+    fn poll_flush(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Self::poll_flush(&self, context)
     }
 
-    fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+    fn poll_shutdown(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        ready!(Self::poll_flush(&self, context))?;
         self.finish();
         Poll::Ready(Ok(()))
     }
@@ -196,18 +251,24 @@ pub(crate) async fn write_all(
     mut slices: &mut [IoSlice<'_>],
     silence: Duration,
 ) -> Result<(), WriteFailed> {
+    let mark = stream.mark();
     let mut written = 0;
+    let failed = |written, source| WriteFailed {
+        written: stream.left_since(mark, written),
+        source,
+    };
     // Skips empty slices in front, so that an all-empty write ends at once.
     IoSlice::advance_slices(&mut slices, 0);
-    while !slices.is_empty() {
-        match stream.try_write(slices) {
-            Ok(0) => {
-                return Err(WriteFailed {
-                    written,
-                    source: io::ErrorKind::WriteZero.into(),
-                });
-            }
-            Ok(count) => {
+    loop {
+        let attempt = if slices.is_empty() {
+            stream.try_flush().map(|()| None)
+        } else {
+            stream.try_write(slices).map(Some)
+        };
+        match attempt {
+            Ok(None) => break,
+            Ok(Some(0)) => return Err(failed(written, io::ErrorKind::WriteZero.into())),
+            Ok(Some(count)) => {
                 written += count;
                 IoSlice::advance_slices(&mut slices, count);
             }
@@ -216,9 +277,9 @@ pub(crate) async fn write_all(
                 let writable = writable
                     .await
                     .unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()));
-                writable.map_err(|source| WriteFailed { written, source })?;
+                writable.map_err(|source| failed(written, source))?;
             }
-            Err(source) => return Err(WriteFailed { written, source }),
+            Err(source) => return Err(failed(written, source)),
         }
     }
     tokio::task::consume_budget().await;

@@ -3,6 +3,7 @@
 //! Bounded in time by the caller and in bytes by rustls. Buffers live only as long as the handshake.
 
 use std::cell::RefCell;
+use std::future::poll_fn;
 use std::io::{self, IoSlice};
 
 use rustls::client::{ClientConnectionData, UnbufferedClientConnection};
@@ -10,12 +11,11 @@ use rustls::pki_types::CertificateDer;
 use rustls::server::{ServerConnectionData, UnbufferedServerConnection};
 use rustls::unbuffered::{ConnectionState, EncodeError, EncodeTlsData, UnbufferedStatus};
 use rustls::{CommonState, HandshakeKind, ProtocolVersion};
-use tokio::io::Interest;
 
 use super::SessionError;
 use super::record::HEADER_BYTES;
 use super::session::{Keys, Session};
-use super::socket::Socket;
+use crate::stream::Socket;
 
 /// A whole flight of most peers.
 const READ_BYTES: usize = 4096;
@@ -246,12 +246,11 @@ fn holds_whole_record(bytes: &[u8]) -> bool {
 async fn send(socket: &Socket, outgoing: &mut Vec<u8>) -> io::Result<()> {
     let mut from = 0;
     while from < outgoing.len() {
-        match socket.try_write_vectored(&[IoSlice::new(&outgoing[from..])]) {
+        match socket.try_write(&[IoSlice::new(&outgoing[from..])]) {
             Ok(count) => from += count,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                socket.ready(Interest::WRITABLE).await?;
+                poll_fn(|context| socket.poll_writable(context)).await?;
             }
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             Err(error) => return Err(error),
         }
     }
@@ -266,15 +265,19 @@ async fn receive(socket: &Socket, incoming: &mut Vec<u8>) -> io::Result<()> {
     }
     loop {
         incoming.resize(filled + READ_BYTES, 0);
-        let attempt = socket.try_read(&mut incoming[filled..]);
+        // A client mostly sends at once, and a socket that is so new has not been heard of by the reactor.
+        let attempt = if filled == 0 {
+            socket.read_now(&mut incoming[filled..])
+        } else {
+            socket.try_read(&mut incoming[filled..])
+        };
         incoming.truncate(filled + attempt.as_ref().copied().unwrap_or(0));
         match attempt {
             Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
             Ok(_) => return Ok(()),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                socket.ready(Interest::READABLE).await?;
+                poll_fn(|context| socket.poll_readable(context)).await?;
             }
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             Err(error) => return Err(error),
         }
     }

@@ -9,7 +9,6 @@
 mod handshake;
 mod record;
 mod session;
-pub(crate) mod socket;
 pub(crate) mod stream;
 
 pub(crate) use session::SessionError;

@@ -8,7 +8,6 @@
 use std::cell::{Cell, RefCell};
 use std::fmt;
 use std::io::{self, IoSlice};
-use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
@@ -17,7 +16,6 @@ use rustls::client::UnbufferedClientConnection;
 use rustls::pki_types::ServerName;
 use rustls::server::UnbufferedServerConnection;
 use rustls::{ClientConfig, ServerConfig};
-use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 use tokio::time::timeout;
 
 use super::SessionError;
@@ -25,7 +23,7 @@ pub(crate) use super::handshake::Agreed;
 use super::handshake::{self, Shaken, Side};
 use super::record::{PLAIN_BYTES_MAX, RECORD_OVERHEAD};
 use super::session::{Received, Session};
-use super::socket::Socket;
+use crate::stream::Socket;
 
 /// Most plaintext sealed for one write: four records, so that a fast peer costs few calls and a slow one few bytes.
 const SEALED_BYTES_MAX: usize = 4 * PLAIN_BYTES_MAX;
@@ -188,7 +186,7 @@ impl TlsStream {
     ///
     /// # Errors
     /// `WouldBlock` while earlier data waits for the peer.
-    pub(crate) fn try_write_vectored(&self, slices: &[IoSlice<'_>]) -> io::Result<usize> {
+    pub(crate) fn try_write(&self, slices: &[IoSlice<'_>]) -> io::Result<usize> {
         let mut state = self.state.borrow_mut();
         if state.end == End::Failed {
             return Err(io::ErrorKind::BrokenPipe.into());
@@ -228,19 +226,16 @@ impl TlsStream {
         let waiting = state.outgoing.len();
         let attempt = match (waiting, sealed.len()) {
             (0, 0) => return Ok(()),
-            (0, _) => self.socket.try_write_vectored(&[IoSlice::new(sealed)]),
-            (_, 0) => self
-                .socket
-                .try_write_vectored(&[IoSlice::new(&state.outgoing)]),
+            (0, _) => self.socket.try_write(&[IoSlice::new(sealed)]),
+            (_, 0) => self.socket.try_write(&[IoSlice::new(&state.outgoing)]),
             _ => {
                 let both = [IoSlice::new(&state.outgoing), IoSlice::new(sealed)];
-                self.socket.try_write_vectored(&both)
+                self.socket.try_write(&both)
             }
         };
         let count = match attempt {
             Ok(count) => count,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => 0,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
             Err(error) => {
                 state.end = End::Failed;
                 return Err(error);
@@ -274,40 +269,21 @@ impl TlsStream {
         self.sent.get() > mark.0
     }
 
-    /// Waits until there may be something to read, and meanwhile sends what is left to send: a peer may wait for it.
-    ///
-    /// # Errors
-    /// The socket failed.
-    ///
-    /// # Cancel safety
-    /// Nothing is lost when the future is dropped.
-    pub(crate) async fn readable(&self) -> io::Result<()> {
+    /// Completes when a read may bring something, and meanwhile sends what is left to send: the peer may wait for it.
+    pub(crate) fn poll_readable(&self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         if self.state.borrow().has_more() {
-            return Ok(());
+            return Poll::Ready(Ok(()));
         }
-        loop {
-            match self.try_flush() {
-                Ok(()) => {
-                    self.socket.ready(Interest::READABLE).await?;
-                    return Ok(());
-                }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    let either = Interest::READABLE | Interest::WRITABLE;
-                    if self.socket.ready(either).await?.is_readable() {
-                        return Ok(());
-                    }
-                }
-                Err(error) => return Err(error),
-            }
+        // The socket wakes us when it takes more.
+        if let Poll::Ready(Err(error)) = self.poll_flush(context) {
+            return Poll::Ready(Err(error));
         }
+        self.socket.poll_readable(context)
     }
 
-    /// Waits until the kernel takes more.
-    ///
-    /// # Cancel safety
-    /// Nothing is lost when the future is dropped.
-    pub(crate) async fn writable(&self) -> io::Result<()> {
-        self.socket.ready(Interest::WRITABLE).await.map(drop)
+    /// Completes when a write that met `WouldBlock` is worth trying again.
+    pub(crate) fn poll_writable(&self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.socket.poll_writable(context)
     }
 
     /// Tells the peer that nothing more will come, first in the session and then below it.
@@ -321,7 +297,7 @@ impl TlsStream {
             session.close(outgoing).ok();
             self.flush(&mut state).ok();
         }
-        self.socket.shut_write();
+        self.socket.finish().ok();
     }
 
     /// Whether the peer has sent data that nobody has taken. Asks the kernel and does not look at a closed end.
@@ -341,99 +317,16 @@ impl TlsStream {
         matches!(taken, Err(error) if error.kind() == io::ErrorKind::WouldBlock)
     }
 
-    /// `AsyncRead` for shared streams.
-    pub(crate) fn poll_read(
-        &self,
-        context: &mut Context<'_>,
-        out: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        loop {
-            match self.try_read(out.initialize_unfilled()) {
-                Ok(count) => {
-                    out.advance(count);
-                    return Poll::Ready(Ok(()));
-                }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    // What the peer waits for goes out first; the socket wakes us when it takes more.
-                    if let Poll::Ready(Err(error)) = self.poll_flush(context) {
-                        return Poll::Ready(Err(error));
-                    }
-                    ready!(self.socket.poll_read_ready(context))?;
-                }
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Poll::Ready(Err(error)),
-            }
-        }
-    }
-
-    /// `AsyncWrite` for shared streams.
-    pub(crate) fn poll_write_vectored(
-        &self,
-        context: &mut Context<'_>,
-        slices: &[IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        loop {
-            match self.try_write_vectored(slices) {
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    ready!(self.socket.poll_write_ready(context))?;
-                }
-                other => return Poll::Ready(other),
-            }
-        }
-    }
-
-    /// The same for what was left over.
+    /// Completes when nothing is left to send.
     pub(crate) fn poll_flush(&self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         loop {
             match self.try_flush() {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    ready!(self.socket.poll_write_ready(context))?;
+                    ready!(self.socket.poll_writable(context))?;
                 }
                 other => return Poll::Ready(other),
             }
         }
-    }
-}
-
-impl AsyncRead for TlsStream {
-    fn poll_read(
-        self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        out: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        Self::poll_read(&self, context, out)
-    }
-}
-
-impl AsyncWrite for TlsStream {
-    fn poll_write(
-        self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        bytes: &[u8],
-    ) -> Poll<io::Result<usize>> {
-        Self::poll_write_vectored(&self, context, &[IoSlice::new(bytes)])
-    }
-
-    fn poll_write_vectored(
-        self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        slices: &[IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        Self::poll_write_vectored(&self, context, slices)
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        true
-    }
-
-    fn poll_flush(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Self::poll_flush(&self, context)
-    }
-
-    fn poll_shutdown(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        ready!(Self::poll_flush(&self, context))?;
-        self.finish();
-        Poll::Ready(Ok(()))
     }
 }
 
