@@ -4,6 +4,8 @@
 use std::cell::RefCell;
 use std::rc::Rc;
 
+use crate::stream::splice::Pipes;
+
 /// Buffers a worker keeps for later; more than that are freed.
 const SPARE_MAX: usize = 64;
 
@@ -71,6 +73,7 @@ pub(crate) struct Buffers {
     size: usize,
     spare: RefCell<Vec<Buffer>>,
     outputs: RefCell<Vec<Vec<u8>>>,
+    pub(crate) pipes: Pipes,
 }
 
 impl Buffers {
@@ -80,6 +83,7 @@ impl Buffers {
             size,
             spare: RefCell::default(),
             outputs: RefCell::default(),
+            pipes: Pipes::default(),
         })
     }
 

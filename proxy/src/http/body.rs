@@ -11,7 +11,11 @@ use super::chunked::{ChunkError, Chunks, Piece};
 use super::head::Framing;
 use super::response::Encoding;
 use crate::buffer::{Buffer, Buffers};
+use crate::stream::splice::{Silence, SpliceError};
 use crate::stream::{self, Stream, WriteFailed};
+
+/// Below it, a few reads and writes are cheaper than the pipe.
+const SPLICE_BYTES_MIN: u64 = 64 * 1024;
 
 /// What is still to come of a body.
 #[derive(Debug, Clone)]
@@ -116,6 +120,9 @@ pub(crate) async fn relay(
         if piece.last {
             return Ok(());
         }
+        if buffer.is_empty() && encoding == Encoding::Plain && splice_rest(route, body, moved).await? {
+            return Ok(());
+        }
         let count = stream::read(route.from, route.buffers, buffer, route.read_silence)
             .await
             .map_err(RelayError::Read)?;
@@ -130,6 +137,42 @@ pub(crate) async fn relay(
             return Ok(());
         }
     }
+}
+
+/// Leaves the rest of a large counted body to the kernel, where both ends are plain sockets. False when it is not
+/// to be had.
+async fn splice_rest(
+    route: Route<'_>,
+    body: &mut Body,
+    moved: &Cell<u64>,
+) -> Result<bool, RelayError> {
+    let (Body::Length(left), Some(from), Some(to)) = (body, route.from.plain(), route.to.plain())
+    else {
+        return Ok(false);
+    };
+    if *left < SPLICE_BYTES_MIN {
+        return Ok(false);
+    }
+    let silence = Silence {
+        read: route.read_silence,
+        write: route.write_silence,
+    };
+    while *left > 0 {
+        match route.buffers.pipes.move_some(from, to, *left, silence).await {
+            Ok(0) => return Err(RelayError::Read(io::ErrorKind::UnexpectedEof.into())),
+            Ok(count) => {
+                *left -= count;
+                moved.set(moved.get() + count);
+            }
+            Err(SpliceError::NoPipe) => return Ok(false),
+            Err(SpliceError::Read(error)) => return Err(RelayError::Read(error)),
+            Err(SpliceError::Write(source)) => {
+                // Some of the piece may have gone.
+                return Err(RelayError::Write(WriteFailed { written: 1, source }));
+            }
+        }
+    }
+    Ok(true)
 }
 
 /// Whether a body ends with this write, and with which trailer lines.

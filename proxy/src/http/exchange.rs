@@ -15,6 +15,8 @@ use crate::stream::{self, Stream};
 
 /// Most interim answers before one final answer; an honest upstream sends two or three.
 const INTERIM_MAX: usize = 32;
+/// A body of at most this many bytes that came with its head is sent in one piece with it.
+const COPIED_BYTES_MAX: usize = 4096;
 
 /// One attempt to get one request answered.
 pub(crate) struct Exchange<'e> {
@@ -205,7 +207,7 @@ impl Exchange<'_> {
         &self,
         buffer: &mut Buffer,
         response: &Response,
-        head: &[u8],
+        head: &mut Vec<u8>,
     ) -> Result<Received, RequestError> {
         self.ticket.answered();
         self.progress.status.set(response.status);
@@ -224,6 +226,15 @@ impl Exchange<'_> {
             response.encoding
         };
         let mut body = Body::new(response.framing);
+        if let Body::Length(length) = &mut body {
+            // One slice is cheaper to send than two, and a short copy costs nothing.
+            let here = usize::try_from(*length).unwrap_or(usize::MAX);
+            if here <= COPIED_BYTES_MAX && here <= buffer.filled().len() {
+                head.extend_from_slice(&buffer.filled()[..here]);
+                buffer.consume(here);
+                *length = 0;
+            }
+        }
         let answered = &self.progress.answered;
         let before = answered.get();
         let relayed = relay(route, buffer, &mut body, encoding, head, answered).await;

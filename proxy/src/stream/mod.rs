@@ -4,6 +4,7 @@
 //! attempt goes straight to the kernel where that makes sense; a timer is armed only when there is a wait.
 
 mod socket;
+pub(crate) mod splice;
 
 use std::future::poll_fn;
 use std::io::{self, IoSlice};

@@ -94,6 +94,14 @@ impl Socket {
         short.map_or(read, Ok)
     }
 
+    /// Runs an operation that reads, unless the reactor knows of nothing; `WouldBlock` tells the reactor.
+    pub(crate) fn try_with_readable<T>(
+        &self,
+        operation: impl FnOnce(&OwnedFd) -> io::Result<T>,
+    ) -> io::Result<T> {
+        self.fd.try_io(Interest::READABLE, operation)
+    }
+
     /// Reads what is there without asking the reactor first: right for a socket so new that the reactor cannot know.
     pub(crate) fn read_now(&self, room: &mut [u8]) -> io::Result<usize> {
         recv(self.fd.get_ref(), room)

@@ -9,7 +9,11 @@ use std::time::Duration;
 use tokio::time::{Instant, sleep_until};
 
 use crate::buffer::Buffers;
-use crate::stream::{self, Stream};
+use crate::stream::splice::{Silence, SpliceError};
+use crate::stream::{self, Socket, Stream};
+
+/// Pieces of this many bytes are worth a pipe.
+const LARGE_BYTES: u64 = 16 * 1024;
 
 /// Bytes copied.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -70,30 +74,69 @@ struct Direction<'d> {
 }
 
 impl Direction<'_> {
-    /// Borrows a buffer only while bytes are under way.
+    /// Borrows a buffer only while bytes are under way. Once a read fills it, the rest is left to the kernel for as
+    /// long as the pieces stay large.
     async fn copy(&self, buffers: &Buffers, idle_max: Duration) -> io::Result<()> {
+        let mut bulk = false;
         loop {
             self.from.readable().await?;
-            let mut buffer = buffers.take();
-            let outcome = match self.from.try_read(buffer.room()) {
-                Ok(0) => {
-                    self.to.finish();
-                    return Ok(());
-                }
-                Ok(count) => {
-                    buffer.advance(count);
-                    let written =
-                        stream::write_all(self.to, &mut [IoSlice::new(buffer.filled())], idle_max)
-                            .await;
-                    self.moved.set(self.moved.get() + count as u64);
-                    self.touched.set(Instant::now());
-                    written.map_err(|failed| failed.source)
-                }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(()),
-                Err(error) => Err(error),
+            let step = match (bulk, self.from.plain(), self.to.plain()) {
+                (true, Some(from), Some(to)) => self.splice(from, to, buffers, idle_max).await,
+                _ => self.read_and_write(buffers, idle_max).await,
             };
-            buffers.give(buffer);
-            outcome?;
+            let (count, large) = match step {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => continue,
+                done => done?,
+            };
+            if count == 0 {
+                self.to.finish();
+                return Ok(());
+            }
+            bulk = large;
+            self.moved.set(self.moved.get() + count);
+            self.touched.set(Instant::now());
+        }
+    }
+
+    /// Bytes moved, zero at the end, and whether there seem to be many more.
+    async fn read_and_write(
+        &self,
+        buffers: &Buffers,
+        idle_max: Duration,
+    ) -> io::Result<(u64, bool)> {
+        let mut buffer = buffers.take();
+        let room = buffer.room();
+        let size = room.len();
+        let count = match self.from.try_read(room) {
+            Ok(count) => count,
+            Err(error) => {
+                buffers.give(buffer);
+                return Err(error);
+            }
+        };
+        buffer.advance(count);
+        let written =
+            stream::write_all(self.to, &mut [IoSlice::new(buffer.filled())], idle_max).await;
+        buffers.give(buffer);
+        written.map_err(|failed| failed.source)?;
+        Ok((count as u64, count == size))
+    }
+
+    async fn splice(
+        &self,
+        from: &Socket,
+        to: &Socket,
+        buffers: &Buffers,
+        idle_max: Duration,
+    ) -> io::Result<(u64, bool)> {
+        let silence = Silence {
+            read: idle_max,
+            write: idle_max,
+        };
+        match buffers.pipes.move_some(from, to, u64::MAX, silence).await {
+            Ok(count) => Ok((count, count >= LARGE_BYTES)),
+            Err(SpliceError::NoPipe) => self.read_and_write(buffers, idle_max).await,
+            Err(SpliceError::Read(error) | SpliceError::Write(error)) => Err(error),
         }
     }
 }
