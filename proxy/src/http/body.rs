@@ -120,7 +120,10 @@ pub(crate) async fn relay(
         if piece.last {
             return Ok(());
         }
-        if buffer.is_empty() && encoding == Encoding::Plain && splice_rest(route, body, moved).await? {
+        if buffer.is_empty()
+            && encoding == Encoding::Plain
+            && splice_rest(route, body, moved).await?
+        {
             return Ok(());
         }
         let count = stream::read(route.from, route.buffers, buffer, route.read_silence)
@@ -158,7 +161,12 @@ async fn splice_rest(
         write: route.write_silence,
     };
     while *left > 0 {
-        match route.buffers.pipes.move_some(from, to, *left, silence).await {
+        match route
+            .buffers
+            .pipes
+            .move_some(from, to, *left, silence)
+            .await
+        {
             Ok(0) => return Err(RelayError::Read(io::ErrorKind::UnexpectedEof.into())),
             Ok(count) => {
                 *left -= count;
