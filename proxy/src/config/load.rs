@@ -7,6 +7,7 @@ use cutover_protocol::id::{NAME_BYTES_MAX, ServiceName};
 use rustix::process::{Resource, getrlimit};
 use toml::Table;
 
+use super::http2::{self, Http2};
 use super::table::{Problem, Section};
 use super::upstream::{RESOLVER_KEYS, resolver, upstreams};
 use super::{
@@ -30,6 +31,7 @@ const ROOT_KEYS: &[&str] = &[
     "metrics",
     "access_log",
     "limits",
+    "http2",
     "release",
     "resolver",
     "upstream",
@@ -109,7 +111,10 @@ impl Config {
             Some(section) => Some(log_target(&section, folder)?),
             None => None,
         };
-        let limits = limits(root.section("limits", LIMITS_KEYS)?)?;
+        let limits = limits(
+            root.section("limits", LIMITS_KEYS)?,
+            http2::http2(root.section("http2", http2::KEYS)?)?,
+        )?;
         let release = release(root.section("release", RELEASE_KEYS)?)?;
         let resolver = resolver(root.section("resolver", RESOLVER_KEYS)?)?;
         let upstreams = upstreams(&root)?;
@@ -248,7 +253,7 @@ fn listen_address(
     })
 }
 
-fn limits(section: Option<Section<'_>>) -> Result<Limits, Problem> {
+fn limits(section: Option<Section<'_>>, http2: Http2) -> Result<Limits, Problem> {
     let empty = Table::new();
     let section = match section {
         Some(section) => section,
@@ -280,6 +285,7 @@ fn limits(section: Option<Section<'_>>) -> Result<Limits, Problem> {
         upstream_close_max: ms("upstream_close_ms_max", 1_000)?,
         linger_max: ms("linger_ms_max", 1_000)?,
         shutdown_max: ms("shutdown_ms_max", 30_000)?,
+        http2,
     })
 }
 

@@ -3,6 +3,7 @@
 //! [`Config::load`] is the only way to get one. Reading and checking live in `load`, the typed view of a TOML
 //! table in `table`; nothing else in the crate knows TOML.
 
+mod http2;
 mod load;
 mod table;
 mod upstream;
@@ -13,6 +14,7 @@ use std::time::Duration;
 
 use cutover_protocol::id::{ServiceName, Site};
 
+pub use http2::Http2;
 pub use load::ConfigError;
 pub use table::Problem;
 pub use upstream::{
@@ -149,6 +151,8 @@ pub struct Limits {
     pub linger_max: Duration,
     /// How long requests in flight may take to finish at shutdown.
     pub shutdown_max: Duration,
+    /// Of HTTP/2 connections.
+    pub http2: Http2,
 }
 
 /// How the held are let through: one canary, then a window that grows by one with each answer and is halved by

@@ -39,7 +39,7 @@ impl Body {
     }
 
     /// What of these bytes is body.
-    fn take(&mut self, bytes: &mut [u8]) -> Result<Piece, ChunkError> {
+    pub(super) fn take(&mut self, bytes: &mut [u8]) -> Result<Piece, ChunkError> {
         match self {
             Self::Length(left) => {
                 let count = usize::try_from(*left)
@@ -63,7 +63,7 @@ impl Body {
         }
     }
 
-    fn trailer(&self) -> &[u8] {
+    pub(super) fn trailer(&self) -> &[u8] {
         match self {
             Self::Chunked(chunks) => chunks.trailer(),
             Self::Length(_) | Self::UntilClose => &[],
@@ -184,12 +184,12 @@ async fn splice_rest(
 }
 
 /// Whether a body ends with this write, and with which trailer lines.
-enum End<'t> {
+pub(super) enum End<'t> {
     Later,
     Here(&'t [u8]),
 }
 
-async fn write(
+pub(super) async fn write(
     route: Route<'_>,
     prefix: &[u8],
     data: &[u8],

@@ -12,7 +12,7 @@ const SIZE_LINE_BYTES_MAX: usize = 1024;
 const TRAILER_BYTES_MAX: usize = 8 * 1024;
 
 /// Fields that no trailer may be.
-const NO_TRAILERS: [&str; 22] = [
+pub(super) const NO_TRAILERS: [&str; 22] = [
     "authorization",
     "connection",
     "content-encoding",

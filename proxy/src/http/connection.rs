@@ -10,13 +10,14 @@ use tokio::time::timeout;
 
 use super::answer::{self, After};
 use super::exchange::{Exchange, Progress, Received};
+use super::h2;
 use super::head::{self, Framing, Scan};
 use super::request::{self, Method, Origin, Request, RequestId, Upgrade};
 use crate::access_log::Line;
 use crate::buffer::Buffer;
 use crate::error::RequestError;
 use crate::listen::client::Client;
-use crate::listen::port::{Connected, Passage, Port, Settings, Visitor};
+use crate::listen::port::{Connected, Passage, Port, Presence, Settings, Visitor};
 use crate::service::pool::Upstream;
 use crate::stream::{self, Stream};
 use crate::tcp::copy::tunnel;
@@ -29,10 +30,16 @@ pub(crate) async fn serve(port: Rc<Port>, stream: Stream, client: Client) {
         client: &client,
         settings: port.settings(),
         buffer: Buffer::default(),
+        is_new: true,
     };
     connection.read_at_once();
     while connection.next_request_begins().await {
         let goes_on = match connection.read_head().await {
+            Ok(end) if connection.turns_to_http2(end) => {
+                let early = std::mem::take(&mut connection.buffer);
+                // Boxed, so that an HTTP/1 connection does not pay for its size.
+                return Box::pin(h2::serve(port, stream, early, client)).await;
+            }
             Ok(end) => connection.serve_request(end).await,
             Err(error) => connection.refuse(&error).await,
         };
@@ -66,9 +73,16 @@ struct Connection<'c> {
     /// As they were when the request began.
     settings: Rc<Settings>,
     buffer: Buffer,
+    /// No head has been read yet.
+    is_new: bool,
 }
 
 impl Connection<'_> {
+    /// Only the first head of a connection may be the preface of HTTP/2.
+    fn turns_to_http2(&mut self, end: usize) -> bool {
+        std::mem::take(&mut self.is_new) && h2::is_preface(&self.buffer.filled()[..end])
+    }
+
     /// Most clients send at once: a first look saves a turn of the reactor.
     fn read_at_once(&mut self) {
         let Some(socket) = self.stream.plain() else {
@@ -301,8 +315,8 @@ impl Connection<'_> {
 
     fn visitor<'v>(&'v mut self, served: &'v mut Served) -> Visitor<'v> {
         Visitor {
-            stream: self.stream,
-            buffer: &mut self.buffer,
+            presence: Presence::Connection(self.stream),
+            buffer: Some(&mut self.buffer),
             head: &mut served.head,
             passage: &mut served.passage,
         }
@@ -410,7 +424,7 @@ impl Served {
 
     /// After a kept connection failed: yes if nothing left us, or if the upstream said nothing at all and asking
     /// twice is asking once.
-    fn may_be_sent_again(&self, error: &RequestError) -> bool {
+    pub(super) fn may_be_sent_again(&self, error: &RequestError) -> bool {
         match error {
             RequestError::NotSent => true,
             RequestError::NoAnswer(_) => {

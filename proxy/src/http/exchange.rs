@@ -14,7 +14,7 @@ use crate::service::Ticket;
 use crate::stream::{self, Stream};
 
 /// Most interim answers before one final answer; an honest upstream sends two or three.
-const INTERIM_MAX: usize = 32;
+pub(super) const INTERIM_MAX: usize = 32;
 /// A body of at most this many bytes that came with its head is sent in one piece with it.
 const COPIED_BYTES_MAX: usize = 4096;
 
@@ -164,8 +164,14 @@ impl Exchange<'_> {
         out: &mut Vec<u8>,
     ) -> Result<Received, RequestError> {
         let mut interim_count = 0;
+        let source = AnswerSource {
+            upstream: self.upstream,
+            buffers: self.buffers,
+            limits: self.limits,
+            progress: self.progress,
+        };
         loop {
-            let end = self.read_head(buffer).await?;
+            let end = source.read_head(buffer).await?;
             out.clear();
             let may_persist = self.may_persist && self.progress.request_done.get();
             let head = &buffer.filled()[..end];
@@ -269,8 +275,20 @@ impl Exchange<'_> {
             .set(self.progress.answered.get() + bytes.len() as u64);
         Ok(())
     }
+}
 
-    async fn read_head(&self, buffer: &mut Buffer) -> Result<usize, RequestError> {
+/// Where an answer comes from.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct AnswerSource<'s> {
+    pub(super) upstream: &'s Stream,
+    pub(super) buffers: &'s Buffers,
+    pub(super) limits: &'s Limits,
+    pub(super) progress: &'s Progress,
+}
+
+impl AnswerSource<'_> {
+    /// Reads until the buffer begins with a whole head, and says where it ends.
+    pub(super) async fn read_head(self, buffer: &mut Buffer) -> Result<usize, RequestError> {
         let mut from = 0;
         loop {
             match head::scan(buffer.filled(), from).map_err(RequestError::AnswerHead)? {

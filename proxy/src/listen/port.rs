@@ -3,6 +3,7 @@
 //! The way from a request to a ticket and an upstream connection is the same for HTTP and raw TCP, and is here.
 
 use std::cell::{Cell, RefCell};
+use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -105,11 +106,41 @@ impl Passage {
     }
 }
 
+/// What tells that a client has left while it is held.
+pub(crate) enum Presence<'v> {
+    /// The end of this connection.
+    Connection(&'v Stream),
+    /// This future's: a stream of a connection was reset, or the whole connection died.
+    Stream(Pin<&'v mut dyn Future<Output = std::io::Error>>),
+}
+
+impl Presence<'_> {
+    async fn left(&mut self, hangup: &HangupWatch) -> std::io::Error {
+        match self {
+            Self::Connection(stream) => {
+                let left = hangup.left(*stream).await.err();
+                left.unwrap_or_else(|| std::io::ErrorKind::ConnectionAborted.into())
+            }
+            Self::Stream(gone) => gone.as_mut().await,
+        }
+    }
+}
+
+impl std::fmt::Debug for Presence<'_> {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.write_str(match self {
+            Self::Connection(_) => "Connection",
+            Self::Stream(_) => "Stream",
+        })
+    }
+}
+
 /// A client that waits for a ticket or a connection, and the memory it can do without meanwhile.
 #[derive(Debug)]
 pub(crate) struct Visitor<'v> {
-    pub(crate) stream: &'v Stream,
-    pub(crate) buffer: &'v mut Buffer,
+    pub(crate) presence: Presence<'v>,
+    /// Its connection's buffer, if it has one of its own.
+    pub(crate) buffer: Option<&'v mut Buffer>,
     pub(crate) head: &'v mut Vec<u8>,
     pub(crate) passage: &'v mut Passage,
 }
@@ -232,18 +263,19 @@ impl Port {
         visitor: &mut Visitor<'_>,
     ) -> Result<Ticket<'_>, RequestError> {
         let since = Instant::now();
-        self.buffers.shrink(visitor.buffer);
+        if let Some(buffer) = &mut visitor.buffer {
+            self.buffers.shrink(buffer);
+        }
         visitor.head.shrink_to_fit();
         let verdict = tokio::select! {
             biased;
             verdict = parked.verdict(&self.service.gate) => verdict.map_err(RequestError::from),
-            left = self.hangup.left(visitor.stream) => {
-                let reason = left.err().unwrap_or_else(|| std::io::ErrorKind::ConnectionAborted.into());
-                Err(RequestError::ClientLeft(reason))
-            }
+            reason = visitor.presence.left(&self.hangup) => Err(RequestError::ClientLeft(reason)),
         };
         visitor.passage.held += since.elapsed();
-        self.buffers.grow(visitor.buffer);
+        if let Some(buffer) = &mut visitor.buffer {
+            self.buffers.grow(buffer);
+        }
         verdict
     }
 

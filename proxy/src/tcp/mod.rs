@@ -7,10 +7,9 @@ use std::rc::Rc;
 use std::time::Instant;
 
 use crate::access_log::Line;
-use crate::buffer::Buffer;
 use crate::error::RequestError;
 use crate::listen::client::Client;
-use crate::listen::port::{Connected, Passage, Port, Visitor};
+use crate::listen::port::{Connected, Passage, Port, Presence, Visitor};
 use crate::stream::Stream;
 
 /// Serves one raw connection to its end.
@@ -31,10 +30,10 @@ async fn forward(
     client: &Client,
     passage: &mut Passage,
 ) -> Result<copy::Moved, RequestError> {
-    let (mut buffer, mut head) = (Buffer::default(), Vec::new());
+    let mut head = Vec::new();
     let mut visitor = Visitor {
-        stream,
-        buffer: &mut buffer,
+        presence: Presence::Connection(stream),
+        buffer: None,
         head: &mut head,
         passage,
     };
@@ -42,7 +41,6 @@ async fn forward(
     let Connected {
         ticket, upstream, ..
     } = port.connect(ticket, false, &mut visitor).await?;
-    port.buffers.give(buffer);
     ticket.answered();
     passage.register = Some(ticket.register());
     let _row = port

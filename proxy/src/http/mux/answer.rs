@@ -2,6 +2,7 @@
 //!
 //! The text was made by this proxy from what it understood, so it is only taken apart here and not judged again.
 
+use super::websocket::Key;
 use http::{HeaderMap, HeaderName, HeaderValue, Response, StatusCode};
 
 /// An answer's head as HTTP/1.1 text of our own making.
@@ -23,9 +24,22 @@ impl<'h> AnswerHead<'h> {
         }
     }
 
+    /// The same fields under another status.
+    pub(crate) const fn with_status(self, status: u16) -> Self {
+        Self { status, ..self }
+    }
+
     /// Names (in whatever case) and values, without those that concern an HTTP/1 connection.
     pub(crate) fn fields(&self) -> impl Iterator<Item = (&'h [u8], &'h [u8])> {
         fields(self.lines).filter(|(name, _)| !is_of_connection(name))
+    }
+
+    /// Whether it answers this WebSocket key.
+    pub(super) fn accepts(&self, key: &Key) -> bool {
+        let mut answers = fields(self.lines)
+            .filter(|(name, _)| name.eq_ignore_ascii_case(b"sec-websocket-accept"));
+        let first = answers.next();
+        first.is_some_and(|(_, accept)| key.is_accepted_by(accept)) && answers.next().is_none()
     }
 
     /// The head as the `http` crate has it. What that crate cannot express is left out.
@@ -69,10 +83,12 @@ fn to_map<'f>(fields: impl Iterator<Item = (&'f [u8], &'f [u8])>) -> HeaderMap {
 }
 
 fn is_of_connection(name: &[u8]) -> bool {
-    const OURS: [&[u8]; 5] = [
+    const OURS: [&[u8]; 6] = [
         b"connection",
         b"keep-alive",
         b"proxy-connection",
+        // Answers a key that the stream never had.
+        b"sec-websocket-accept",
         b"transfer-encoding",
         b"upgrade",
     ];

@@ -5,6 +5,7 @@
 //! line, and never a field that frames or concerns a connection.
 
 use super::websocket::Key;
+use crate::http::chunked::NO_TRAILERS;
 use crate::http::head::{HeadError, write_field};
 
 /// Fields of one connection only: no list may have them (RFC 9113, section 8.2.2).
@@ -237,7 +238,7 @@ pub(crate) fn write_head(
     builder.finish(body, out)
 }
 
-/// Appends trailer fields as HTTP/1 lines. None may frame or route (RFC 9110, section 6.5.1).
+/// Appends trailer fields as HTTP/1 lines; the same are forbidden as behind chunks.
 ///
 /// # Errors
 /// A field that no trailer may have.
@@ -245,14 +246,13 @@ pub(crate) fn write_trailer<'f>(
     fields: impl Iterator<Item = (&'f [u8], &'f [u8])>,
     out: &mut Vec<u8>,
 ) -> Result<(), HeadError> {
-    const FORBIDDEN: [&[u8]; 4] = [b"content-length", b"host", b"te", b"trailer"];
     for (name, value) in fields {
         if name.first() == Some(&b':') {
             return Err(HeadError::Pseudo);
         }
         check_name(name)?;
         check_value(value)?;
-        if CONNECTION_FIELDS.contains(&name) || FORBIDDEN.contains(&name) {
+        if NO_TRAILERS.iter().any(|forbidden| forbidden.as_bytes() == name) {
             return Err(HeadError::ConnectionField);
         }
         write_line(out, name, value);

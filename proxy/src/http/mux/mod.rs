@@ -4,21 +4,10 @@
 //! that reads an HTTP/1 request: there is one reading of a request, so no two can differ. The answer's head comes
 //! back the same way ([`answer::AnswerHead`]). This module knows nothing of frames and never collects a body.
 //!
-//! A protocol brings three things to `serve_stream`: a [`RequestBody`] to read from, an [`AnswerSink`] to write
+//! A protocol brings three things to [`serve_stream`]: a [`RequestBody`] to read from, an [`AnswerSink`] to write
 //! to, and a future that completes when the stream was reset or its connection died. All three live on one worker
 //! and need not be `Send`. Everything else is done here: reading the head, routing, limits, holding, retries,
-//! answers of our own, log line and counters. Its shape:
-//!
-//! ```text
-//! async fn serve_stream(
-//!     port: &Port,
-//!     client: &Client,
-//!     asked: Asked,                   // head (HTTP/1.1 text from HeadBuilder) and the WebSocket key, or why not
-//!     body: &mut impl RequestBody,
-//!     answer: &mut impl AnswerSink,
-//!     gone: impl Future<Output = io::Error>,
-//! )
-//! ```
+//! answers of our own, log line and counters.
 //!
 //! ```text
 //! HEADERS ─► HeadBuilder ─► HTTP/1.1 head ─► serve_stream ─► gate ─► exchange ─► AnswerSink
@@ -26,11 +15,11 @@
 //!                                       RequestBody            └─ held: nothing is read, no credit is given
 //! ```
 
-#![allow(dead_code, reason = "its first user is on its way")]
-#![allow(unused_imports, reason = "its first user is on its way")]
-
 pub(crate) mod answer;
+mod exchange;
 pub(crate) mod head;
+mod serve;
+mod tunnel;
 pub(crate) mod websocket;
 
 use std::io;
@@ -38,6 +27,7 @@ use std::io;
 use bytes::Bytes;
 
 pub(crate) use answer::AnswerHead;
+pub(crate) use serve::{Asked, serve_stream};
 
 use super::head::HeadError;
 

@@ -1,0 +1,180 @@
+//! HTTP/2 from clients: one task a connection, one more for each stream, on the same worker.
+//!
+//! Frames, header compression and flow control are the `h2` crate's; what a request means is
+//! [`mux`](super::mux)'s. A hold never shows on a connection: PING and SETTINGS go on, no GOAWAY is sent. GOAWAY
+//! comes when the proxy stops, when a connection was idle for too long, and when its client abuses it.
+
+mod early;
+mod stream;
+
+use std::cell::Cell;
+use std::io;
+use std::rc::Rc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use h2::server::{Builder, Connection, SendResponse};
+use h2::{Reason, RecvStream};
+use http::Request;
+use tokio::task::JoinSet;
+use tokio::time::{Instant, sleep_until, timeout};
+
+use crate::buffer::Buffer;
+use crate::config::Http2;
+use crate::listen::client::Client;
+use crate::listen::port::Port;
+use crate::stream::Stream;
+use early::Early;
+
+/// What a client that knows that we speak HTTP/2 sends first, up to where it looks like a head.
+const PREFACE_HEAD: &[u8] = b"PRI * HTTP/2.0\r\n\r\n";
+
+/// Whether the first head of a connection is the beginning of HTTP/2 (RFC 9113, section 3.4).
+pub(crate) fn is_preface(head: &[u8]) -> bool {
+    head == PREFACE_HEAD
+}
+
+/// Serves a client to the end of its connection. `early` is what was read of it already, from its first byte on.
+pub(crate) async fn serve(port: Rc<Port>, stream: Stream, early: Buffer, client: Client) {
+    let settings = port.settings();
+    let io = Early::new(stream, early);
+    let handshake = builder(&settings.limits.http2).handshake(io);
+    let Ok(Ok(connection)) = timeout(settings.limits.client_head_max, handshake).await else {
+        return;
+    };
+    let mut session = Session {
+        port,
+        client: Rc::new(client),
+        connection,
+        streams: JoinSet::new(),
+        active: Rc::new(Active::default()),
+        closing: false,
+    };
+    let ended = session.run(settings.limits.client_idle_max).await;
+    if let Err(error) = &ended {
+        tracing::debug!(client = %session.client.address, "an HTTP/2 connection ended: {error}");
+    }
+    session.end().await;
+}
+
+fn builder(limits: &Http2) -> Builder {
+    let mut builder = Builder::new();
+    builder
+        .max_concurrent_streams(limits.streams_max)
+        .max_header_list_size(limits.header_list_bytes_max)
+        .initial_window_size(limits.stream_window_bytes)
+        .initial_connection_window_size(limits.connection_window_bytes)
+        .max_frame_size(limits.frame_bytes_max)
+        .max_send_buffer_size(limits.send_buffer_bytes_max)
+        .max_pending_accept_reset_streams(limits.resets_pending_max)
+        .max_local_error_reset_streams(Some(limits.resets_local_max))
+        .max_concurrent_reset_streams(limits.resets_remembered_max)
+        .enable_connect_protocol();
+    builder
+}
+
+/// Streams that run, and since when there is none.
+#[derive(Debug)]
+struct Active {
+    count: Cell<usize>,
+    since: Cell<Instant>,
+}
+
+impl Default for Active {
+    fn default() -> Self {
+        Self {
+            count: Cell::new(0),
+            since: Cell::new(Instant::now()),
+        }
+    }
+}
+
+struct Session {
+    port: Rc<Port>,
+    client: Rc<Client>,
+    connection: Connection<Early, Bytes>,
+    streams: JoinSet<()>,
+    active: Rc<Active>,
+    closing: bool,
+}
+
+impl Session {
+    /// Accepts streams until the connection ends.
+    async fn run(&mut self, idle_max: Duration) -> Result<(), h2::Error> {
+        let port = Rc::clone(&self.port);
+        let active = Rc::clone(&self.active);
+        let mut idle = std::pin::pin!(idle(&active, idle_max));
+        loop {
+            tokio::select! {
+                biased;
+                accepted = self.connection.accept() => match accepted {
+                    Some(Ok((request, respond))) => self.start(request, respond),
+                    Some(Err(error)) => return Err(error),
+                    None => return Ok(()),
+                },
+                () = port.closing.closed(), if !self.closing => self.go_away(),
+                () = &mut idle, if !self.closing => self.go_away(),
+            }
+        }
+    }
+
+    /// No new streams; those that run go on to their end.
+    fn go_away(&mut self) {
+        self.closing = true;
+        self.connection.graceful_shutdown();
+    }
+
+    fn start(&mut self, request: Request<RecvStream>, respond: SendResponse<Bytes>) {
+        // Forgets the streams that have ended.
+        while self.streams.try_join_next().is_some() {}
+        self.active.count.set(self.active.count.get() + 1);
+        let (port, client) = (Rc::clone(&self.port), Rc::clone(&self.client));
+        let active = Rc::clone(&self.active);
+        self.streams.spawn_local(async move {
+            stream::serve(&port, &client, request, respond).await;
+            active.count.set(active.count.get() - 1);
+            if active.count.get() == 0 {
+                active.since.set(Instant::now());
+            }
+        });
+    }
+
+    /// Waits for the streams to see that their connection is gone, and to do what has to be done.
+    async fn end(self) {
+        let Self {
+            connection,
+            mut streams,
+            ..
+        } = self;
+        drop(connection);
+        while streams.join_next().await.is_some() {}
+    }
+}
+
+/// Completes when no stream has run for this long.
+async fn idle(active: &Active, idle_max: Duration) {
+    loop {
+        let since = if active.count.get() == 0 {
+            active.since.get()
+        } else {
+            Instant::now()
+        };
+        let deadline = since + idle_max;
+        if active.count.get() == 0 && deadline <= Instant::now() {
+            return;
+        }
+        sleep_until(deadline).await;
+    }
+}
+
+/// What the end of a stream is to those who read and write.
+fn to_io(error: h2::Error) -> io::Error {
+    match error.into_io() {
+        Some(error) => error,
+        None => io::ErrorKind::ConnectionReset.into(),
+    }
+}
+
+const fn to_io_reason(_: Reason) -> io::ErrorKind {
+    io::ErrorKind::ConnectionReset
+}

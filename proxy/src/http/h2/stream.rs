@@ -1,0 +1,190 @@
+//! One HTTP/2 stream as [`mux`](crate::http::mux) wants it.
+
+use std::cell::RefCell;
+use std::future::poll_fn;
+use std::io;
+use std::task::{Context, Poll};
+
+use bytes::Bytes;
+use h2::ext::Protocol;
+use h2::server::SendResponse;
+use h2::{Reason, RecvStream, SendStream};
+use http::Request;
+
+use super::{to_io, to_io_reason};
+use crate::http::mux::head::{BodyFollows, HeadBuilder, write_head, write_trailer};
+use crate::http::mux::{
+    AnswerHead, AnswerSink, Asked, BodyFailed, More, Part, RequestBody, Reset, answer, serve_stream,
+};
+use crate::listen::client::Client;
+use crate::listen::port::Port;
+
+/// Serves one stream to its end.
+pub(super) async fn serve(
+    port: &Port,
+    client: &Client,
+    request: Request<RecvStream>,
+    respond: SendResponse<Bytes>,
+) {
+    let (parts, receive) = request.into_parts();
+    let follows = if receive.is_end_stream() {
+        BodyFollows::No
+    } else {
+        BodyFollows::Yes
+    };
+    let mut head = port.buffers.take_output();
+    let protocol = parts.extensions.get::<Protocol>().map(Protocol::as_str);
+    let key = write_head(
+        &mut HeadBuilder::default(),
+        &parts,
+        protocol,
+        follows,
+        &mut head,
+    );
+    drop(parts);
+    let asked = key.map(|key| Asked { head, key });
+    let sending = RefCell::new(Sending::Respond(respond));
+    let gone = poll_fn(|context| sending.borrow_mut().poll_gone(context));
+    let mut body = Body(receive);
+    serve_stream(port, client, asked, &mut body, &mut Answer(&sending), gone).await;
+}
+
+struct Body(RecvStream);
+
+impl RequestBody for Body {
+    async fn next(&mut self) -> Result<Part, BodyFailed> {
+        loop {
+            match poll_fn(|context| self.0.poll_data(context)).await {
+                Some(Ok(data)) if data.is_empty() => {}
+                Some(Ok(data)) => return Ok(Part::Data(data)),
+                Some(Err(error)) => return Err(BodyFailed::Left(to_io(error))),
+                None => break,
+            }
+        }
+        let fields = poll_fn(|context| self.0.poll_trailers(context)).await;
+        let fields = fields.map_err(|error| BodyFailed::Left(to_io(error)))?;
+        let mut trailer = Vec::new();
+        if let Some(fields) = fields {
+            let fields = fields
+                .iter()
+                .map(|(name, value)| (name.as_str().as_bytes(), value.as_bytes()));
+            write_trailer(fields, &mut trailer).map_err(BodyFailed::Trailer)?;
+        }
+        Ok(Part::End { trailer })
+    }
+
+    fn written(&mut self, bytes: usize) {
+        // Fails only for more than was received.
+        self.0.flow_control().release_capacity(bytes).ok();
+    }
+}
+
+/// The sending half of a stream, shared by those who write and those who watch for its end.
+enum Sending {
+    Respond(SendResponse<Bytes>),
+    Stream(SendStream<Bytes>),
+}
+
+impl Sending {
+    fn poll_gone(&mut self, context: &mut Context<'_>) -> Poll<io::Error> {
+        let reset = match self {
+            Self::Respond(respond) => respond.poll_reset(context),
+            Self::Stream(stream) => stream.poll_reset(context),
+        };
+        reset.map(|reset| match reset {
+            Ok(reason) => to_io_reason(reason).into(),
+            Err(error) => to_io(error),
+        })
+    }
+
+    fn stream(&mut self) -> io::Result<&mut SendStream<Bytes>> {
+        match self {
+            Self::Stream(stream) => Ok(stream),
+            Self::Respond(_) => Err(io::ErrorKind::NotConnected.into()),
+        }
+    }
+
+    fn respond(&mut self) -> io::Result<&mut SendResponse<Bytes>> {
+        match self {
+            Self::Respond(respond) => Ok(respond),
+            Self::Stream(_) => Err(io::ErrorKind::NotConnected.into()),
+        }
+    }
+}
+
+struct Answer<'s>(&'s RefCell<Sending>);
+
+impl AnswerSink for Answer<'_> {
+    async fn interim(&mut self, head: AnswerHead<'_>) -> io::Result<()> {
+        let mut sending = self.0.borrow_mut();
+        let sent = sending.respond()?.send_informational(head.to_response());
+        sent.map_err(to_io)
+    }
+
+    async fn head(&mut self, head: AnswerHead<'_>, more: More) -> io::Result<()> {
+        let mut sending = self.0.borrow_mut();
+        let stream = sending
+            .respond()?
+            .send_response(head.to_response(), more == More::Ends)
+            .map_err(to_io)?;
+        *sending = Sending::Stream(stream);
+        Ok(())
+    }
+
+    async fn data(&mut self, data: &[u8], more: More) -> io::Result<()> {
+        let mut data = Bytes::copy_from_slice(data);
+        loop {
+            if !data.is_empty() {
+                self.0.borrow_mut().stream()?.reserve_capacity(data.len());
+                poll_fn(|context| self.poll_room(context)).await?;
+            }
+            let mut sending = self.0.borrow_mut();
+            let stream = sending.stream()?;
+            let piece = data.split_to(stream.capacity().min(data.len()));
+            let last = data.is_empty();
+            if !piece.is_empty() || (last && more == More::Ends) {
+                stream
+                    .send_data(piece, last && more == More::Ends)
+                    .map_err(to_io)?;
+            }
+            if last {
+                return Ok(());
+            }
+        }
+    }
+
+    async fn trailer(&mut self, lines: &[u8]) -> io::Result<()> {
+        let trailer = answer::to_trailer(lines);
+        let mut sending = self.0.borrow_mut();
+        sending.stream()?.send_trailers(trailer).map_err(to_io)
+    }
+
+    fn reset(&mut self, why: Reset) {
+        let reason = match why {
+            Reset::Malformed => Reason::PROTOCOL_ERROR,
+            Reset::Broken => Reason::INTERNAL_ERROR,
+            Reset::Cancelled => Reason::CANCEL,
+        };
+        match &mut *self.0.borrow_mut() {
+            Sending::Respond(respond) => respond.send_reset(reason),
+            Sending::Stream(stream) => stream.send_reset(reason),
+        }
+    }
+}
+
+impl Answer<'_> {
+    /// Waits until some of what was asked for may be sent.
+    fn poll_room(&self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let mut sending = self.0.borrow_mut();
+        let stream = sending.stream()?;
+        if stream.capacity() > 0 {
+            return Poll::Ready(Ok(()));
+        }
+        match stream.poll_capacity(context) {
+            Poll::Ready(Some(Ok(_))) => Poll::Ready(Ok(())),
+            Poll::Ready(Some(Err(error))) => Poll::Ready(Err(to_io(error))),
+            Poll::Ready(None) => Poll::Ready(Err(io::ErrorKind::ConnectionReset.into())),
+            Poll::Pending => Poll::Pending,
+        }
+    }
+}

@@ -1,0 +1,302 @@
+//! One stream from its header list to its log line: the stream's counterpart of a client connection.
+//!
+//! Held by not reading: a held stream is its written head and this parked future; its body stays with the
+//! protocol, which gives no credit for it. A stream that is reset frees its place at once.
+
+use std::io;
+use std::pin::{Pin, pin};
+use std::time::Instant;
+
+use super::exchange::{Received, StreamExchange, Unsent, within};
+use super::tunnel::Tunnel;
+use super::websocket::Key;
+use super::{AnswerHead, AnswerSink, More, RequestBody, Reset};
+use crate::access_log::Line;
+use crate::buffer::Buffer;
+use crate::error::RequestError;
+use crate::http::answer::{self, After};
+use crate::http::connection::Served;
+use crate::http::exchange::Progress;
+use crate::http::head::{self, HeadError, Scan};
+use crate::http::request::{self, Method, Origin};
+use crate::listen::client::Client;
+use crate::listen::port::{Connected, Passage, Port, Presence, Visitor};
+
+/// What a header list asked for.
+#[derive(Debug)]
+pub(crate) struct Asked {
+    /// As HTTP/1.1; from [`Buffers::take_output`](crate::buffer::Buffers::take_output), where it goes back.
+    pub(crate) head: Vec<u8>,
+    /// The key in it, if it asks for a WebSocket.
+    pub(crate) key: Option<Key>,
+}
+
+/// Serves one request from its header list to the end of its answer. `gone` completes when the stream was reset or
+/// its connection died; it is not polled again after that.
+pub(crate) async fn serve_stream<B: RequestBody, A: AnswerSink>(
+    port: &Port,
+    client: &Client,
+    asked: Result<Asked, HeadError>,
+    body: &mut B,
+    answer: &mut A,
+    gone: impl Future<Output = io::Error>,
+) {
+    let mut gone = pin!(gone);
+    let read = asked
+        .map_err(RequestError::Head)
+        .and_then(|asked| read(port, client, asked));
+    let (mut served, key) = match read {
+        Ok(read) => read,
+        Err(error) => return refuse(port, client, answer, &error).await,
+    };
+    let mut stream = Forwarding {
+        port,
+        client,
+        key,
+        answer,
+    };
+    if let Err(error) = stream.forward(&mut served, body, gone.as_mut()).await {
+        stream.answer_failure(&served, &error).await;
+    }
+    port.count(served.progress.status.get());
+    port.log(|| Line::served(port, client.address, &served));
+    port.buffers.give_output(served.head);
+}
+
+/// Reads the head by the rules of HTTP/1 and writes the upstream's version of it.
+fn read(port: &Port, client: &Client, asked: Asked) -> Result<(Served, Option<Key>), RequestError> {
+    let Asked { head: text, key } = asked;
+    let id = port.next_id();
+    let arrival = Instant::now();
+    let mut head = port.buffers.take_output();
+    let limit = port.settings().limits.head_bytes_max;
+    let request = if text.len() > limit {
+        Err(RequestError::HeadTooLong)
+    } else {
+        let mut room = request::field_room();
+        request::parse(&text, &mut room)
+            .map(|parsed| parsed.write(Origin { client, id }, &mut head))
+            .map_err(RequestError::Head)
+    };
+    port.buffers.give_output(text);
+    let request = match request {
+        Ok(request) => request,
+        Err(error) => {
+            port.buffers.give_output(head);
+            return Err(error);
+        }
+    };
+    let served = Served {
+        id,
+        arrival,
+        request,
+        head,
+        passage: Passage::new(arrival),
+        progress: Progress::default(),
+    };
+    Ok((served, key))
+}
+
+/// Answers what cannot be served. Malformed is malformed for the protocol itself, and has no answer.
+async fn refuse<A: AnswerSink>(port: &Port, client: &Client, answer: &mut A, error: &RequestError) {
+    let malformed = matches!(
+        error,
+        RequestError::Head(
+            HeadError::Pseudo
+                | HeadError::FieldName
+                | HeadError::Blank
+                | HeadError::ConnectionField
+                | HeadError::Control
+        )
+    );
+    let status = error.status().filter(|_| !malformed).unwrap_or(0);
+    if status == 0 {
+        answer.reset(Reset::Malformed);
+    } else {
+        let after = port.settings().limits.client_silence_max;
+        // A client that does not take its answer has none.
+        drop(within(after, say(port, answer, status, error, false)).await);
+    }
+    port.count(status);
+    port.log(|| Line::refused(port, client.address, status, 0, error));
+}
+
+/// Writes an answer of our own.
+async fn say<A: AnswerSink>(
+    port: &Port,
+    answer: &mut A,
+    status: u16,
+    error: &RequestError,
+    is_head: bool,
+) -> io::Result<usize> {
+    let mut out = port.buffers.take_output();
+    let retry_after_s = port.settings().limits.retry_after_s;
+    answer::write(
+        &mut out,
+        status,
+        error,
+        retry_after_s,
+        After::KeepAlive,
+        is_head,
+    );
+    let end = match head::scan(&out, 0) {
+        Ok(Scan::Complete(end)) => end,
+        Ok(Scan::Partial(_)) | Err(_) => out.len(),
+    };
+    let (text, body) = out.split_at(end);
+    let text = AnswerHead::new(status, text);
+    let said = if body.is_empty() {
+        answer.head(text, More::Ends).await
+    } else {
+        match answer.head(text, More::Follows).await {
+            Ok(()) => answer.data(body, More::Ends).await,
+            Err(error) => Err(error),
+        }
+    };
+    let count = body.len();
+    port.buffers.give_output(out);
+    said.map(|()| count)
+}
+
+type Gone<'g> = Pin<&'g mut dyn Future<Output = io::Error>>;
+
+struct Forwarding<'f, A> {
+    port: &'f Port,
+    client: &'f Client,
+    key: Option<Key>,
+    answer: &'f mut A,
+}
+
+impl<A: AnswerSink> Forwarding<'_, A> {
+    /// Forwards until the answer is complete, on a second connection where the first was dead before it began.
+    async fn forward<B: RequestBody>(
+        &mut self,
+        served: &mut Served,
+        body: &mut B,
+        mut gone: Gone<'_>,
+    ) -> Result<(), RequestError> {
+        let port = self.port;
+        let mut unsent = Unsent::new(body);
+        let mut ticket = port.admit(&mut visitor(served, gone.as_mut())).await?;
+        let mut may_reuse = true;
+        loop {
+            let Connected {
+                ticket: current,
+                upstream,
+                kept,
+            } = port
+                .connect(ticket, may_reuse, &mut visitor(served, gone.as_mut()))
+                .await?;
+            ticket = current;
+            served.passage.register = Some(ticket.register());
+            let what = &served.head[..served.request.line_bytes];
+            let _row = port
+                .in_flight
+                .enter(self.client.address, what, served.arrival);
+            // Boxed, so that a held stream is small: none of this exists before a request goes upstream.
+            let exchange = Box::pin(self.exchange(served, &mut unsent, &ticket, &upstream));
+            let received = tokio::select! {
+                biased;
+                reason = gone.as_mut() => Err(RequestError::ClientLeft(reason)),
+                received = exchange => received,
+            };
+            match received {
+                Ok(true) => {
+                    port.pool.put(upstream);
+                    return Ok(());
+                }
+                Ok(false) => {
+                    port.pool.part(upstream);
+                    return Ok(());
+                }
+                Err(error) => {
+                    port.pool.part(upstream);
+                    if !(kept && served.may_be_sent_again(&error)) {
+                        return Err(error);
+                    }
+                    may_reuse = false;
+                }
+            }
+        }
+    }
+
+    /// True when the upstream's connection may serve another request.
+    async fn exchange<B: RequestBody>(
+        &mut self,
+        served: &Served,
+        unsent: &mut Unsent<'_, B>,
+        ticket: &crate::service::Ticket<'_>,
+        upstream: &crate::service::pool::Upstream,
+    ) -> Result<bool, RequestError> {
+        let port = self.port;
+        let settings = port.settings();
+        let mut buffer = Buffer::default();
+        let mut scratch = port.buffers.take_output();
+        let exchange = StreamExchange {
+            upstream: &upstream.stream,
+            ticket,
+            request: &served.request,
+            head: &served.head,
+            key: self.key.as_ref(),
+            limits: &settings.limits,
+            buffers: &port.buffers,
+            progress: &served.progress,
+        };
+        let received = exchange
+            .run(unsent, self.answer, &mut buffer, &mut scratch)
+            .await;
+        port.buffers.give_output(scratch);
+        match received {
+            Ok(Received::Answer { upstream_persists }) => {
+                port.buffers.give(buffer);
+                Ok(upstream_persists)
+            }
+            Ok(Received::Tunnel) => {
+                let tunnel = Tunnel {
+                    upstream: &upstream.stream,
+                    buffers: &port.buffers,
+                    idle_max: settings.limits.tunnel_idle_max,
+                    progress: &served.progress,
+                };
+                tunnel.run(buffer, unsent.body, self.answer).await;
+                Ok(false)
+            }
+            Err(error) => {
+                port.buffers.give(buffer);
+                Err(error)
+            }
+        }
+    }
+
+    async fn answer_failure(&mut self, served: &Served, error: &RequestError) {
+        let progress = &served.progress;
+        tracing::debug!(client = %self.client.address, id = %served.id, fault = ?error.fault(), "{error}");
+        let status = error.status().filter(|_| !progress.answering.get());
+        let Some(status) = status else {
+            // Half an answer is out, or nobody is there: only a reset says so.
+            self.answer.reset(match error {
+                RequestError::ClientLeft(_) | RequestError::ClientSilent => Reset::Cancelled,
+                _ => Reset::Broken,
+            });
+            return;
+        };
+        progress.status.set(status);
+        let limit = self.port.settings().limits.client_silence_max;
+        let is_head = served.request.method == Method::Head;
+        let saying = say(self.port, self.answer, status, error, is_head);
+        if let Some(Ok(count)) = within(limit, saying).await {
+            progress.answered.set(count as u64);
+        } else {
+            self.answer.reset(Reset::Cancelled);
+        }
+    }
+}
+
+fn visitor<'v>(served: &'v mut Served, gone: Gone<'v>) -> Visitor<'v> {
+    Visitor {
+        presence: Presence::Stream(gone),
+        buffer: None,
+        head: &mut served.head,
+        passage: &mut served.passage,
+    }
+}
