@@ -2,10 +2,12 @@
 
 #![allow(clippy::unwrap_used, reason = "helpers of tests are tests too")]
 
+mod client2;
 mod configuration;
 mod deciding;
 mod forwarding;
 mod holding;
+mod http2;
 mod refusals;
 mod restart;
 mod smuggling;
