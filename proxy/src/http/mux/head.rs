@@ -6,7 +6,7 @@
 
 use super::websocket::Key;
 use crate::http::chunked::NO_TRAILERS;
-use crate::http::head::{HeadError, write_field};
+use crate::http::head::{HeadError, same_field, write_field};
 
 /// Fields of one connection only: no list may have them (RFC 9113, section 8.2.2).
 const CONNECTION_FIELDS: [&[u8]; 5] = [
@@ -252,7 +252,11 @@ pub(crate) fn write_trailer<'f>(
         }
         check_name(name)?;
         check_value(value)?;
-        if NO_TRAILERS.iter().any(|forbidden| forbidden.as_bytes() == name) {
+        let text = std::str::from_utf8(name).map_err(|_| HeadError::FieldName)?;
+        if NO_TRAILERS
+            .iter()
+            .any(|forbidden| same_field(text, forbidden))
+        {
             return Err(HeadError::ConnectionField);
         }
         write_line(out, name, value);
