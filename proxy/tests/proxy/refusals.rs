@@ -186,7 +186,7 @@ fn an_unclear_host_or_target_is_refused() {
 #[test]
 fn what_is_not_http_1_is_refused() {
     all_refused(&[
-        ("preface", "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".into(), 505),
+        ("no preface", "PRI * HTTP/2.0\r\nX: a\r\n\r\n".into(), 505),
         ("old", "GET /\r\n\r\n".into(), 400),
         (
             "two blanks",
