@@ -262,9 +262,12 @@ pub fn resolve(program: &OsStr, path: &OsStr) -> OsString {
     found.map_or_else(|| program.to_owned(), Into::into)
 }
 
-/// Whether the system has `program`.
+/// Whether the system has `program`: a name looked for in the system's folders, or the path of a file.
 #[must_use]
 pub fn installed(program: &str) -> bool {
+    if program.contains('/') {
+        return std::path::Path::new(program).is_file();
+    }
     resolve(program.as_ref(), SYSTEM_PATH.as_ref()) != *program
 }
 

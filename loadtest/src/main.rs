@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::Context;
+use anyhow::{Context, anyhow};
 use clap::{Parser, Subcommand};
 
 use loadtest::lab::app::App;
@@ -16,7 +16,7 @@ use loadtest::lab::link::Link;
 use loadtest::lab::place::{self, Place, Wish};
 use loadtest::progress::Progress;
 use loadtest::report::Report;
-use loadtest::{counter, interrupt, lab};
+use loadtest::{bench, counter, interrupt, lab};
 
 /// Moves a real application between two sites under load, and proves that nothing was lost or doubled.
 #[derive(Debug, Parser)]
@@ -111,6 +111,21 @@ enum Command {
         #[arg(long, default_value = "800mbit,20ms,0.1%")]
         link: Link,
     },
+    /// Compares Hopgate with HAProxy and nginx, or wears it out.
+    Bench {
+        #[command(subcommand)]
+        what: Bench,
+    },
+    /// The load of one measurement.
+    #[command(hide = true)]
+    BenchClient {
+        /// What to do, as JSON.
+        #[arg(long)]
+        plan: String,
+    },
+    /// The server behind the proxies of a benchmark.
+    #[command(hide = true)]
+    BenchOrigin,
     /// The stateful program itself.
     #[command(hide = true)]
     Counter(counter::Options),
@@ -124,6 +139,43 @@ enum Command {
         #[arg(long)]
         delay_us: u64,
     },
+}
+
+#[derive(Debug, Subcommand)]
+enum Bench {
+    /// Runs HAProxy, nginx and Hopgate in turn, on one core each, and prints medians and the bars of each case.
+    Proxy(ProxyOptions),
+}
+
+#[derive(Debug, clap::Args)]
+struct ProxyOptions {
+    /// Only the cases whose name contains this; may be given more than once.
+    #[arg(long = "case", value_name = "FILTER")]
+    cases: Vec<String>,
+    /// Length of each measurement in seconds.
+    #[arg(long, default_value_t = 2.0, value_parser = seconds)]
+    seconds: f64,
+    /// Measurements of each proxy in each case; fewer than five are good for a quick look only.
+    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..=1000))]
+    rounds: u16,
+    /// Measure this hopgate-proxy instead of the one of this checkout.
+    #[arg(long, value_name = "FILE")]
+    hopgate: Option<PathBuf>,
+    /// Also write all figures to this file, as JSON; to standard output for "-".
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Lists the cases and ends.
+    #[arg(long)]
+    list: bool,
+}
+
+fn seconds(text: &str) -> Result<f64, String> {
+    let value: f64 = text.parse().map_err(|_| "not a number".to_owned())?;
+    if (0.05..=3600.0).contains(&value) {
+        Ok(value)
+    } else {
+        Err("must be from 0.05 to 3600".to_owned())
+    }
 }
 
 fn main() -> ExitCode {
@@ -147,6 +199,14 @@ fn run(arguments: Arguments, progress: &Progress) -> anyhow::Result<ExitCode> {
         Command::Delay { queue, delay_us } => {
             lab::delay::run(queue, Duration::from_micros(delay_us))?
         }
+        Command::Bench {
+            what: Bench::Proxy(options),
+        } => return bench_proxy(&options, progress),
+        Command::BenchClient { plan } => {
+            let sample = bench::client::measure(&serde_json::from_str(&plan)?)?;
+            println!("{}", serde_json::to_string(&sample)?);
+        }
+        Command::BenchOrigin => bench::origin::serve()?,
         Command::World { app, link } => {
             interrupt::listen()?;
             lab::by_hand::world(app, link, progress)?;
@@ -176,6 +236,49 @@ fn run(arguments: Arguments, progress: &Progress) -> anyhow::Result<ExitCode> {
         }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+fn bench_proxy(options: &ProxyOptions, progress: &Progress) -> anyhow::Result<ExitCode> {
+    let cases = bench::case::chosen(&options.cases)
+        .map_err(|vain| anyhow!("--case {vain}: no case has that in its name; see --list"))?;
+    if options.list {
+        for case in cases {
+            println!("{:<24}{}", case.name, case.title);
+        }
+        return Ok(ExitCode::SUCCESS);
+    }
+    interrupt::listen()?;
+    // Standard output belongs to the JSON where it is asked for there.
+    let json_out = options.json.as_deref() == Some(Path::new("-"));
+    let show = |text: &str| {
+        if json_out {
+            eprintln!("{text}");
+        } else {
+            println!("{text}");
+        }
+    };
+    let wish = bench::run::Options {
+        cases,
+        length: Duration::from_secs_f64(options.seconds),
+        rounds: usize::from(options.rounds),
+        hopgate: options.hopgate.clone(),
+    };
+    let report = bench::run::run(&wish, &Folders::find()?, progress, |case| {
+        progress.aside(|| show(case.table().trim_end()));
+    })?;
+    progress.done();
+    show(&format!("\n{}", report.summary()));
+    match options.json.as_deref() {
+        Some(_) if json_out => print!("{}", report.json()?),
+        Some(path) => std::fs::write(path, report.json()?)
+            .with_context(|| format!("cannot write {}", path.display()))?,
+        None => {}
+    }
+    Ok(if report.is_clean() {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
 }
 
 fn hand_back(report: &Report, json: Option<&Path>) -> anyhow::Result<ExitCode> {

@@ -65,6 +65,14 @@ impl Progress {
         }
     }
 
+    /// Lets `print` write without the live line in its way.
+    pub fn aside(&self, print: impl FnOnce()) {
+        match &self.bar {
+            Some(bar) => bar.suspend(print),
+            None => print(),
+        }
+    }
+
     /// Whether there is a live line at all.
     #[must_use]
     pub const fn is_live(&self) -> bool {

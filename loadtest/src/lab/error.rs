@@ -96,6 +96,20 @@ pub enum LabError {
         /// The run directory.
         path: PathBuf,
     },
+    /// The cores cannot be shared out.
+    #[error("a benchmark needs two cores, one for the proxy and one for client and origin: {why}")]
+    Cores {
+        /// What is in the way.
+        why: String,
+    },
+    /// A configuration template asks for something the lab does not know.
+    #[error("{path} has {{{{{name}}}}}, and the lab has no value for that")]
+    Template {
+        /// The template.
+        path: PathBuf,
+        /// The word.
+        name: String,
+    },
     /// Packages cannot be installed on this system.
     #[error(
         "the lab needs {missing}, and installs packages only with apt-get (Debian 12 or 13): install them by hand"

@@ -1,0 +1,95 @@
+//! Programs the benchmark needs: the peers and load generators from Debian, and Hopgate from this checkout.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use crate::command::{Shell, installed};
+use crate::lab::error::Result;
+use crate::lab::folders::Folders;
+use crate::lab::packages::{self, Need};
+use crate::progress::Progress;
+
+/// Longest the build may take, in seconds.
+const BUILD_S: u64 = 1800;
+
+/// What the comparison needs.
+const PEERS: &[Need] = &[
+    Need {
+        program: "haproxy",
+        package: "haproxy",
+        why: "is one of the proxies Hopgate is compared with",
+    },
+    Need {
+        program: "nginx",
+        package: "nginx",
+        why: "is the other",
+    },
+    Need {
+        program: "/usr/lib/nginx/modules/ngx_stream_module.so",
+        package: "libnginx-mod-stream",
+        why: "lets nginx forward raw TCP",
+    },
+    Need {
+        program: "h2load",
+        package: "nghttp2-client",
+        why: "makes the load of the HTTP/2 case",
+    },
+    Need {
+        program: "taskset",
+        package: "util-linux",
+        why: "keeps each program on its core",
+    },
+];
+
+/// Installs what is missing. The services Debian starts with the proxies are stopped again: they take ports, and the
+/// benchmark starts its own.
+///
+/// # Errors
+/// When something is missing and cannot be installed.
+pub fn install(folders: &Folders, progress: &Progress) -> Result<()> {
+    let _lock = folders.lock("install")?;
+    let new: Vec<&str> = ["haproxy", "nginx"]
+        .into_iter()
+        .filter(|program| !installed(program))
+        .collect();
+    packages::install(PEERS, progress)?;
+    for service in new {
+        stop_service(service, progress);
+    }
+    Ok(())
+}
+
+fn stop_service(service: &str, progress: &Progress) {
+    let systemd = std::path::Path::new("/run/systemd/system").is_dir();
+    let stopped = if systemd {
+        Shell::new("systemctl").args(["disable", "--now", service])
+    } else {
+        Shell::new("service").args([service, "stop"])
+    };
+    // Where the package started nothing there is nothing to stop.
+    if stopped.succeeds() {
+        progress.say(format!("stopped the service {service} of the new package"));
+    }
+}
+
+/// Builds `hopgate-proxy` for release beside the lab's own program, and gives its path.
+///
+/// # Errors
+/// When it does not compile.
+pub fn build(folders: &Folders, progress: &Progress) -> Result<PathBuf> {
+    let manifest = folders.workspace.join("Cargo.toml");
+    let target = folders.lab.parent().unwrap_or(&folders.workspace);
+    let program = target.join("release/hopgate-proxy");
+    progress.now("building hopgate-proxy for release");
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    Shell::new(cargo)
+        .path(std::env::var_os("PATH").unwrap_or_default())
+        .args(["build", "--release", "--quiet", "-p", "hopgate-proxy"])
+        .arg("--manifest-path")
+        .arg(&manifest)
+        .arg("--target-dir")
+        .arg(target)
+        .within(Duration::from_secs(BUILD_S))
+        .run()?;
+    Ok(program)
+}
