@@ -8,6 +8,7 @@ use rustix::process::{Resource, getrlimit};
 use toml::Table;
 
 use super::http2::{self, Http2};
+use super::route;
 use super::table::{Problem, Section};
 use super::upstream::{RESOLVER_KEYS, resolver, upstreams};
 use super::{
@@ -41,6 +42,9 @@ const METRICS_KEYS: &[&str] = &["listen"];
 const ACCESS_LOG_KEYS: &[&str] = &["path"];
 const LIMITS_KEYS: &[&str] = &[
     "connections_max",
+    "address_connections_max",
+    "memory_bytes_max",
+    "memory_percent_max",
     "held_max",
     "hold_ms_max",
     "retry_after_s",
@@ -48,6 +52,9 @@ const LIMITS_KEYS: &[&str] = &[
     "client_idle_ms_max",
     "client_head_ms_max",
     "client_silence_ms_max",
+    "client_body_bytes_per_s_min",
+    "client_body_window_ms",
+    "body_bytes_max",
     "connect_ms_max",
     "response_ms_max",
     "tunnel_idle_ms_max",
@@ -64,7 +71,16 @@ const RELEASE_KEYS: &[&str] = &[
     "backoff_ms_max",
     "grace_ms",
 ];
-const SERVICE_KEYS: &[&str] = &["name", "listen", "protocol", "source", "target"];
+const SERVICE_KEYS: &[&str] = &[
+    "name",
+    "listen",
+    "protocol",
+    "source",
+    "target",
+    "trusted_from",
+    "rate",
+    "route",
+];
 const LISTEN_KEYS: &[&str] = &["address"];
 
 /// Files the process needs for itself: listeners, epolls, control and metrics clients, logs, libraries.
@@ -118,7 +134,7 @@ impl Config {
         let release = release(root.section("release", RELEASE_KEYS)?)?;
         let resolver = resolver(root.section("resolver", RESOLVER_KEYS)?)?;
         let upstreams = upstreams(&root)?;
-        let services = services(&root, folder)?;
+        let services = services(&root, folder, &limits)?;
         Ok(Self {
             state_dir,
             control,
@@ -154,10 +170,14 @@ fn log_target(section: &Section<'_>, folder: &Path) -> Result<LogTarget, Problem
     }
 }
 
-fn services(root: &Section<'_>, folder: &Path) -> Result<Vec<ServiceConfig>, Problem> {
+fn services(
+    root: &Section<'_>,
+    folder: &Path,
+    limits: &Limits,
+) -> Result<Vec<ServiceConfig>, Problem> {
     let mut services: Vec<ServiceConfig> = Vec::new();
     for section in root.sections("service", SERVICE_KEYS)? {
-        let next = service(&section, folder)?;
+        let next = service(&section, folder, limits)?;
         if services.iter().any(|other| other.name == next.name) {
             return Err(Problem::Twice {
                 what: "name",
@@ -187,7 +207,11 @@ fn services(root: &Section<'_>, folder: &Path) -> Result<Vec<ServiceConfig>, Pro
     Ok(services)
 }
 
-fn service(section: &Section<'_>, folder: &Path) -> Result<ServiceConfig, Problem> {
+fn service(
+    section: &Section<'_>,
+    folder: &Path,
+    limits: &Limits,
+) -> Result<ServiceConfig, Problem> {
     let name = section.required_text("name", "name = \"web\"")?;
     let name = name.parse::<ServiceName>().map_err(|_| {
         const { assert!(NAME_BYTES_MAX == 64) };
@@ -211,6 +235,9 @@ fn service(section: &Section<'_>, folder: &Path) -> Result<ServiceConfig, Proble
         protocol,
         source,
         target,
+        trusted_from: route::trusted_from(section)?,
+        rate: route::rate(section)?,
+        routes: route::routes(section, limits)?,
     })
 }
 
@@ -266,8 +293,18 @@ fn limits(section: Option<Section<'_>>, http2: Http2) -> Result<Limits, Problem>
             .whole(key, least..=most)
             .map(|n| n.map_or(default, to_usize))
     };
+    let bytes = |key, default| {
+        section
+            .whole(key, 0..=i64::MAX)
+            .map(|n| n.map_or(default, to_u64))
+    };
     Ok(Limits {
         connections_max: count("connections_max", 1, 10_000_000, connections_default())?,
+        address_connections_max: count("address_connections_max", 0, 10_000_000, 0)?,
+        memory_bytes_max: bytes("memory_bytes_max", 0)?,
+        memory_percent_max: section
+            .whole("memory_percent_max", 0..=100)?
+            .map_or(90, to_u64),
         held_max: count("held_max", 0, 10_000_000, 10_000)?,
         hold_max: ms("hold_ms_max", 60_000)?,
         retry_after_s: section
@@ -277,6 +314,9 @@ fn limits(section: Option<Section<'_>>, http2: Http2) -> Result<Limits, Problem>
         client_idle_max: ms("client_idle_ms_max", 60_000)?,
         client_head_max: ms("client_head_ms_max", 10_000)?,
         client_silence_max: ms("client_silence_ms_max", 30_000)?,
+        client_body_bytes_per_s_min: bytes("client_body_bytes_per_s_min", 500)?,
+        client_body_window: ms("client_body_window_ms", 10_000)?,
+        body_bytes_max: bytes("body_bytes_max", 0)?,
         connect_max: ms("connect_ms_max", 2_000)?,
         response_max: ms("response_ms_max", 60_000)?,
         tunnel_idle_max: ms("tunnel_idle_ms_max", 3_600_000)?,
@@ -315,10 +355,17 @@ fn milliseconds(
     key: &'static str,
     default: u64,
 ) -> Result<Duration, Problem> {
-    let number = section
-        .whole(key, 1..=MS_MAX)?
-        .map_or(default, i64::unsigned_abs);
-    Ok(Duration::from_millis(number))
+    milliseconds_or(section, key, Duration::from_millis(default))
+}
+
+/// A time, or what holds without it.
+pub(super) fn milliseconds_or(
+    section: &Section<'_>,
+    key: &'static str,
+    default: Duration,
+) -> Result<Duration, Problem> {
+    let number = section.whole(key, 1..=MS_MAX)?;
+    Ok(number.map_or(default, |number| Duration::from_millis(to_u64(number))))
 }
 
 /// A client connection may need a second file for its upstream, so half of what the process may open.
@@ -329,6 +376,11 @@ fn connections_default() -> usize {
         .max(16)
 }
 
-fn to_usize(number: i64) -> usize {
+/// Numbers below zero are refused where they are read.
+pub(super) fn to_u64(number: i64) -> u64 {
+    u64::try_from(number).unwrap_or(0)
+}
+
+pub(super) fn to_usize(number: i64) -> usize {
     usize::try_from(number).unwrap_or(0)
 }

@@ -5,15 +5,20 @@
 
 mod http2;
 mod load;
+mod route;
 mod table;
 mod upstream;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use cutover_protocol::id::{ServiceName, Site};
 
+use crate::forwarded::TrustedFrom;
+use crate::limit::rate::RateLimit;
+use crate::route::RouteTable;
 pub use http2::Http2;
 pub use load::ConfigError;
 pub use table::Problem;
@@ -103,6 +108,15 @@ pub struct ServiceConfig {
     pub source: SocketAddr,
     /// The upstream of site `target`.
     pub target: SocketAddr,
+    /// Peers whose word about their clients is believed.
+    #[allow(dead_code)] // until requests lead here
+    pub(crate) trusted_from: TrustedFrom,
+    /// How many requests it takes, before any route is looked at.
+    #[allow(dead_code)] // until requests lead here
+    pub(crate) rate: Option<Arc<RateLimit>>,
+    /// What part of the requests needs other treatment.
+    #[allow(dead_code)] // until requests lead here
+    pub(crate) routes: RouteTable,
 }
 
 impl ServiceConfig {
@@ -121,6 +135,12 @@ impl ServiceConfig {
 pub struct Limits {
     /// Client connections in all; the listener leaves the rest in the kernel's backlog.
     pub connections_max: usize,
+    /// Client connections of one address (IPv4) or /64 network (IPv6); zero for no limit of its own.
+    pub address_connections_max: usize,
+    /// Resident memory of the process above which new work is refused; zero for no limit of its own.
+    pub memory_bytes_max: u64,
+    /// The same, in hundredths of the control group's limit, for the whole group; zero for no such limit.
+    pub memory_percent_max: u64,
     /// Requests held at once, per service; one more is refused with 503.
     pub held_max: usize,
     /// How long a request may be held before it is refused with 503.
@@ -135,6 +155,12 @@ pub struct Limits {
     pub client_head_max: Duration,
     /// Silence of a client inside a body, in either direction.
     pub client_silence_max: Duration,
+    /// What every window of waiting for a client's body must bring, for each of its seconds; zero for nothing.
+    pub client_body_bytes_per_s_min: u64,
+    /// The length of such a window; the first one is the grace.
+    pub client_body_window: Duration,
+    /// Longest request body; zero for no limit.
+    pub body_bytes_max: u64,
     /// From the decision to connect upstream to the connection.
     pub connect_max: Duration,
     /// From the last byte of a request to the head of its response, and between two pieces of a response.

@@ -128,6 +128,14 @@ pub enum Problem {
         /// The entry.
         value: String,
     },
+    /// Keys that exclude or need each other.
+    #[error("{place} {what}")]
+    Together {
+        /// The table.
+        place: String,
+        /// What is wrong with the keys in it, and what to do.
+        what: &'static str,
+    },
     /// Two services share what must be their own.
     #[error("two services have the {what} \"{value}\"; give each its own")]
     Twice {
@@ -221,6 +229,64 @@ impl<'t> Section<'t> {
             sections.push(Section::open(place(index, table), table, known)?);
         }
         Ok(sections)
+    }
+
+    /// The entries of a table whose keys anybody may choose; empty when it is absent.
+    pub(super) fn entries(&self, key: &'static str) -> Result<Vec<(&'t str, &'t Value)>, Problem> {
+        match self.table.get(key) {
+            None => Ok(Vec::new()),
+            Some(Value::Table(table)) => {
+                let entries = table.iter().map(|(name, value)| (name.as_str(), value));
+                Ok(entries.collect())
+            }
+            Some(other) => Err(self.wrong_type(key, other, "a table")),
+        }
+    }
+
+    /// One text or a list of texts; `None` when the key is absent.
+    pub(super) fn text_or_texts(&self, key: &'static str) -> Result<Option<Vec<&'t str>>, Problem> {
+        const WANTED: &str = "a text in quotes or a list of them";
+        let entries = match self.table.get(key) {
+            None => return Ok(None),
+            Some(Value::String(text)) => return Ok(Some(vec![text])),
+            Some(Value::Array(entries)) => entries,
+            Some(other) => return Err(self.wrong_type(key, other, WANTED)),
+        };
+        let texts = entries.iter().map(|entry| match entry {
+            Value::String(text) => Ok(text.as_str()),
+            other => Err(self.wrong_type(key, other, WANTED)),
+        });
+        texts.collect::<Result<_, _>>().map(Some)
+    }
+
+    /// A number in a range, whole or not, if it is there.
+    pub(super) fn number(
+        &self,
+        key: &'static str,
+        range: RangeInclusive<f64>,
+        wanted: &'static str,
+    ) -> Result<Option<f64>, Problem> {
+        let number = match self.table.get(key) {
+            None => return Ok(None),
+            // Within the ranges of any setting a whole number is exact.
+            #[allow(clippy::cast_precision_loss)]
+            Some(Value::Integer(number)) => *number as f64,
+            Some(Value::Float(number)) => *number,
+            Some(other) => return Err(self.wrong_type(key, other, wanted)),
+        };
+        if range.contains(&number) {
+            Ok(Some(number))
+        } else {
+            Err(self.bad_text(key, &number.to_string(), wanted))
+        }
+    }
+
+    /// The problem of keys that exclude or need each other.
+    pub(super) fn together(&self, what: &'static str) -> Problem {
+        Problem::Together {
+            place: self.place.clone(),
+            what,
+        }
     }
 
     /// Whether the key is there and is a text.
@@ -375,7 +441,13 @@ impl<'t> Section<'t> {
         }
     }
 
-    fn wrong_type(&self, key: &'static str, found: &Value, wanted: &'static str) -> Problem {
+    /// The problem of a value of the wrong type.
+    pub(super) fn wrong_type(
+        &self,
+        key: &'static str,
+        found: &Value,
+        wanted: &'static str,
+    ) -> Problem {
         Problem::WrongType {
             place: self.place.clone(),
             key,

@@ -5,6 +5,7 @@ pub(crate) mod body;
 pub mod chunked;
 pub(crate) mod connection;
 pub(crate) mod exchange;
+pub(crate) mod fields;
 pub(crate) mod h2;
 pub mod head;
 pub(crate) mod mux;

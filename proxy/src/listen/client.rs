@@ -1,7 +1,8 @@
 //! Who is at the other end of a connection, as far as the proxy believes it.
 
-use std::fmt::Write;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::{Ipv4Addr, SocketAddr};
+
+use crate::forwarded::AddressText;
 
 /// How a client's requests reached us.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -29,14 +30,7 @@ pub(crate) struct Client {
     pub(crate) address: SocketAddr,
     pub(crate) scheme: Scheme,
     /// The address without its port, as it is forwarded.
-    shown: Shown,
-}
-
-/// The longest is an IPv6 address with an embedded IPv4 address: 45 bytes.
-#[derive(Debug, Clone, Copy)]
-struct Shown {
-    bytes: [u8; 45],
-    count: u8,
+    shown: AddressText,
 }
 
 impl Client {
@@ -45,7 +39,7 @@ impl Client {
         Self {
             address,
             scheme: Scheme::Http,
-            shown: Shown::of(address.ip()),
+            shown: AddressText::of(address.ip()),
         }
     }
 
@@ -56,30 +50,7 @@ impl Client {
 
     /// The address without its port; IPv4 inside IPv6 is shown as IPv4.
     pub(crate) fn shown_address(&self) -> &[u8] {
-        &self.shown.bytes[..usize::from(self.shown.count)]
-    }
-}
-
-impl Shown {
-    fn of(address: IpAddr) -> Self {
-        let mut shown = Self {
-            bytes: [0; 45],
-            count: 0,
-        };
-        // The longest address fits.
-        let _ = write!(shown, "{}", address.to_canonical());
-        shown
-    }
-}
-
-impl Write for Shown {
-    fn write_str(&mut self, text: &str) -> std::fmt::Result {
-        let start = usize::from(self.count);
-        let room = self.bytes.get_mut(start..start + text.len());
-        room.ok_or(std::fmt::Error)?
-            .copy_from_slice(text.as_bytes());
-        self.count += u8::try_from(text.len()).unwrap_or(0);
-        Ok(())
+        self.shown.as_bytes()
     }
 }
 
