@@ -179,20 +179,11 @@ impl Rewrite {
     pub(crate) fn write(&self, path: &str, out: &mut Vec<u8>) {
         match self {
             Self::Prefix { prefix, to } => match below(prefix, path) {
+                Some("") if !to.is_empty() => out.extend_from_slice(to.as_bytes()),
                 Some(rest) => {
-                    out.extend_from_slice(to.as_bytes());
-                    if !rest.starts_with('/')
-                        && !to.ends_with('/')
-                        && !(rest.is_empty() && !to.is_empty())
-                    {
-                        out.push(b'/');
-                    }
-                    let rest = if to.ends_with('/') {
-                        rest.trim_start_matches('/')
-                    } else {
-                        rest
-                    };
-                    out.extend_from_slice(rest.as_bytes());
+                    out.extend_from_slice(to.strip_suffix('/').unwrap_or(to).as_bytes());
+                    out.push(b'/');
+                    out.extend_from_slice(rest.strip_prefix('/').unwrap_or(rest).as_bytes());
                 }
                 None => out.extend_from_slice(path.as_bytes()),
             },
