@@ -54,10 +54,6 @@ impl Socket {
     ///
     /// # Cancel safety
     /// Dropping the future drops the attempt.
-    #[expect(
-        dead_code,
-        reason = "upstream groups with unix sockets are on their way"
-    )]
     pub(crate) async fn connect_unix(path: &Path) -> io::Result<Self> {
         let fd = new_socket(AddressFamily::UNIX)?;
         let begun = rustix::net::connect(&fd, &SocketAddrUnix::new(path)?);

@@ -1,10 +1,30 @@
 //! Active checks: what they found so far, and when that brings a server up or down.
 //!
-//! A check never changes a server by itself: so many in a row do.
+//! One check never changes a server: so many in a row do. Checks run on the control thread; workers see nothing of
+//! them but whether a server is up.
 
-use std::time::Instant;
+mod http;
+mod mysql;
+mod probe;
+#[cfg(test)]
+mod tests;
 
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tokio::task::JoinSet;
+use tokio::time::{sleep, timeout};
+
+use super::balance::mix;
+use super::group::Group;
+use super::moment::Moment;
+use super::server::{Server, ServerId};
 use crate::config::HealthConfig;
+
+pub(crate) use probe::CheckError;
+
+/// An interval is longer or shorter by up to one part in so many.
+const JITTER_PARTS: u32 = 10;
 
 /// What the checks of one server found.
 #[derive(Debug, Default)]
@@ -28,12 +48,7 @@ pub(crate) struct CheckResult {
 
 impl CheckRecord {
     /// Takes note; says what the server is from now on, if that changes.
-    pub(super) fn note(
-        &mut self,
-        result: CheckResult,
-        is_up: bool,
-        config: &HealthConfig,
-    ) -> Option<bool> {
+    fn note(&mut self, result: CheckResult, is_up: bool, config: &HealthConfig) -> Option<bool> {
         let good = result.good;
         self.last = Some(result);
         if good == is_up {
@@ -47,4 +62,116 @@ impl CheckRecord {
             good
         })
     }
+}
+
+/// Checks every server of a group, also those that come and go with a name, for ever. Returns at once when the
+/// group has no checks.
+///
+/// # Cancel safety
+/// Dropping the future ends all checks; what they found stays with the servers.
+pub(super) async fn watch(group: Arc<Group>) {
+    if group.config().health.is_none() {
+        return;
+    }
+    let mut changes = group.subscribe();
+    let mut tasks = JoinSet::new();
+    let mut watched = Vec::new();
+    loop {
+        changes.borrow_and_update();
+        let members = group.members();
+        let present = |id: ServerId| members.list.iter().any(|member| member.server.id() == id);
+        watched.retain(|(id, task): &(ServerId, tokio::task::AbortHandle)| {
+            let stays = present(*id);
+            if !stays {
+                task.abort();
+            }
+            stays
+        });
+        for member in &members.list {
+            let id = member.server.id();
+            if watched.iter().all(|(other, _)| *other != id) {
+                let (group, server) = (Arc::clone(&group), Arc::clone(&member.server));
+                watched.push((id, tasks.spawn_local(check_for_ever(group, server))));
+            }
+        }
+        while tasks.try_join_next().is_some() {}
+        if changes.changed().await.is_err() {
+            return;
+        }
+    }
+}
+
+async fn check_for_ever(group: Arc<Group>, server: Arc<Server>) {
+    let Some(config) = &group.config().health else {
+        return;
+    };
+    let mut random = mix(server.hash_seed ^ Moment::of(Instant::now()).0);
+    // A server that serves already is first checked a little later than the others; one that has to prove itself,
+    // at once.
+    if server.is_up() {
+        sleep(config.interval.mul_f64(share_of(random)) / JITTER_PARTS).await;
+    }
+    loop {
+        let found = check(&group, &server).await;
+        settle(&group, &server, found, Instant::now());
+        random = mix(random.wrapping_add(1));
+        sleep(jittered(config.interval, random)).await;
+    }
+}
+
+/// One check, within its time.
+pub(super) async fn check(group: &Group, server: &Server) -> Result<String, CheckError> {
+    let Some(config) = &group.config().health else {
+        return Ok(String::new());
+    };
+    let probe = probe::probe(group.config(), &config.check, server.endpoint());
+    let timed_out = CheckError::TimedOut(config.timeout.as_millis());
+    timeout(config.timeout, probe)
+        .await
+        .unwrap_or(Err(timed_out))
+}
+
+/// Takes note of a check; brings the server up or down if that is due.
+pub(super) fn settle(
+    group: &Group,
+    server: &Server,
+    found: Result<String, CheckError>,
+    now: Instant,
+) {
+    let Some(config) = &group.config().health else {
+        return;
+    };
+    let (good, reason) = match found {
+        Ok(reason) => (true, reason),
+        Err(error) => (false, error.to_string()),
+    };
+    let result = CheckResult {
+        good,
+        reason,
+        at: now,
+    };
+    let reason = result.reason.clone();
+    let change = server.checks().note(result, server.is_up(), config);
+    let Some(up) = change else {
+        return;
+    };
+    server.set_up(up, Moment::of(now));
+    let (group, server) = (group.name(), server.endpoint());
+    if up {
+        tracing::info!(group, %server, "up: {reason}");
+    } else {
+        tracing::warn!(group, %server, "down: {reason}");
+    }
+}
+
+/// A tenth longer or shorter, so that checks of many proxies do not fall on the same moment.
+fn jittered(interval: Duration, random: u64) -> Duration {
+    let spread = interval / JITTER_PARTS;
+    interval - spread + (2 * spread).mul_f64(share_of(random))
+}
+
+/// From zero to one.
+#[allow(clippy::cast_precision_loss)] // 53 bits fit
+fn share_of(random: u64) -> f64 {
+    (random >> 11) as f64 / (1_u64 << 53) as f64
 }

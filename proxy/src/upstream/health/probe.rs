@@ -1,0 +1,108 @@
+//! One check of one server: connects as requests do, asks what the configuration says, and judges the answer.
+//!
+//! Never longer than the check's timeout, never more than the bytes it has to see, and no state between two checks.
+
+use std::io;
+
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt as _};
+
+use super::{http, mysql};
+use crate::config::{Check, ProxyVersion, UpstreamConfig, UpstreamProtocol};
+use crate::stream::{Socket, Stream};
+use crate::upstream::address::Endpoint;
+
+/// What begins a connection to a server that expects the PROXY protocol, when no client stands behind it: version 1
+/// with an unknown sender, version 2 with the command LOCAL.
+const PROXY_V1: &[u8] = b"PROXY UNKNOWN\r\n";
+const PROXY_V2: &[u8] = b"\r\n\r\n\0\r\nQUIT\n\x20\0\0\0";
+
+/// Why a check was bad.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum CheckError {
+    /// No connection.
+    #[error("cannot connect: {0}")]
+    Connect(#[source] io::Error),
+    /// The connection failed.
+    #[error("the connection failed: {0}")]
+    Connection(#[source] io::Error),
+    /// It ended too early.
+    #[error("the server closed the connection without an answer")]
+    Closed,
+    /// Not in time.
+    #[error("no answer within {0} ms")]
+    TimedOut(u128),
+    /// An answer with another status.
+    #[error("status {0}")]
+    Status(u16),
+    /// The body is without what it should contain.
+    #[error("status {0}, but the body lacks the expected text")]
+    Body(u16),
+    /// Not HTTP.
+    #[error("the answer is not HTTP")]
+    NotHttp,
+    /// HTTP/2 failed.
+    #[error("HTTP/2: {0}")]
+    Http2(#[source] h2::Error),
+    /// Not a database.
+    #[error("the greeting is not that of MySQL or MariaDB")]
+    NotMysql,
+    /// A database that refuses.
+    #[error("error {code}: {message}")]
+    Mysql {
+        /// As the database counts them.
+        code: u16,
+        /// As the database says it.
+        message: String,
+    },
+}
+
+/// A connection that a check uses.
+pub(super) trait Wire: AsyncRead + AsyncWrite + Unpin {}
+
+impl<T: AsyncRead + AsyncWrite + Unpin> Wire for T {}
+
+/// Checks once; says what was found when that was good.
+///
+/// # Cancel safety
+/// Dropping the future drops the connection.
+pub(super) async fn probe(
+    config: &UpstreamConfig,
+    check: &Check,
+    endpoint: &Endpoint,
+) -> Result<String, CheckError> {
+    let socket = match endpoint {
+        Endpoint::Tcp(address) => Socket::connect(*address).await,
+        Endpoint::Unix(path) => Socket::connect_unix(path).await,
+    };
+    let mut stream = Stream::Plain(socket.map_err(CheckError::Connect)?);
+    let greeting: &[u8] = match config.proxy_protocol {
+        None => &[],
+        Some(ProxyVersion::V1) => PROXY_V1,
+        Some(ProxyVersion::V2) => PROXY_V2,
+    };
+    if !greeting.is_empty() {
+        send(&mut stream, greeting).await?;
+    }
+    match check {
+        Check::Tcp => Ok("connected".to_owned()),
+        Check::Mysql { user } => mysql::greet(&mut stream, user.as_deref()).await,
+        Check::Http(check) => {
+            let host = check.host.clone().unwrap_or_else(|| match endpoint {
+                Endpoint::Tcp(address) => address.to_string(),
+                Endpoint::Unix(_) => "localhost".to_owned(),
+            });
+            match config.protocol {
+                UpstreamProtocol::Http1 => http::ask_http1(&mut stream, check, &host).await,
+                UpstreamProtocol::Http2 => http::ask_http2(stream, check, &host).await,
+            }
+        }
+    }
+}
+
+pub(super) async fn send(stream: &mut impl Wire, bytes: &[u8]) -> Result<(), CheckError> {
+    let sent = async {
+        stream.write_all(bytes).await?;
+        stream.flush().await
+    };
+    sent.await.map_err(CheckError::Connection)
+}
