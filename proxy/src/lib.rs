@@ -10,6 +10,9 @@ pub mod control;
 pub mod error;
 #[allow(dead_code, unused_imports)] // until requests lead here
 mod forwarded;
+#[cfg(any(test, feature = "fuzzing"))]
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod http;
 #[allow(dead_code, unused_imports)] // until requests lead here
 mod limit;

@@ -108,7 +108,8 @@ impl Config {
         Self::parse(&text, &folder).map_err(at_path)
     }
 
-    fn parse(text: &str, folder: &Path) -> Result<Self, Problem> {
+    /// The same from text, for whoever has no file; `folder` is where its relative paths begin.
+    pub(crate) fn parse(text: &str, folder: &Path) -> Result<Self, Problem> {
         let table: Table = text.parse().map_err(|error| syntax(text, &error))?;
         let root = Section::open("the top of the file".to_owned(), &table, ROOT_KEYS)?;
         let state_dir =

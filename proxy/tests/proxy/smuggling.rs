@@ -7,13 +7,25 @@ mod case;
 mod reading;
 mod recorder;
 
+use std::fs;
 use std::io::{Read as _, Write};
 use std::net::{Shutdown, TcpStream};
+use std::path::Path;
 
 use self::case::Case;
 use self::reading::{Kind, Read};
 use self::recorder::{Recorder, Seen};
 use crate::world::{Nobody, PATIENCE, Plan};
+
+const FILES: [&str; 7] = [
+    "lengths.toml",
+    "codings.toml",
+    "chunks.toml",
+    "lines.toml",
+    "targets.toml",
+    "connections.toml",
+    "answers.toml",
+];
 
 #[test]
 fn two_lengths_are_refused_or_read_once() {
@@ -48,6 +60,48 @@ fn connections_that_go_on_or_change_are_read_once() {
 #[test]
 fn answers_are_believed_once() {
     all("answers.toml");
+}
+
+/// For `fuzz/run.sh`.
+#[test]
+#[ignore = "writes files below fuzz/"]
+fn the_rows_become_seeds_of_the_fuzz_targets() {
+    let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
+    let corpus = workspace.join("fuzz/corpus");
+    let write = |target: &str, number: usize, bytes: &[u8]| {
+        let folder = corpus.join(target);
+        fs::create_dir_all(&folder).unwrap();
+        fs::write(folder.join(format!("seed-{number}")), bytes).unwrap();
+    };
+    let cases: Vec<Case> = FILES.iter().flat_map(|file| case::load(file)).collect();
+    for (number, case) in cases.iter().enumerate() {
+        let sent = case.send().concat();
+        write("request_head", number, &sent);
+        if let Some(end) = sent.windows(4).position(|window| window == b"\r\n\r\n") {
+            write(
+                "chunks",
+                number,
+                &[b"\x00\x05\x0a\x0f", &sent[end + 4..]].concat(),
+            );
+        }
+        write("response_head", number, &case.answers().concat());
+    }
+    let files = ["", "invalid"].map(|folder| workspace.join("configs/proxy").join(folder));
+    let files = files
+        .iter()
+        .flat_map(|folder| fs::read_dir(folder).unwrap());
+    for (number, file) in files.map(|file| file.unwrap().path()).enumerate() {
+        if file.is_file() {
+            write("config", number, &fs::read(file).unwrap());
+        }
+    }
+    write(
+        "command",
+        0,
+        br#"{"command":"hold","service":"web","epoch":1,"lease_ms":2,"drain_ms_max":3}"#,
+    );
+    let list = b"\x01:method\0POST\xff:scheme\0https\xff:authority\0h\xff:path\0/\xffcontent-length\x003\xffte\0trailers";
+    write("header_list", 0, list);
 }
 
 /// Runs every row and names all that went wrong, not only the first.

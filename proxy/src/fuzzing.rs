@@ -1,0 +1,291 @@
+//! The ways in for the fuzz targets of `fuzz/`, and what must hold there for any input. Each function takes bytes and
+//! panics when a rule is broken; none of them does input or output.
+//!
+//! Built for tests and with the feature `fuzzing` only; no part of the proxy may use it.
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::Path;
+
+use cutover_protocol::hold::Command;
+
+use crate::config::Config;
+use crate::http::chunked::{ChunkError, Chunks};
+use crate::http::head::{Framing, HeadError, Scan, Version, same_field, scan};
+use crate::http::mux::head::{BodyFollows, HeadBuilder};
+use crate::http::request::{
+    Method, Origin, Parsed, Request, RequestId, Upgrade, field_room, parse,
+};
+use crate::http::response;
+use crate::listen::client::Client;
+
+/// A request head: found alike however it is cut, and what we write of it is read the same way again.
+pub fn request_head(bytes: &[u8]) {
+    let Some(head) = find(bytes) else { return };
+    let mut room = field_room();
+    if let Ok(parsed) = parse(head, &mut room) {
+        check_written(&parsed);
+    }
+}
+
+/// A response head, for every kind of request it may answer.
+pub fn response_head(bytes: &[u8]) {
+    let Some(head) = find(bytes) else { return };
+    for version in [Version::Http10, Version::Http11] {
+        for method in [Method::Head, Method::Safe, Method::Other] {
+            for upgrade in [Upgrade::None, Upgrade::Asked] {
+                let request = Request {
+                    version,
+                    method,
+                    line_bytes: 0,
+                    framing: Framing::Empty,
+                    persists: true,
+                    upgrade,
+                    expects_continue: false,
+                };
+                check_answer(head, &request);
+            }
+        }
+    }
+}
+
+/// Chunks: the first bytes say where the rest is cut; a body is the same in one piece and in many.
+pub fn chunks(bytes: &[u8]) {
+    let Some((cuts, body)) = bytes.split_at_checked(4) else {
+        return;
+    };
+    let whole = decode(body, &[]);
+    let sizes: Vec<usize> = cuts.iter().map(|cut| usize::from(*cut % 16) + 1).collect();
+    assert_eq!(whole, decode(body, &sizes), "cut into {sizes:?}");
+    assert_eq!(whole, decode(body, &[1]), "byte by byte");
+    if let Ok(Decoded { used, .. }) = whole {
+        assert!(used <= body.len());
+    }
+}
+
+/// A configuration file: refused with one line, or accepted.
+pub fn config(bytes: &[u8]) {
+    let Ok(text) = std::str::from_utf8(bytes) else {
+        return;
+    };
+    if let Err(problem) = Config::parse(text, Path::new("/nowhere")) {
+        let said = problem.to_string();
+        assert!(!said.is_empty() && !said.contains('\n'), "{said:?}");
+    }
+}
+
+/// A line of the control socket: what is understood is said again in the same words.
+pub fn command(bytes: &[u8]) {
+    if let Ok(command) = serde_json::from_slice::<Command>(bytes) {
+        let said = serde_json::to_vec(&command).unwrap_or_default();
+        let again = serde_json::from_slice::<Command>(&said);
+        assert_eq!(again.ok(), Some(command));
+    }
+}
+
+/// A header list of HTTP/2 or HTTP/3: lines of `name`, a zero byte, `value`, parted by 0xff. What comes out is one
+/// head and nothing behind it.
+pub fn header_list(bytes: &[u8]) {
+    let Some((flags, list)) = bytes.split_first() else {
+        return;
+    };
+    let body = if flags & 1 == 0 {
+        BodyFollows::No
+    } else {
+        BodyFollows::Yes
+    };
+    let mut builder = HeadBuilder::default();
+    for field in list.split(|byte| *byte == 0xff) {
+        let end = field.iter().position(|byte| *byte == 0);
+        let (name, value) = field.split_at(end.unwrap_or(field.len()));
+        let value = value.get(1..).unwrap_or_default();
+        if builder.field(name, value).is_err() {
+            return;
+        }
+    }
+    let mut head = Vec::new();
+    if builder.finish(body, &mut head).is_err() {
+        return;
+    }
+    assert_eq!(
+        scan(&head, 0),
+        Ok(Scan::Complete(head.len())),
+        "{}",
+        head.escape_ascii()
+    );
+    let mut room = field_room();
+    if let Ok(parsed) = parse(&head, &mut room) {
+        let without_body = body == BodyFollows::No;
+        assert!(
+            !without_body || parsed.framing == Framing::Empty,
+            "{parsed:?}"
+        );
+        check_written(&parsed);
+    }
+}
+
+/// The head at the beginning of `bytes`, if there is one that may be read.
+fn find(bytes: &[u8]) -> Option<&[u8]> {
+    let whole = scan(bytes, 0);
+    let mut from = 0;
+    let mut stepwise = Ok(Scan::Partial(0));
+    for seen in 0..=bytes.len() {
+        stepwise = scan(&bytes[..seen], from);
+        match stepwise {
+            Ok(Scan::Partial(next)) => from = next,
+            Ok(Scan::Complete(_)) | Err(_) => break,
+        }
+    }
+    assert_eq!(kind(whole), kind(stepwise), "{}", bytes.escape_ascii());
+    match whole {
+        Ok(Scan::Complete(end)) => Some(&bytes[..end]),
+        Ok(Scan::Partial(_)) | Err(_) => None,
+    }
+}
+
+/// Where to go on may differ between two ways of looking; what was found may not.
+fn kind(scan: Result<Scan, HeadError>) -> Result<Option<usize>, HeadError> {
+    scan.map(|scan| match scan {
+        Scan::Complete(end) => Some(end),
+        Scan::Partial(_) => None,
+    })
+}
+
+fn check_written(parsed: &Parsed<'_, '_>) {
+    let client = Client::new(SocketAddr::from((Ipv4Addr::LOCALHOST, 1)));
+    let id = RequestId {
+        origin: 1,
+        number: 2,
+    };
+    let origin = Origin {
+        client: &client,
+        id,
+    };
+    let mut out = Vec::new();
+    let request = parsed.write(origin, &mut out);
+    let said = out.escape_ascii();
+    assert_eq!(scan(&out, 0), Ok(Scan::Complete(out.len())), "{said}");
+    let mut room = field_room();
+    let again = match parse(&out, &mut room) {
+        Ok(again) => again,
+        // An old client need not name a host, and three lines of ours may be too many.
+        Err(HeadError::TooManyFields) => return,
+        Err(error) => panic!("{error} in {said}"),
+    };
+    assert_eq!(
+        (
+            again.method,
+            again.path,
+            again.host,
+            again.version,
+            again.framing
+        ),
+        (
+            parsed.method,
+            parsed.path,
+            parsed.host,
+            Version::Http11,
+            parsed.framing
+        ),
+        "{said}"
+    );
+    assert_eq!(request.framing, parsed.framing);
+    for framing in ["content-length", "transfer-encoding", "host"] {
+        let named = again
+            .fields
+            .iter()
+            .filter(|field| same_field(field.name, framing));
+        assert!(named.count() <= 1, "{framing} twice in {said}");
+    }
+}
+
+fn check_answer(head: &[u8], request: &Request) {
+    let mut out = Vec::new();
+    let Ok(response) = response::rewrite(head, request, true, &mut out) else {
+        return;
+    };
+    let said = out.escape_ascii();
+    assert_eq!(scan(&out, 0), Ok(Scan::Complete(out.len())), "{said}");
+    let mut twice = Vec::new();
+    match response::rewrite(&out, request, true, &mut twice) {
+        Ok(again) => assert_eq!(
+            (again.status, again.client_persists),
+            (response.status, response.client_persists),
+            "{said}"
+        ),
+        Err(HeadError::TooManyFields) => {}
+        Err(error) => panic!("{error} in {said}"),
+    }
+}
+
+#[derive(Debug, PartialEq, Eq)]
+struct Decoded {
+    data: Vec<u8>,
+    used: usize,
+    trailer: Vec<u8>,
+    last: bool,
+}
+
+/// Decodes in pieces of these sizes, again and again; in one piece without any.
+fn decode(body: &[u8], sizes: &[usize]) -> Result<Decoded, ChunkError> {
+    let mut chunks = Chunks::new();
+    let mut decoded = Decoded {
+        data: Vec::new(),
+        used: 0,
+        trailer: Vec::new(),
+        last: false,
+    };
+    let mut sizes = sizes.iter().cycle();
+    while decoded.used < body.len() && !decoded.last {
+        let rest = &body[decoded.used..];
+        let size = sizes
+            .next()
+            .map_or(rest.len(), |size| rest.len().min(*size));
+        let mut part = rest[..size].to_vec();
+        let piece = chunks.decode(&mut part)?;
+        decoded
+            .data
+            .extend_from_slice(&part[piece.start..piece.end]);
+        decoded.used += piece.used;
+        decoded.last = piece.last;
+    }
+    decoded.trailer = chunks.trailer().to_vec();
+    Ok(decoded)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const TARGETS: [fn(&[u8]); 6] = [
+        request_head,
+        response_head,
+        chunks,
+        config,
+        command,
+        header_list,
+    ];
+
+    proptest! {
+        #[test]
+        fn no_target_breaks_its_rules_over_arbitrary_bytes(
+            bytes in proptest::collection::vec(any::<u8>(), 0..200)
+        ) {
+            TARGETS.iter().for_each(|target| target(&bytes));
+        }
+
+        #[test]
+        fn no_target_breaks_its_rules_over_what_looks_like_its_food(
+            text in "(GET|HEAD|POST) (/|\\*|http://h/)[a-z#?]{0,3} HTTP/1\\.[01]\r\n\
+                     ((Host|Connection|Upgrade|Content.Length|Transfer.Encoding|X): {0,2}[0-9a-z,:\\[\\]_+-]{0,8}\r\n){0,5}\r\n",
+            answer in "HTTP/1\\.[01] [0-9]{3} ?[a-z]{0,3}\r\n\
+                     ((Connection|Upgrade|Content.Length|Transfer.Encoding): [0-9a-z,+-]{0,9}\r\n){0,4}\r\n",
+            body in "[0-9a-z]{4}([0-9a-f]{1,2}(;[a-z=]{0,3})?\r\n[a-z]{0,12}\r\n){0,4}(0\r\n([A-Z]: [a-z]?\r\n){0,2}\r\n)?",
+        ) {
+            request_head(text.as_bytes());
+            response_head(answer.as_bytes());
+            chunks(body.as_bytes());
+        }
+    }
+}
