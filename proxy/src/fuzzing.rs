@@ -4,11 +4,11 @@
 //! Built for tests and with the feature `fuzzing` only; no part of the proxy may use it.
 
 use std::net::{Ipv4Addr, SocketAddr};
-use std::path::Path;
 
 use cutover_protocol::hold::Command;
 
 use crate::config::Config;
+use crate::forwarded::TraceParent;
 use crate::http::chunked::{ChunkError, Chunks};
 use crate::http::head::{Framing, HeadError, Scan, Version, same_field, scan};
 use crate::http::mux::head::{BodyFollows, HeadBuilder};
@@ -17,6 +17,7 @@ use crate::http::request::{
 };
 use crate::http::response;
 use crate::listen::client::Client;
+use crate::route::Path;
 
 /// A request head: found alike however it is cut, and what we write of it is read the same way again.
 pub fn request_head(bytes: &[u8]) {
@@ -67,7 +68,7 @@ pub fn config(bytes: &[u8]) {
     let Ok(text) = std::str::from_utf8(bytes) else {
         return;
     };
-    if let Err(problem) = Config::parse(text, Path::new("/nowhere")) {
+    if let Err(problem) = Config::parse(text, std::path::Path::new("/nowhere")) {
         let said = problem.to_string();
         assert!(!said.is_empty() && !said.contains('\n'), "{said:?}");
     }
@@ -120,6 +121,44 @@ pub fn header_list(bytes: &[u8]) {
             "{parsed:?}"
         );
         check_written(&parsed);
+    }
+}
+
+/// A request's path: each reading is what it is read as again, and a path of one reading hides nothing.
+pub fn route_path(bytes: &[u8]) {
+    let Ok(text) = std::str::from_utf8(bytes) else {
+        return;
+    };
+    // A head whose target is not a path has been refused before anybody reads its path.
+    let Some(path) = text.starts_with('/').then(|| Path::read(text)) else {
+        return;
+    };
+    let Ok(path) = path else { return };
+    let again = Path::read(path.as_str());
+    assert_eq!(
+        again.as_ref().map(Path::as_str),
+        Ok(path.as_str()),
+        "{text:?}"
+    );
+    assert_eq!(
+        again.as_ref().map(Path::loose),
+        Ok(path.loose()),
+        "{text:?}"
+    );
+    let clean = path.loose().unwrap_or(path.as_str());
+    assert!(clean.starts_with('/'), "{text:?} is read as {clean:?}");
+    let inner = clean[1..].trim_end_matches('/').split('/');
+    let hidden = |segment: &str| matches!(segment, "" | "." | "..");
+    assert!(
+        clean == "/" || !inner.into_iter().any(hidden),
+        "{text:?} is read as {clean:?}"
+    );
+}
+
+/// A traceparent: an accepted one names a trace and a caller.
+pub fn trace_parent(bytes: &[u8]) {
+    if let Some(parent) = TraceParent::parse(bytes) {
+        assert!(bytes.len() >= 55 && parent.trace_id != 0 && parent.span_id != 0);
     }
 }
 
@@ -258,13 +297,15 @@ mod tests {
 
     use super::*;
 
-    const TARGETS: [fn(&[u8]); 6] = [
+    const TARGETS: [fn(&[u8]); 8] = [
         request_head,
         response_head,
         chunks,
         config,
         command,
         header_list,
+        route_path,
+        trace_parent,
     ];
 
     proptest! {
@@ -281,11 +322,13 @@ mod tests {
                      ((Host|Connection|Upgrade|Content.Length|Transfer.Encoding|X): {0,2}[0-9a-z,:\\[\\]_+-]{0,8}\r\n){0,5}\r\n",
             answer in "HTTP/1\\.[01] [0-9]{3} ?[a-z]{0,3}\r\n\
                      ((Connection|Upgrade|Content.Length|Transfer.Encoding): [0-9a-z,+-]{0,9}\r\n){0,4}\r\n",
+            path in "/[a-c/.%;?\\\\2-7ef]{0,12}",
             body in "[0-9a-z]{4}([0-9a-f]{1,2}(;[a-z=]{0,3})?\r\n[a-z]{0,12}\r\n){0,4}(0\r\n([A-Z]: [a-z]?\r\n){0,2}\r\n)?",
         ) {
             request_head(text.as_bytes());
             response_head(answer.as_bytes());
             chunks(body.as_bytes());
+            route_path(path.as_bytes());
         }
     }
 }

@@ -100,6 +100,9 @@ fn the_rows_become_seeds_of_the_fuzz_targets() {
         0,
         br#"{"command":"hold","service":"web","epoch":1,"lease_ms":2,"drain_ms_max":3}"#,
     );
+    write("route_path", 0, b"/a/%2e%2e/b//c;d/%7E%2541");
+    let parent = b"00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
+    write("trace_parent", 0, parent);
     let list = b"\x01:method\0POST\xff:scheme\0https\xff:authority\0h\xff:path\0/\xffcontent-length\x003\xffte\0trailers";
     write("header_list", 0, list);
 }
