@@ -135,13 +135,13 @@ struct Bytes {
 /// The socket failed, the peer closed, or the two could not agree; the last is a [`SessionError`] inside, and the
 /// peer has been told.
 pub(super) async fn shake<S: Side>(mut side: S, socket: &Socket) -> io::Result<Shaken> {
-    let mut bytes = Bytes::default();
+    let (mut bytes, mut first) = (Bytes::default(), true);
     loop {
         match advance(&mut side, &mut bytes) {
             Ok(Stage::Done) => break,
             Ok(Stage::Waiting) => {
                 send(socket, &mut bytes.outgoing).await?;
-                receive(socket, &mut bytes.incoming).await?;
+                receive(socket, &mut bytes.incoming, &mut first).await?;
             }
             Err(error) => {
                 // The peer learns why from the alert, if it still listens.
@@ -258,15 +258,16 @@ async fn send(socket: &Socket, outgoing: &mut Vec<u8>) -> io::Result<()> {
     Ok(())
 }
 
-async fn receive(socket: &Socket, incoming: &mut Vec<u8>) -> io::Result<()> {
+/// Reads more of a flight. The first read goes straight to the kernel: a client mostly sends at once, and the reactor
+/// has not heard of a socket that is so new.
+async fn receive(socket: &Socket, incoming: &mut Vec<u8>, first: &mut bool) -> io::Result<()> {
     let filled = incoming.len();
     if filled > INCOMING_BYTES_MAX {
         return Err(invalid(SessionError::Overlong));
     }
     loop {
         incoming.resize(filled + READ_BYTES, 0);
-        // A client mostly sends at once, and a socket that is so new has not been heard of by the reactor.
-        let attempt = if filled == 0 {
+        let attempt = if std::mem::take(first) {
             socket.read_now(&mut incoming[filled..])
         } else {
             socket.try_read(&mut incoming[filled..])
