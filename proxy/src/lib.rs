@@ -4,6 +4,7 @@
 //! Start with [`config::Config::load`] and [`Proxy::start`]; `docs/life-of-a-request.md` walks through the rest.
 
 mod access_log;
+mod acme;
 mod buffer;
 pub mod config;
 pub mod control;

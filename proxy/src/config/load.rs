@@ -10,6 +10,7 @@ use toml::Table;
 use super::http2::{self, Http2};
 use super::route;
 use super::table::{Problem, Section};
+use super::tls::{self, TlsConfig};
 use super::upstream::{RESOLVER_KEYS, resolver, upstreams};
 use super::{
     Config, Limits, ListenAddress, ListenConfig, LogTarget, Protocol, Release, ServiceConfig,
@@ -35,6 +36,7 @@ const ROOT_KEYS: &[&str] = &[
     "http2",
     "release",
     "resolver",
+    "tls",
     "upstream",
     "service",
 ];
@@ -81,7 +83,7 @@ const SERVICE_KEYS: &[&str] = &[
     "rate",
     "route",
 ];
-const LISTEN_KEYS: &[&str] = &["address"];
+const LISTEN_KEYS: &[&str] = &["address", "tls"];
 
 /// Files the process needs for itself: listeners, epolls, control and metrics clients, logs, libraries.
 const FILES_RESERVED: u64 = 200;
@@ -134,8 +136,14 @@ impl Config {
         )?;
         let release = release(root.section("release", RELEASE_KEYS)?)?;
         let resolver = resolver(root.section("resolver", RESOLVER_KEYS)?)?;
+        let tls = tls::profiles(&root, folder)?;
         let upstreams = upstreams(&root)?;
-        let services = services(&root, folder, &limits)?;
+        let around = Around {
+            folder,
+            limits: &limits,
+            profiles: &tls,
+        };
+        let services = services(&root, around)?;
         Ok(Self {
             state_dir,
             control,
@@ -145,6 +153,7 @@ impl Config {
             limits,
             release,
             resolver,
+            tls,
             upstreams,
             services,
         })
@@ -171,14 +180,18 @@ fn log_target(section: &Section<'_>, folder: &Path) -> Result<LogTarget, Problem
     }
 }
 
-fn services(
-    root: &Section<'_>,
-    folder: &Path,
-    limits: &Limits,
-) -> Result<Vec<ServiceConfig>, Problem> {
+/// What the tables of services refer to.
+#[derive(Clone, Copy)]
+struct Around<'a> {
+    folder: &'a Path,
+    limits: &'a Limits,
+    profiles: &'a [TlsConfig],
+}
+
+fn services(root: &Section<'_>, around: Around<'_>) -> Result<Vec<ServiceConfig>, Problem> {
     let mut services: Vec<ServiceConfig> = Vec::new();
     for section in root.sections("service", SERVICE_KEYS)? {
-        let next = service(&section, folder, limits)?;
+        let next = service(&section, around)?;
         if services.iter().any(|other| other.name == next.name) {
             return Err(Problem::Twice {
                 what: "name",
@@ -187,7 +200,7 @@ fn services(
         }
         let earlier = services.iter().flat_map(|other| &other.listen);
         let mut taken: Vec<&ListenAddress> = earlier.map(|listen| &listen.address).collect();
-        for ListenConfig { address } in &next.listen {
+        for ListenConfig { address, .. } in &next.listen {
             let any_port = matches!(address, ListenAddress::Tcp(address) if address.port() == 0);
             if !any_port && taken.contains(&address) {
                 return Err(Problem::Twice {
@@ -208,11 +221,7 @@ fn services(
     Ok(services)
 }
 
-fn service(
-    section: &Section<'_>,
-    folder: &Path,
-    limits: &Limits,
-) -> Result<ServiceConfig, Problem> {
+fn service(section: &Section<'_>, around: Around<'_>) -> Result<ServiceConfig, Problem> {
     let name = section.required_text("name", "name = \"web\"")?;
     let name = name.parse::<ServiceName>().map_err(|_| {
         const { assert!(NAME_BYTES_MAX == 64) };
@@ -222,7 +231,7 @@ fn service(
             "1 to 64 letters, digits, '-', '_' or '.', starting with a letter or digit",
         )
     })?;
-    let listen = listeners(section, folder)?;
+    let listen = listeners(section, around.folder, around.profiles)?;
     let protocol = match section.text("protocol")? {
         None | Some("http") => Protocol::Http,
         Some("tcp") => Protocol::Tcp,
@@ -238,23 +247,35 @@ fn service(
         target,
         trusted_from: route::trusted_from(section)?,
         rate: route::rate(section)?,
-        routes: route::routes(section, limits)?,
+        routes: route::routes(section, around.limits)?,
     })
 }
 
 /// `listen` is one address, or a list of tables with an address each.
-fn listeners(section: &Section<'_>, folder: &Path) -> Result<Vec<ListenConfig>, Problem> {
+fn listeners(
+    section: &Section<'_>,
+    folder: &Path,
+    profiles: &[TlsConfig],
+) -> Result<Vec<ListenConfig>, Problem> {
     const EXAMPLE: &str = "listen = \"0.0.0.0:8080\"";
     if section.holds_text("listen") {
         let text = section.required_text("listen", EXAMPLE)?;
         let address = listen_address(section, "listen", text, folder)?;
-        return Ok(vec![ListenConfig { address }]);
+        return Ok(vec![ListenConfig { address, tls: None }]);
     }
     let mut listeners = Vec::new();
     for listener in section.sections("listen", LISTEN_KEYS)? {
         let text = listener.required_text("address", "address = \"0.0.0.0:8080\"")?;
         let address = listen_address(&listener, "address", text, folder)?;
-        listeners.push(ListenConfig { address });
+        let tls = listener.text("tls")?;
+        if let Some(name) = tls
+            && !profiles.iter().any(|profile| *profile.name == *name)
+        {
+            let known = profiles.iter().map(|profile| &*profile.name);
+            return Err(listener.no_such("tls", "profile", name, known));
+        }
+        let tls = tls.map(Box::from);
+        listeners.push(ListenConfig { address, tls });
     }
     if listeners.is_empty() {
         return Err(section.missing("listen", EXAMPLE));

@@ -7,6 +7,7 @@ mod http2;
 mod load;
 mod route;
 mod table;
+mod tls;
 mod upstream;
 
 use std::net::SocketAddr;
@@ -22,6 +23,10 @@ use crate::route::RouteTable;
 pub use http2::Http2;
 pub use load::ConfigError;
 pub use table::Problem;
+pub use tls::{
+    AcmeConfig, CertificateConfig, Challenge, ClientsConfig, Demand, TlsConfig, TlsVersion,
+    UpstreamTlsConfig,
+};
 pub use upstream::{
     Balance, Check, EjectConfig, HashBy, HealthConfig, HttpCheck, ProxyVersion, ResolverConfig,
     ServerConfig, StickyConfig, UpstreamConfig, UpstreamProtocol, UpstreamRef,
@@ -46,6 +51,8 @@ pub struct Config {
     pub release: Release,
     /// Who resolves the names of servers.
     pub resolver: ResolverConfig,
+    /// In the order of the file; names are unique.
+    pub tls: Vec<TlsConfig>,
     /// In the order of the file; names are unique.
     pub upstreams: Vec<UpstreamConfig>,
     /// In the order of the file; names and listening addresses are unique.
@@ -93,6 +100,8 @@ impl std::fmt::Display for ListenAddress {
 pub struct ListenConfig {
     /// Where.
     pub address: ListenAddress,
+    /// The TLS profile that clients meet, if they speak TLS.
+    pub tls: Option<Box<str>>,
 }
 
 /// One service: its listeners, a gate and two upstreams.

@@ -404,7 +404,6 @@ impl<'t> Section<'t> {
     }
 
     /// The problem of a name that nothing has.
-    #[allow(dead_code)] // until services name groups
     pub(super) fn no_such<'n>(
         &self,
         key: &'static str,

@@ -6,11 +6,19 @@
 
 #![allow(dead_code, reason = "listeners and upstreams take it up next")]
 
+mod certificates;
+pub(crate) mod client;
+mod files;
 mod handshake;
+pub(crate) mod profile;
 mod record;
 mod session;
 pub(crate) mod stream;
+mod tickets;
+mod watch;
 
+pub(crate) use certificates::{facts, subject};
+pub use files::TlsError;
 pub(crate) use session::SessionError;
 
 #[cfg(test)]
