@@ -33,3 +33,4 @@ mod worker;
 pub use control::server::ControlError;
 pub use proxy::{Proxy, StartError};
 pub use service::StateError;
+pub use tls::TlsError;

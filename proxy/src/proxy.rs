@@ -24,6 +24,8 @@ use crate::control::server::{ControlError, ControlSocket};
 use crate::listen::{self, Listener};
 use crate::metrics::Metrics;
 use crate::service::{Service, StateDir, StateError, keep};
+use crate::tls::TlsError;
+use crate::tls::profile::{self, Profile};
 use crate::worker::{Phase, Question, WorkerSeed};
 
 /// Questions that may wait for a worker.
@@ -38,6 +40,9 @@ pub enum StartError {
     /// The control socket is not usable.
     #[error(transparent)]
     Control(#[from] ControlError),
+    /// A certificate or key is not usable.
+    #[error(transparent)]
+    Tls(TlsError),
     /// A listener's address is not ours to have.
     #[error("cannot listen on {address} for {what}; is another process using it?")]
     Listen {
@@ -89,6 +94,7 @@ struct ControlSeed {
     over: mpsc::Receiver<Vec<InFlight>>,
     stop: oneshot::Receiver<Stop>,
     linger_max: Duration,
+    profiles: Vec<Arc<Profile>>,
     /// Keeps the state folder locked until the end.
     _state: StateDir,
 }
@@ -113,7 +119,8 @@ impl Proxy {
             .as_ref()
             .and_then(|listener| listener.local_addr().ok());
         let (log, mut threads) = open_log(config.access_log.as_ref())?;
-        let (addresses, per_worker) = listen_all(&services, config.workers)?;
+        let profiles = load_profiles(config)?;
+        let (addresses, per_worker) = listen_all(&services, &profiles, config.workers)?;
         let permits = Arc::new(Semaphore::new(
             config.limits.connections_max.min(Semaphore::MAX_PERMITS),
         ));
@@ -151,6 +158,7 @@ impl Proxy {
             over: ended,
             stop: stopped,
             linger_max: config.limits.linger_max,
+            profiles,
             _state: state,
         };
         threads.push(spawn("control".to_owned(), move || seed.run())?);
@@ -251,6 +259,7 @@ type PerWorker = Vec<Vec<(Arc<Service>, Vec<Listener>)>>;
 /// Binds every listener once a worker; the addresses are in the order of the services and their listeners.
 fn listen_all(
     services: &[Arc<Service>],
+    profiles: &[Arc<Profile>],
     workers: usize,
 ) -> Result<(Addresses, PerWorker), StartError> {
     let mut addresses = Vec::new();
@@ -270,14 +279,24 @@ fn listen_all(
             bound.push(sockets.first().and_then(listen::bound_address));
             for (worker, socket) in per_worker.iter_mut().zip(sockets) {
                 if let Some((_, listeners)) = worker.last_mut() {
-                    let config = config.clone();
-                    listeners.push(Listener { config, socket });
+                    let named =
+                        |profile: &&Arc<Profile>| config.tls.as_deref() == Some(profile.name());
+                    listeners.push(Listener {
+                        tls: profiles.iter().find(named).map(Arc::clone),
+                        config: config.clone(),
+                        socket,
+                    });
                 }
             }
         }
         addresses.push(bound);
     }
     Ok((addresses, per_worker))
+}
+
+fn load_profiles(config: &Config) -> Result<Vec<Arc<Profile>>, StartError> {
+    let profiles = config.tls.iter().map(Profile::load);
+    profiles.collect::<Result<_, _>>().map_err(StartError::Tls)
 }
 
 fn listen_one(address: SocketAddr, what: &str) -> Result<TcpListener, StartError> {
@@ -333,6 +352,7 @@ impl ControlSeed {
         for service in &self.commander.services {
             tasks.spawn_local(keep(Arc::clone(service)));
         }
+        tasks.spawn_local(profile::keep(std::mem::take(&mut self.profiles)));
         if let Some((listener, metrics)) = self.metrics.take() {
             tasks.spawn_local(async move {
                 if let Err(error) = metrics.serve(listener).await {

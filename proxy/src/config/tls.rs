@@ -31,6 +31,7 @@ const ACME_KEYS: &[&str] = &[
     "challenges",
 ];
 /// Of `[upstream.tls]`.
+#[allow(dead_code, reason = "upstreams take it up next")]
 pub(super) const UPSTREAM_TLS_KEYS: &[&str] = &["name", "ca", "certificate", "key"];
 
 /// One `[[tls]]`: what listeners show and demand.
@@ -257,6 +258,7 @@ fn read_acme(section: &Section<'_>, folder: &Path) -> Result<AcmeConfig, Problem
 }
 
 /// Reads one `[upstream.tls]`.
+#[allow(dead_code, reason = "upstreams take it up next")]
 pub(super) fn upstream_tls(
     section: &Section<'_>,
     folder: &Path,

@@ -1,8 +1,11 @@
 //! Who is at the other end of a connection, as far as the proxy believes it.
 
 use std::net::{Ipv4Addr, SocketAddr};
+use std::rc::Rc;
 
 use crate::forwarded::AddressText;
+use crate::tls;
+use crate::tls::stream::Agreed;
 
 /// How a client's requests reached us.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -10,7 +13,6 @@ pub(crate) enum Scheme {
     /// In clear.
     Http,
     /// Through TLS.
-    #[expect(dead_code, reason = "TLS listeners are on their way")]
     Https,
 }
 
@@ -29,6 +31,8 @@ pub(crate) struct Client {
     /// Its address; loopback with port zero where it came by a unix socket.
     pub(crate) address: SocketAddr,
     pub(crate) scheme: Scheme,
+    /// Whom its certificate was issued to, where it had to show one.
+    pub(crate) certificate_subject: Option<Rc<str>>,
     /// The address without its port, as it is forwarded.
     shown: AddressText,
 }
@@ -40,12 +44,23 @@ impl Client {
             address,
             scheme: Scheme::Http,
             shown: AddressText::of(address.ip()),
+            certificate_subject: None,
         }
     }
 
     /// The client of a unix socket, which has no address.
     pub(crate) fn local() -> Self {
         Self::new(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)))
+    }
+
+    /// Notes what the handshake told.
+    pub(crate) fn came_through_tls(&mut self, agreed: &Agreed) {
+        self.scheme = Scheme::Https;
+        let subject = agreed
+            .certificate
+            .as_ref()
+            .and_then(|der| tls::subject(der));
+        self.certificate_subject = subject.map(Rc::from);
     }
 
     /// The address without its port; IPv4 inside IPv6 is shown as IPv4.

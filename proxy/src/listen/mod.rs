@@ -21,8 +21,11 @@ use tokio::io::unix::AsyncFd;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
 
+use crate::acme;
 use crate::config::{ListenAddress, ListenConfig, Protocol};
 use crate::stream::{Socket, Stream};
+use crate::tls::profile::{Offer, Profile};
+use crate::tls::stream::TlsStream;
 use client::Client;
 use port::Port;
 
@@ -35,7 +38,16 @@ const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
 #[derive(Debug)]
 pub(crate) struct Listener {
     pub(crate) config: ListenConfig,
+    /// What clients meet before the protocol, if they speak TLS.
+    pub(crate) tls: Option<Arc<Profile>>,
     pub(crate) socket: OwnedFd,
+}
+
+/// What all connections of a listener share.
+#[derive(Debug)]
+struct Door {
+    config: ListenConfig,
+    tls: Option<Arc<Profile>>,
 }
 
 /// Binds one listener a worker. Port zero lets the kernel choose one port for all of them.
@@ -133,8 +145,12 @@ pub(crate) async fn serve(
     listener: Listener,
     permits: Arc<Semaphore>,
 ) -> io::Result<()> {
-    let Listener { config, socket } = listener;
-    let (config, listener) = (Rc::new(config), watch(socket)?);
+    let Listener {
+        config,
+        tls,
+        socket,
+    } = listener;
+    let (door, listener) = (Rc::new(Door { config, tls }), watch(socket)?);
     let mut connections = JoinSet::new();
     loop {
         // Forgets the connections that have ended.
@@ -145,14 +161,14 @@ pub(crate) async fn serve(
             next = next_client(&listener, &permits) => next,
         };
         match next {
-            Ok((accepted, permit)) => start(&port, &config, accepted, permit, &mut connections),
+            Ok((accepted, permit)) => start(&port, &door, accepted, permit, &mut connections),
             Err(error) => pause_after(&port, &error).await,
         }
     }
     // Who has been accepted by the kernel already would be reset by the close of the listener.
     while let Ok(permit) = Arc::clone(&permits).try_acquire_owned() {
         match accept(listener.get_ref()) {
-            Ok(Some(accepted)) => start(&port, &config, accepted, permit, &mut connections),
+            Ok(Some(accepted)) => start(&port, &door, accepted, permit, &mut connections),
             Ok(None) | Err(_) => break,
         }
     }
@@ -210,16 +226,16 @@ async fn pause_after(port: &Port, error: &io::Error) {
 
 fn start(
     port: &Rc<Port>,
-    config: &Rc<ListenConfig>,
+    door: &Rc<Door>,
     (socket, address): Accepted,
     permit: OwnedSemaphorePermit,
     connections: &mut JoinSet<()>,
 ) {
-    let (port, config) = (Rc::clone(port), Rc::clone(config));
+    let (port, door) = (Rc::clone(port), Rc::clone(door));
     connections.spawn_local(async move {
         let client = address.map_or_else(Client::local, Client::new);
         match Socket::new(socket) {
-            Ok(socket) => greet(port, &config, Stream::Plain(socket), client).await,
+            Ok(socket) => greet(port, &door, socket, client).await,
             Err(error) => tracing::warn!("cannot watch a new connection: {error}"),
         }
         drop(permit);
@@ -227,9 +243,47 @@ fn start(
 }
 
 /// What comes before the listener's protocol is done here.
-async fn greet(port: Rc<Port>, _config: &ListenConfig, stream: Stream, client: Client) {
+async fn greet(port: Rc<Port>, door: &Door, socket: Socket, mut client: Client) {
+    let stream = match &door.tls {
+        None => Stream::Plain(socket),
+        Some(profile) => match shake(&port, door, profile, socket).await {
+            Some(stream) => {
+                client.came_through_tls(stream.agreed());
+                Stream::Tls(stream)
+            }
+            None => return,
+        },
+    };
     match port.service.config.protocol {
         Protocol::Http => crate::http::connection::serve(port, stream, client).await,
         Protocol::Tcp => crate::tcp::serve(port, stream, client).await,
+    }
+}
+
+/// Shakes hands, within the time a client has for its head. `None` where nothing is left to be served.
+async fn shake(
+    port: &Port,
+    door: &Door,
+    profile: &Profile,
+    socket: Socket,
+) -> Option<Box<TlsStream>> {
+    let offer = match port.service.config.protocol {
+        Protocol::Http => Offer::Http,
+        Protocol::Tcp => Offer::Raw,
+    };
+    let limit = port.settings().limits.client_head_max;
+    match TlsStream::accept(socket, &profile.server_config(offer), limit).await {
+        // An authority has seen what it asked for.
+        Ok(stream) if stream.agreed().protocol.as_deref() == Some(acme::ALPN) => {
+            stream.finish();
+            None
+        }
+        Ok(stream) => Some(Box::new(stream)),
+        // Scanners and impatient clients: nothing that an operator has to hear of each time.
+        Err(error) => {
+            let listener = &door.config.address;
+            tracing::debug!(%listener, profile = profile.name(), "no TLS session: {error}");
+            None
+        }
     }
 }

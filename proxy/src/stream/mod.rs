@@ -26,7 +26,6 @@ pub(crate) use socket::Socket;
 pub(crate) enum Stream {
     /// As they are on the wire.
     Plain(Socket),
-    #[allow(dead_code, reason = "TLS listeners and upstreams are on their way")]
     /// Inside TLS. In a box, so that a plain connection does not pay for it.
     Tls(Box<TlsStream>),
 }

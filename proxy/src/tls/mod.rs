@@ -4,7 +4,7 @@
 //! A session is made by rustls ([`handshake`]); once it stands, its keys move into [`session`], which is all that an
 //! idle connection keeps. Nothing here decides what is forwarded, and nothing accepts an upstream unverified.
 
-#![allow(dead_code, reason = "listeners and upstreams take it up next")]
+#![allow(dead_code, reason = "upstreams take it up next")]
 
 mod certificates;
 pub(crate) mod client;
@@ -17,7 +17,7 @@ pub(crate) mod stream;
 mod tickets;
 mod watch;
 
-pub(crate) use certificates::{facts, subject};
+pub(crate) use certificates::subject;
 pub use files::TlsError;
 pub(crate) use session::SessionError;
 

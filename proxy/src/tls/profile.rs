@@ -260,7 +260,7 @@ impl Offers {
             TlsVersion::Tls12 => &[&TLS13, &TLS12],
             TlsVersion::Tls13 => &[&TLS13],
         };
-        let mut http: Vec<&[u8]> = vec![b"http/1.1"];
+        let mut http: Vec<&[u8]> = vec![b"h2", b"http/1.1"];
         if config.acme.is_some() {
             http.push(acme::ALPN);
         }
