@@ -87,7 +87,10 @@ pub enum RequestError {
     /// The upstream closed in the middle of its answer.
     #[error("the upstream's answer ended early")]
     AnswerCut(#[source] io::Error),
-    /// The upstream sent nothing for `response_ms_max`.
+    /// The answer was not complete within `request_ms_max`.
+    #[error("the request took too long")]
+    TookTooLong,
+    /// The upstream sent nothing for `response_ms_max`, or `between_bytes_ms_max`.
     #[error("the upstream did not answer in time")]
     UpstreamSilent,
 }
@@ -114,7 +117,8 @@ impl RequestError {
             | Self::AnswerKey
             | Self::AnswerChunk(_)
             | Self::AnswerCut(_)
-            | Self::UpstreamSilent => Fault::Upstream,
+            | Self::UpstreamSilent
+            | Self::TookTooLong => Fault::Upstream,
         }
     }
 
@@ -141,7 +145,8 @@ impl RequestError {
             | Self::AnswerHeadTooLong
             | Self::AnswerChunk(_)
             | Self::AnswerCut(_)
-            | Self::UpstreamSilent => Retry::Unsafe,
+            | Self::UpstreamSilent
+            | Self::TookTooLong => Retry::Unsafe,
         }
     }
 
@@ -165,7 +170,7 @@ impl RequestError {
             | Self::AnswerKey
             | Self::AnswerChunk(_)
             | Self::AnswerCut(_) => Some(502),
-            Self::UpstreamSilent => Some(504),
+            Self::UpstreamSilent | Self::TookTooLong => Some(504),
         }
     }
 }

@@ -59,6 +59,8 @@ const LIMITS_KEYS: &[&str] = &[
     "body_bytes_max",
     "connect_ms_max",
     "response_ms_max",
+    "between_bytes_ms_max",
+    "request_ms_max",
     "tunnel_idle_ms_max",
     "upstream_idle_ms_max",
     "upstream_idle_count_max",
@@ -341,6 +343,8 @@ fn limits(section: Option<Section<'_>>, http2: Http2) -> Result<Limits, Problem>
         body_bytes_max: bytes("body_bytes_max", 0)?,
         connect_max: ms("connect_ms_max", 2_000)?,
         response_max: ms("response_ms_max", 60_000)?,
+        between_bytes_max: ms("between_bytes_ms_max", 60_000)?,
+        request_max: optional_ms(&section, "request_ms_max")?,
         tunnel_idle_max: ms("tunnel_idle_ms_max", 3_600_000)?,
         upstream_idle_max: ms("upstream_idle_ms_max", 4_000)?,
         upstream_idle_count_max: count("upstream_idle_count_max", 0, 100_000, 256)?,
@@ -388,6 +392,12 @@ pub(super) fn milliseconds_or(
 ) -> Result<Duration, Problem> {
     let number = section.whole(key, 1..=MS_MAX)?;
     Ok(number.map_or(default, |number| Duration::from_millis(to_u64(number))))
+}
+
+/// Zero and absent mean no limit.
+fn optional_ms(section: &Section<'_>, key: &'static str) -> Result<Option<Duration>, Problem> {
+    let number = section.whole(key, 0..=MS_MAX)?.map(i64::unsigned_abs);
+    Ok(number.filter(|ms| *ms > 0).map(Duration::from_millis))
 }
 
 /// A client connection may need a second file for its upstream, so half of what the process may open.

@@ -172,8 +172,12 @@ pub struct Limits {
     pub body_bytes_max: u64,
     /// From the decision to connect upstream to the connection.
     pub connect_max: Duration,
-    /// From the last byte of a request to the head of its response, and between two pieces of a response.
+    /// From the last byte of a request to the first of its response.
     pub response_max: Duration,
+    /// From one piece of a response to the next.
+    pub between_bytes_max: Duration,
+    /// From the first byte that goes upstream to the last byte of the answer; no limit if absent.
+    pub request_max: Option<Duration>,
     /// Silence of an upgraded or raw connection, both directions together.
     pub tunnel_idle_max: Duration,
     /// How long an unused upstream connection is kept.

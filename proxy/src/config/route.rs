@@ -40,6 +40,7 @@ const ROUTE_KEYS: &[&str] = &[
     "body_bytes_max",
     "connect_ms_max",
     "response_ms_max",
+    "between_bytes_ms_max",
     "client_silence_ms_max",
     "tunnel_idle_ms_max",
 ];
@@ -376,10 +377,11 @@ pub(super) fn rate(section: &Section<'_>) -> Result<Option<Arc<RateLimit>>, Prob
 
 /// The proxy's limits with those that the route names in place, if it names any.
 fn own_limits(section: &Section<'_>, limits: &Limits) -> Result<Option<Box<Limits>>, Problem> {
-    const OWN: [&str; 5] = [
+    const OWN: [&str; 6] = [
         "body_bytes_max",
         "connect_ms_max",
         "response_ms_max",
+        "between_bytes_ms_max",
         "client_silence_ms_max",
         "tunnel_idle_ms_max",
     ];
@@ -393,6 +395,7 @@ fn own_limits(section: &Section<'_>, limits: &Limits) -> Result<Option<Box<Limit
     let times = [
         ("connect_ms_max", &mut own.connect_max),
         ("response_ms_max", &mut own.response_max),
+        ("between_bytes_ms_max", &mut own.between_bytes_max),
         ("client_silence_ms_max", &mut own.client_silence_max),
         ("tunnel_idle_ms_max", &mut own.tunnel_idle_max),
     ];

@@ -40,7 +40,8 @@ pub(crate) async fn serve(port: Rc<Port>, stream: Stream, client: Client) {
                 // Boxed, so that an HTTP/1 connection does not pay for its size.
                 return Box::pin(h2::serve(port, stream, early, client)).await;
             }
-            Ok(end) => connection.serve_request(end).await,
+            // On the heap for as long as it lasts: an idle connection is its task, and should be small.
+            Ok(end) => Box::pin(connection.serve_request(end)).await,
             Err(error) => connection.refuse(&error).await,
         };
         match goes_on {
@@ -283,9 +284,10 @@ impl Connection<'_> {
                 may_persist: !port.closing.is_closed(),
                 progress: &served.progress,
             };
-            let received = exchange
-                .run(&mut self.buffer, &mut upstream_buffer, &mut scratch)
-                .await;
+            let exchanged = exchange.run(&mut self.buffer, &mut upstream_buffer, &mut scratch);
+            let received = stream::within(settings.limits.request_max, exchanged)
+                .await
+                .unwrap_or(Err(RequestError::TookTooLong));
             port.buffers.give_output(scratch);
             match received {
                 Ok(Received::Upgraded) => {

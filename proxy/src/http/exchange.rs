@@ -222,7 +222,7 @@ impl Exchange<'_> {
             from: self.upstream,
             to: self.client,
             buffers: self.buffers,
-            read_silence: self.limits.response_max,
+            read_silence: self.limits.between_bytes_max,
             write_silence: self.limits.client_silence_max,
         };
         // A body that is not there has no last chunk either.

@@ -256,7 +256,8 @@ async fn greet(port: Rc<Port>, door: &Door, socket: Socket, mut client: Client) 
     };
     match port.service.config.protocol {
         Protocol::Http => crate::http::connection::serve(port, stream, client).await,
-        Protocol::Tcp => crate::tcp::serve(port, stream, client).await,
+        // Its future is larger than an idle HTTP connection's, which would have to have room for it.
+        Protocol::Tcp => Box::pin(crate::tcp::serve(port, stream, client)).await,
     }
 }
 

@@ -9,7 +9,7 @@ pub(crate) mod splice;
 use std::future::poll_fn;
 use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, BorrowedFd};
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
@@ -206,6 +206,28 @@ impl AsyncWrite for Stream {
         self.finish();
         Poll::Ready(Ok(()))
     }
+}
+
+/// Runs a future to its end, or to the end of its time: `None`. Without a limit there is no timer.
+///
+/// # Cancel safety
+/// That of the future.
+pub(crate) async fn within<T>(
+    limit: Option<Duration>,
+    future: impl Future<Output = T>,
+) -> Option<T> {
+    let mut future = pin!(future);
+    let mut timer = limit.map(|limit| Box::pin(tokio::time::sleep(limit)));
+    poll_fn(|context| {
+        if let Poll::Ready(done) = future.as_mut().poll(context) {
+            return Poll::Ready(Some(done));
+        }
+        match &mut timer {
+            Some(timer) => timer.as_mut().poll(context).map(|()| None),
+            None => Poll::Pending,
+        }
+    })
+    .await
 }
 
 /// A write that did not complete.

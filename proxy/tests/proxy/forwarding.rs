@@ -372,6 +372,35 @@ fn an_upstream_that_is_silent_is_a_504() {
 }
 
 #[test]
+fn an_upstream_that_stops_in_the_middle_of_its_answer_ends_the_connection() {
+    let stage = Stage::new();
+    let world = Plan::new(stage.address(), stage.address())
+        .limits("between_bytes_ms_max = 50")
+        .start();
+    let mut client = world.client();
+    client.get("/");
+    let mut upstream = stage.accept();
+    upstream.message();
+    upstream.send(b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nhalf");
+    assert!(client.rest().ends_with("\r\n\r\nhalf"));
+    assert!(upstream.is_closed());
+}
+
+#[test]
+fn a_request_has_its_time_in_all() {
+    let stage = Stage::new();
+    let world = Plan::new(stage.address(), stage.address())
+        .limits("request_ms_max = 50")
+        .start();
+    let mut client = world.client();
+    client.get("/");
+    let mut upstream = stage.accept();
+    upstream.message();
+    assert_eq!(client.message().status(), 504);
+    assert!(upstream.is_closed());
+}
+
+#[test]
 fn an_upstream_that_does_not_speak_http_is_a_502() {
     for nonsense in [
         "SSH-2.0-x\r\n\r\n",

@@ -242,9 +242,10 @@ impl<A: AnswerSink> Forwarding<'_, A> {
             buffers: &port.buffers,
             progress: &served.progress,
         };
-        let received = exchange
-            .run(unsent, self.answer, &mut buffer, &mut scratch)
-            .await;
+        let exchanged = exchange.run(unsent, self.answer, &mut buffer, &mut scratch);
+        let received = crate::stream::within(settings.limits.request_max, exchanged)
+            .await
+            .unwrap_or(Err(RequestError::TookTooLong));
         port.buffers.give_output(scratch);
         match received {
             Ok(Received::Answer { upstream_persists }) => {
