@@ -48,6 +48,12 @@ pub enum RequestError {
     /// The trailer of a stream's request is not acceptable.
     #[error("the request's trailer has {0}")]
     Trailer(HeadError),
+    /// The upstream says, by its protocol, that it did not process the request.
+    #[error("the upstream refused the request unprocessed")]
+    NotProcessed,
+    /// A client asked for a tunnel, and the upstream's HTTP/2 has none of the kind.
+    #[error("the upstream's HTTP/2 offers no such tunnel")]
+    NoTunnel,
     /// The upstream switched to WebSocket without the right key.
     #[error("the upstream's WebSocket handshake is not an answer to ours")]
     AnswerKey,
@@ -115,6 +121,8 @@ impl RequestError {
             | Self::AnswerHead(_)
             | Self::AnswerHeadTooLong
             | Self::AnswerKey
+            | Self::NotProcessed
+            | Self::NoTunnel
             | Self::AnswerChunk(_)
             | Self::AnswerCut(_)
             | Self::UpstreamSilent
@@ -133,6 +141,8 @@ impl RequestError {
             | Self::HeldTooLong
             | Self::Shutdown
             | Self::Connect(_)
+            | Self::NotProcessed
+            | Self::NoTunnel
             | Self::NotSent => Retry::Safe,
             Self::Chunk(_)
             | Self::BodyLength
@@ -168,6 +178,8 @@ impl RequestError {
             | Self::AnswerHead(_)
             | Self::AnswerHeadTooLong
             | Self::AnswerKey
+            | Self::NotProcessed
+            | Self::NoTunnel
             | Self::AnswerChunk(_)
             | Self::AnswerCut(_) => Some(502),
             Self::UpstreamSilent | Self::TookTooLong => Some(504),

@@ -1,5 +1,7 @@
 //! `[http2]`: how much of it a client may have, and how much of it is too much.
 
+use std::time::Duration;
+
 use toml::Table;
 
 use super::table::{Problem, Section};
@@ -14,9 +16,10 @@ pub(super) const KEYS: &[&str] = &[
     "resets_pending_max",
     "resets_local_max",
     "resets_remembered_max",
+    "upstream_ping_ms",
 ];
 
-/// Bounds of one HTTP/2 connection from a client.
+/// Bounds of one HTTP/2 connection.
 #[derive(Debug, Clone)]
 pub struct Http2 {
     /// Streams at once; the client is told, and one more is refused.
@@ -37,6 +40,8 @@ pub struct Http2 {
     pub resets_local_max: usize,
     /// Streams we have reset and still expect frames of.
     pub resets_remembered_max: usize,
+    /// How often an upstream with requests under way is asked for a sign of life, and how long it has to give it.
+    pub upstream_ping: Duration,
 }
 
 /// Reads the table, or takes every default.
@@ -66,5 +71,11 @@ pub(super) fn http2(section: Option<Section<'_>>) -> Result<Http2, Problem> {
         resets_pending_max: count("resets_pending_max", 1 << 20, 20)?,
         resets_local_max: count("resets_local_max", 1 << 20, 128)?,
         resets_remembered_max: count("resets_remembered_max", 1 << 20, 32)?,
+        upstream_ping: Duration::from_millis(u64::from(number(
+            "upstream_ping_ms",
+            10,
+            3_600_000,
+            10_000,
+        )?)),
     })
 }

@@ -428,7 +428,7 @@ impl Served {
     /// twice is asking once.
     pub(super) fn may_be_sent_again(&self, error: &RequestError) -> bool {
         match error {
-            RequestError::NotSent => true,
+            RequestError::NotSent | RequestError::NotProcessed => true,
             RequestError::NoAnswer(_) => {
                 let unheard = !self.progress.heard.get() && !self.progress.answering.get();
                 let safe = matches!(self.request.method, Method::Safe | Method::Head);

@@ -9,5 +9,6 @@ pub(crate) mod fields;
 pub(crate) mod h2;
 pub mod head;
 pub(crate) mod mux;
+pub(crate) mod plain;
 pub(crate) mod request;
 pub(crate) mod response;

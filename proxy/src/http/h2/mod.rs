@@ -6,6 +6,7 @@
 
 mod early;
 mod stream;
+pub(crate) mod upstream;
 
 use std::cell::Cell;
 use std::io;

@@ -134,20 +134,9 @@ impl AnswerSink for Answer<'_> {
     async fn data(&mut self, data: &[u8], more: More) -> io::Result<()> {
         let mut data = Bytes::copy_from_slice(data);
         loop {
-            if !data.is_empty() {
-                self.0.borrow_mut().stream()?.reserve_capacity(data.len());
-                poll_fn(|context| self.poll_room(context)).await?;
-            }
-            let mut sending = self.0.borrow_mut();
-            let stream = sending.stream()?;
-            let piece = data.split_to(stream.capacity().min(data.len()));
-            let last = data.is_empty();
-            if !piece.is_empty() || (last && more == More::Ends) {
-                stream
-                    .send_data(piece, last && more == More::Ends)
-                    .map_err(to_io)?;
-            }
-            if last {
+            poll_fn(|context| poll_room(self.0.borrow_mut().stream()?, data.len(), context))
+                .await?;
+            if send_some(self.0.borrow_mut().stream()?, &mut data, more)? {
                 return Ok(());
             }
         }
@@ -172,19 +161,48 @@ impl AnswerSink for Answer<'_> {
     }
 }
 
-impl Answer<'_> {
-    /// Waits until some of what was asked for may be sent.
-    fn poll_room(&self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let mut sending = self.0.borrow_mut();
-        let stream = sending.stream()?;
-        if stream.capacity() > 0 {
-            return Poll::Ready(Ok(()));
-        }
-        match stream.poll_capacity(context) {
-            Poll::Ready(Some(Ok(_))) => Poll::Ready(Ok(())),
-            Poll::Ready(Some(Err(error))) => Poll::Ready(Err(to_io(error))),
-            Poll::Ready(None) => Poll::Ready(Err(io::ErrorKind::ConnectionReset.into())),
-            Poll::Pending => Poll::Pending,
+/// Sends data as fast as flow control and the length of our queue allow.
+pub(super) async fn send_data(
+    stream: &mut SendStream<Bytes>,
+    mut data: Bytes,
+    more: More,
+) -> io::Result<()> {
+    loop {
+        poll_fn(|context| poll_room(stream, data.len(), context)).await?;
+        if send_some(stream, &mut data, more)? {
+            return Ok(());
         }
     }
+}
+
+/// Waits until some of so many bytes may be sent.
+fn poll_room(
+    stream: &mut SendStream<Bytes>,
+    bytes: usize,
+    context: &mut Context<'_>,
+) -> Poll<io::Result<()>> {
+    if bytes == 0 {
+        return Poll::Ready(Ok(()));
+    }
+    stream.reserve_capacity(bytes);
+    if stream.capacity() > 0 {
+        return Poll::Ready(Ok(()));
+    }
+    match stream.poll_capacity(context) {
+        Poll::Ready(Some(Ok(_))) => Poll::Ready(Ok(())),
+        Poll::Ready(Some(Err(error))) => Poll::Ready(Err(to_io(error))),
+        Poll::Ready(None) => Poll::Ready(Err(io::ErrorKind::ConnectionReset.into())),
+        Poll::Pending => Poll::Pending,
+    }
+}
+
+/// Sends what there is room for; true when that was all.
+fn send_some(stream: &mut SendStream<Bytes>, data: &mut Bytes, more: More) -> io::Result<bool> {
+    let piece = data.split_to(stream.capacity().min(data.len()));
+    let last = data.is_empty();
+    let ends = last && more == More::Ends;
+    if !piece.is_empty() || ends {
+        stream.send_data(piece, ends).map_err(to_io)?;
+    }
+    Ok(last)
 }

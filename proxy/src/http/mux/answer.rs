@@ -10,6 +10,8 @@ use http::{HeaderMap, HeaderName, HeaderValue, Response, StatusCode};
 pub(crate) struct AnswerHead<'h> {
     /// The status.
     pub(crate) status: u16,
+    /// All of it, as an HTTP/1 client gets it.
+    pub(crate) text: &'h [u8],
     lines: &'h [u8],
 }
 
@@ -20,6 +22,7 @@ impl<'h> AnswerHead<'h> {
         let lines = &text[first..];
         Self {
             status,
+            text,
             lines: lines.strip_suffix(b"\r\n").unwrap_or(lines),
         }
     }
@@ -32,6 +35,11 @@ impl<'h> AnswerHead<'h> {
     /// Names (in whatever case) and values, without those that concern an HTTP/1 connection.
     pub(crate) fn fields(&self) -> impl Iterator<Item = (&'h [u8], &'h [u8])> {
         fields(self.lines).filter(|(name, _)| !is_of_connection(name))
+    }
+
+    /// Whether an HTTP/1 client gets its body in chunks.
+    pub(crate) fn is_chunked(&self) -> bool {
+        fields(self.lines).any(|(name, _)| name.eq_ignore_ascii_case(b"transfer-encoding"))
     }
 
     /// Whether it answers this WebSocket key.

@@ -48,8 +48,8 @@ pub(super) enum Received {
 
 /// A stream's body, and the part of it that is not yet written: it outlives an attempt that failed with nothing
 /// sent.
-pub(super) struct Unsent<'b, B> {
-    pub(super) body: &'b mut B,
+pub(crate) struct Unsent<'b, B> {
+    pub(crate) body: &'b mut B,
     part: Option<Part>,
 }
 
@@ -64,15 +64,24 @@ enum Sent {
 }
 
 impl<'b, B: RequestBody> Unsent<'b, B> {
-    pub(super) const fn new(body: &'b mut B) -> Self {
+    pub(crate) const fn new(body: &'b mut B) -> Self {
         Self { body, part: None }
     }
 
-    async fn fill(&mut self) -> Result<(), BodyFailed> {
+    /// Sees to it that there is a part.
+    ///
+    /// # Cancel safety
+    /// Nothing is lost.
+    pub(crate) async fn fill(&mut self) -> Result<(), BodyFailed> {
         if self.part.is_none() {
             self.part = Some(self.body.next().await?);
         }
         Ok(())
+    }
+
+    /// Takes the part: it is about to leave us.
+    pub(crate) const fn take(&mut self) -> Option<Part> {
+        self.part.take()
     }
 
     /// Takes the next part if it is there already.
@@ -160,7 +169,7 @@ impl StreamExchange<'_> {
             _ => (Encoding::Chunked, None),
         };
         let mut prefix = self.head;
-        unsent.fill_at_once().await.map_err(body_failed)?;
+        unsent.fill_at_once().await.map_err(RequestError::from)?;
         loop {
             let (data, end): (&[u8], _) = match &unsent.part {
                 None => (&[], End::Later),
@@ -181,7 +190,7 @@ impl StreamExchange<'_> {
                 }
             }
             prefix = &[];
-            if let Some(Part::Data(data)) = unsent.part.take() {
+            if let Some(Part::Data(data)) = unsent.take() {
                 unsent.body.written(data.len());
             }
             if last {
@@ -198,7 +207,7 @@ impl StreamExchange<'_> {
                 self.limits.client_silence_max
             };
             match within(silence, unsent.fill()).await {
-                Some(filled) => filled.map_err(body_failed)?,
+                Some(filled) => filled.map_err(RequestError::from)?,
                 None => return Err(RequestError::ClientSilent),
             }
         }
@@ -345,7 +354,11 @@ impl StreamExchange<'_> {
 }
 
 /// What is left of a counted body after so many bytes, and perhaps its end.
-fn count_down(left: Option<u64>, bytes: usize, last: bool) -> Result<Option<u64>, RequestError> {
+pub(crate) fn count_down(
+    left: Option<u64>,
+    bytes: usize,
+    last: bool,
+) -> Result<Option<u64>, RequestError> {
     let Some(left) = left else {
         return Ok(None);
     };
@@ -355,15 +368,8 @@ fn count_down(left: Option<u64>, bytes: usize, last: bool) -> Result<Option<u64>
     }
 }
 
-fn body_failed(error: BodyFailed) -> RequestError {
-    match error {
-        BodyFailed::Left(error) => RequestError::ClientLeft(error),
-        BodyFailed::Trailer(error) => RequestError::Trailer(error),
-    }
-}
-
 /// Waits for at most this long. A future that is ready costs no look at the clock.
-pub(super) async fn within<F: Future>(limit: Duration, future: F) -> Option<F::Output> {
+pub(crate) async fn within<F: Future>(limit: Duration, future: F) -> Option<F::Output> {
     let mut future = pin!(future);
     let first = std::future::poll_fn(|context| Poll::Ready(future.as_mut().poll(context))).await;
     match first {

@@ -264,6 +264,25 @@ pub(crate) fn write_trailer<'f>(
     Ok(())
 }
 
+/// Appends fields as HTTP/1 lines.
+///
+/// # Errors
+/// A field that no head may have, or that only an HTTP/1 connection may.
+pub(crate) fn write_field_lines<'f>(
+    fields: impl Iterator<Item = (&'f [u8], &'f [u8])>,
+    out: &mut Vec<u8>,
+) -> Result<(), HeadError> {
+    for (name, value) in fields {
+        check_name(name)?;
+        check_characters(value)?;
+        if CONNECTION_FIELDS.contains(&name) {
+            return Err(HeadError::ConnectionField);
+        }
+        write_line(out, name, value);
+    }
+    Ok(())
+}
+
 fn check_name(name: &[u8]) -> Result<(), HeadError> {
     let good = |byte: &u8| is_token(*byte) && !byte.is_ascii_uppercase();
     if !name.is_empty() && name.iter().all(good) {
@@ -273,11 +292,16 @@ fn check_name(name: &[u8]) -> Result<(), HeadError> {
     }
 }
 
-fn check_value(value: &[u8]) -> Result<(), HeadError> {
+fn check_characters(value: &[u8]) -> Result<(), HeadError> {
     let control = |byte: &u8| (*byte < 0x20 && *byte != b'\t') || *byte == 0x7f;
     if value.iter().any(control) {
         return Err(HeadError::Control);
     }
+    Ok(())
+}
+
+fn check_value(value: &[u8]) -> Result<(), HeadError> {
+    check_characters(value)?;
     let blank = |byte: Option<&u8>| matches!(byte, Some(b' ' | b'\t'));
     if blank(value.first()) || blank(value.last()) {
         return Err(HeadError::Blank);

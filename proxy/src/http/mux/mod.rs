@@ -27,9 +27,13 @@ use std::io;
 use bytes::Bytes;
 
 pub(crate) use answer::AnswerHead;
+pub(crate) use exchange::{Unsent, count_down, within};
 pub(crate) use serve::{Asked, serve_stream};
+pub(crate) use tunnel::Idle;
 
+use super::chunked::ChunkError;
 use super::head::HeadError;
+use crate::error::RequestError;
 
 /// One part of a request's body.
 #[derive(Debug)]
@@ -50,6 +54,27 @@ pub(crate) enum BodyFailed {
     Left(io::Error),
     /// Its trailer is not acceptable.
     Trailer(HeadError),
+    /// Its chunks are not acceptable; only of a body that comes in chunks.
+    Chunk(ChunkError),
+}
+
+impl From<BodyFailed> for RequestError {
+    fn from(error: BodyFailed) -> Self {
+        match error {
+            BodyFailed::Left(error) => Self::ClientLeft(error),
+            BodyFailed::Trailer(error) => Self::Trailer(error),
+            BodyFailed::Chunk(error) => Self::Chunk(error),
+        }
+    }
+}
+
+impl From<BodyFailed> for io::Error {
+    fn from(error: BodyFailed) -> Self {
+        match error {
+            BodyFailed::Left(error) => error,
+            BodyFailed::Trailer(_) | BodyFailed::Chunk(_) => io::ErrorKind::InvalidData.into(),
+        }
+    }
 }
 
 /// Where the body of a stream's request comes from.

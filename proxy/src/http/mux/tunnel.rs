@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use tokio::time::{Instant, sleep_until};
 
-use super::{AnswerSink, BodyFailed, More, Part, RequestBody, Reset};
+use super::{AnswerSink, More, Part, RequestBody, Reset};
 use crate::buffer::{Buffer, Buffers};
 use crate::http::exchange::Progress;
 use crate::stream::{self, Stream};
@@ -28,20 +28,20 @@ impl Tunnel<'_> {
         body: &mut B,
         answer: &mut A,
     ) {
-        let touched = Cell::new(Instant::now());
+        let idle = Idle::new(self.idle_max);
         let both =
-            async { tokio::try_join!(self.up(body, &touched), self.down(early, answer, &touched)) };
+            async { tokio::try_join!(self.up(body, &idle), self.down(early, answer, &idle)) };
         let whole = tokio::select! {
             biased;
             both = both => both.is_ok(),
-            () = idle(&touched, self.idle_max) => false,
+            () = idle.run() => false,
         };
         if !whole {
             answer.reset(Reset::Broken);
         }
     }
 
-    async fn up<B: RequestBody>(&self, body: &mut B, touched: &Cell<Instant>) -> io::Result<()> {
+    async fn up<B: RequestBody>(&self, body: &mut B, idle: &Idle) -> io::Result<()> {
         loop {
             match body.next().await {
                 Ok(Part::Data(data)) => {
@@ -50,14 +50,13 @@ impl Tunnel<'_> {
                         .await
                         .map_err(|failed| failed.source)?;
                     body.written(data.len());
-                    touched.set(Instant::now());
+                    idle.touch();
                 }
                 Ok(Part::End { .. }) => {
                     self.upstream.finish();
                     return Ok(());
                 }
-                Err(BodyFailed::Left(error)) => return Err(error),
-                Err(BodyFailed::Trailer(_)) => return Err(io::ErrorKind::InvalidData.into()),
+                Err(error) => return Err(error.into()),
             }
         }
     }
@@ -66,7 +65,7 @@ impl Tunnel<'_> {
         &self,
         mut buffer: Buffer,
         answer: &mut A,
-        touched: &Cell<Instant>,
+        idle: &Idle,
     ) -> io::Result<()> {
         loop {
             if !buffer.is_empty() {
@@ -74,7 +73,7 @@ impl Tunnel<'_> {
                 let answered = &self.progress.answered;
                 answered.set(answered.get() + buffer.filled().len() as u64);
                 buffer.consume(usize::MAX);
-                touched.set(Instant::now());
+                idle.touch();
                 self.buffers.give_empty(&mut buffer);
             }
             if stream::read(self.upstream, self.buffers, &mut buffer, self.idle_max).await? == 0 {
@@ -84,12 +83,34 @@ impl Tunnel<'_> {
     }
 }
 
-async fn idle(touched: &Cell<Instant>, idle_max: Duration) {
-    loop {
-        let deadline = touched.get() + idle_max;
-        if deadline <= Instant::now() {
-            return;
+/// Notices when both directions of a tunnel have been silent for too long.
+#[derive(Debug)]
+pub(crate) struct Idle {
+    touched: Cell<Instant>,
+    max: Duration,
+}
+
+impl Idle {
+    pub(crate) fn new(max: Duration) -> Self {
+        Self {
+            touched: Cell::new(Instant::now()),
+            max,
         }
-        sleep_until(deadline).await;
+    }
+
+    /// Something has moved.
+    pub(crate) fn touch(&self) {
+        self.touched.set(Instant::now());
+    }
+
+    /// Completes when nothing has moved for too long.
+    pub(crate) async fn run(&self) {
+        loop {
+            let deadline = self.touched.get() + self.max;
+            if deadline <= Instant::now() {
+                return;
+            }
+            sleep_until(deadline).await;
+        }
     }
 }
