@@ -122,6 +122,9 @@ enum Command {
         /// What to do, as JSON.
         #[arg(long)]
         plan: String,
+        /// Open the connections, so many at once, and keep them until we are killed.
+        #[arg(long, value_name = "AT_ONCE")]
+        hold: Option<usize>,
     },
     /// The server behind the proxies of a benchmark.
     #[command(hide = true)]
@@ -143,8 +146,26 @@ enum Command {
 
 #[derive(Debug, Subcommand)]
 enum Bench {
-    /// Runs HAProxy, nginx and Hopgate in turn, on one core each, and prints medians and the bars of each case.
+    /// Runs HAProxy, nginx and Hopgate in turn, on one core, and prints medians and the bars of each case.
     Proxy(ProxyOptions),
+    /// Sends siege, wrk and ab through Hopgate at full speed; its memory must stay flat and no request may fail.
+    Soak {
+        /// How long.
+        #[arg(long, default_value_t = 10.0, value_parser = minutes)]
+        minutes: f64,
+        /// Use this hopgate-proxy instead of the one of this checkout.
+        #[arg(long, value_name = "FILE")]
+        hopgate: Option<PathBuf>,
+    },
+}
+
+fn minutes(text: &str) -> Result<f64, String> {
+    let value: f64 = text.parse().map_err(|_| "not a number".to_owned())?;
+    if (0.5..=10_000.0).contains(&value) {
+        Ok(value)
+    } else {
+        Err("must be from 0.5 to 10000".to_owned())
+    }
 }
 
 #[derive(Debug, clap::Args)]
@@ -202,10 +223,21 @@ fn run(arguments: Arguments, progress: &Progress) -> anyhow::Result<ExitCode> {
         Command::Bench {
             what: Bench::Proxy(options),
         } => return bench_proxy(&options, progress),
-        Command::BenchClient { plan } => {
-            let sample = bench::client::measure(&serde_json::from_str(&plan)?)?;
-            println!("{}", serde_json::to_string(&sample)?);
+        Command::Bench {
+            what: Bench::Soak { minutes, hopgate },
+        } => {
+            interrupt::listen()?;
+            let length = Duration::from_secs_f64(minutes * 60.0);
+            let outcome = bench::soak::run(length, hopgate.as_ref(), &Folders::find()?, progress)?;
+            progress.done();
+            println!("{}", outcome.table());
+            return Ok(if outcome.is_green() {
+                ExitCode::SUCCESS
+            } else {
+                ExitCode::FAILURE
+            });
         }
+        Command::BenchClient { plan, hold } => bench_client(&plan, hold)?,
         Command::BenchOrigin => bench::origin::serve()?,
         Command::World { app, link } => {
             interrupt::listen()?;
@@ -279,6 +311,20 @@ fn bench_proxy(options: &ProxyOptions, progress: &Progress) -> anyhow::Result<Ex
     } else {
         ExitCode::FAILURE
     })
+}
+
+fn bench_client(plan: &str, hold: Option<usize>) -> anyhow::Result<()> {
+    let plan = serde_json::from_str(plan)?;
+    let Some(at_once) = hold else {
+        let sample = bench::client::measure(&plan)?;
+        println!("{}", serde_json::to_string(&sample)?);
+        return Ok(());
+    };
+    let (_held, opened) = bench::client::hold(&plan, at_once)?;
+    println!("{}", serde_json::to_string(&opened)?);
+    loop {
+        std::thread::park();
+    }
 }
 
 fn hand_back(report: &Report, json: Option<&Path>) -> anyhow::Result<ExitCode> {

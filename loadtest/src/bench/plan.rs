@@ -109,3 +109,12 @@ pub struct Sample {
     /// 99 of 100 exchanges took at most this, in nanoseconds.
     pub p99_ns: u64,
 }
+
+/// What came of opening idle connections.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Opened {
+    /// Connections that could not be opened or whose exchange failed.
+    pub errors: u64,
+    /// What the first of them was.
+    pub first_error: Option<String>,
+}

@@ -5,23 +5,21 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::bench::case::{Case, Load};
-use crate::bench::cores::{Cores, on_core};
+use crate::bench::certificate;
+use crate::bench::cores::{Ahead, Cores, on_core};
 use crate::bench::figures::{Figures, Measured, Proxy};
+use crate::bench::measure;
 use crate::bench::origin::Addresses;
 use crate::bench::peer::{Peer, Place};
-use crate::bench::plan::{Exchange, Plan, Sample};
 use crate::bench::report::{CaseReport, Report};
 use crate::bench::tools;
 use crate::interrupt;
 use crate::lab::error::{LabError, OnFile, Result};
 use crate::lab::folders::Folders;
+use crate::lab::packages::Need;
 use crate::lab::process::Process;
 use crate::progress::Progress;
 
-/// The warm-up is this part of the measured time, and at most a second.
-const WARM_UP_DIVISOR: f64 = 4.0;
-/// Longest a client may run beyond its plan, in seconds: connecting, and waiting for the last answers.
-const CLIENT_EXTRA_S: u64 = 60;
 /// Longest the origin may take to listen, in seconds.
 const ORIGIN_S: u64 = 10;
 
@@ -49,7 +47,8 @@ pub fn run(
     mut tell: impl FnMut(&CaseReport),
 ) -> Result<Report> {
     let _alone = folders.lock("bench")?;
-    let place = prepare(options.hopgate.as_ref(), folders, progress)?;
+    let place = prepare(tools::PEERS, options.hopgate.as_ref(), folders, progress)?;
+    let _ahead = Ahead::take();
     let (origin, addresses) = start_origin(&place)?;
     let mut report = Report::default();
     for (number, case) in options.cases.iter().enumerate() {
@@ -78,8 +77,13 @@ pub fn run(
 ///
 /// # Errors
 /// When packages or the build fail, or there is only one core.
-pub fn prepare(hopgate: Option<&PathBuf>, folders: &Folders, progress: &Progress) -> Result<Place> {
-    tools::install(folders, progress)?;
+pub fn prepare(
+    needs: &[Need],
+    hopgate: Option<&PathBuf>,
+    folders: &Folders,
+    progress: &Progress,
+) -> Result<Place> {
+    tools::install(needs, folders, progress)?;
     let hopgate = match hopgate {
         Some(given) => given.canonicalize().on("find", given)?,
         None => tools::build(folders, progress)?,
@@ -89,6 +93,7 @@ pub fn prepare(hopgate: Option<&PathBuf>, folders: &Folders, progress: &Progress
         std::fs::remove_dir_all(&run).on("remove", &run)?;
     }
     std::fs::create_dir_all(&run).on("create", &run)?;
+    certificate::write(&run)?;
     let cores = Cores::find()?;
     cores.leave_to_proxy()?;
     Ok(Place {
@@ -136,10 +141,9 @@ impl Series<'_> {
     fn measure(&self) -> Result<Vec<(Proxy, Figures)>> {
         let mut peers = Vec::new();
         for proxy in Proxy::ALL {
-            let started = Peer::start(proxy, self.case.setup, self.origin, self.place);
             peers.push(Contestant {
                 proxy,
-                peer: tolerate(started)?,
+                peer: tolerate(self.start(proxy))?,
                 measured: Vec::new(),
             });
         }
@@ -148,6 +152,10 @@ impl Series<'_> {
             for turn in 0..count {
                 // Another one begins each round, so that nobody always follows the same neighbour.
                 let contestant = &mut peers[(round + turn) % count];
+                if contestant.peer.is_err() {
+                    continue;
+                }
+                self.renew(contestant)?;
                 let Ok(peer) = &mut contestant.peer else {
                     continue;
                 };
@@ -158,7 +166,8 @@ impl Series<'_> {
                     self.options.rounds,
                     contestant.proxy.as_str()
                 ));
-                match tolerate(self.once(peer))? {
+                let once = measure::once(&self.case, peer, self.options.length, self.place);
+                match tolerate(once)? {
                     Ok(measured) => contestant.measured.push(measured),
                     Err(why) => contestant.peer = Err(why),
                 }
@@ -175,53 +184,17 @@ impl Series<'_> {
         Ok(peers.into_iter().map(figures).collect())
     }
 
-    fn once(&self, peer: &mut Peer) -> Result<Measured> {
-        let sample = match self.case.load {
-            Load::Closed {
-                connections,
-                exchange,
-            } => self.closed(peer, connections, exchange)?,
-            Load::Http2 { .. } | Load::Idle { .. } => {
-                return Err(LabError::Differs {
-                    what: "this case is not there yet".into(),
-                });
-            }
-        };
-        match peer.death() {
-            Some(what) => Err(LabError::Differs { what }),
-            None => Ok(Measured::Load {
-                sample,
-                rss_bytes: peer.resident_bytes(),
-            }),
+    /// A proxy with idle connections is a new one each time: memory it once had would hide what the next ones take.
+    fn renew(&self, contestant: &mut Contestant) -> Result<()> {
+        if matches!(self.case.load, Load::Idle { .. }) && !contestant.measured.is_empty() {
+            contestant.peer = Err("ended for a new one".into());
+            contestant.peer = tolerate(self.start(contestant.proxy))?;
         }
+        Ok(())
     }
 
-    fn closed(&self, peer: &Peer, connections: usize, exchange: Exchange) -> Result<Sample> {
-        let measured_ms = u64::try_from(self.options.length.as_millis()).unwrap_or(u64::MAX);
-        let warm_up = self.options.length.div_f64(WARM_UP_DIVISOR);
-        let warm_up = warm_up.min(Duration::from_secs(1));
-        let plan = Plan {
-            address: peer.address,
-            transport: self.case.transport(),
-            exchange,
-            connections,
-            warm_up_ms: u64::try_from(warm_up.as_millis()).unwrap_or(u64::MAX),
-            measured_ms,
-            watched: peer.processes(),
-        };
-        let text = serde_json::to_string(&plan).map_err(|error| LabError::Output {
-            program: "the lab",
-            what: error.to_string(),
-        })?;
-        let limit = self.options.length + warm_up + Duration::from_secs(CLIENT_EXTRA_S);
-        let said = on_core(self.place.cores.rest, &self.place.lab.display().to_string())
-            .args(["bench-client", "--plan", &text])
-            .within(limit)
-            .run()?;
-        serde_json::from_str(&said).map_err(|error| LabError::Output {
-            program: "the client",
-            what: format!("{error} in {said}"),
-        })
+    fn start(&self, proxy: Proxy) -> Result<Peer> {
+        Peer::start(proxy, self.case.setup, self.origin, self.place)
     }
 }
 

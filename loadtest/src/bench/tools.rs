@@ -12,8 +12,8 @@ use crate::progress::Progress;
 /// Longest the build may take, in seconds.
 const BUILD_S: u64 = 1800;
 
-/// What the comparison needs.
-const PEERS: &[Need] = &[
+/// Needed by the comparison.
+pub const PEERS: &[Need] = &[
     Need {
         program: "haproxy",
         package: "haproxy",
@@ -34,26 +34,48 @@ const PEERS: &[Need] = &[
         package: "nghttp2-client",
         why: "makes the load of the HTTP/2 case",
     },
-    Need {
-        program: "taskset",
-        package: "util-linux",
-        why: "keeps each program on its core",
-    },
+    TASKSET,
 ];
 
-/// Installs what is missing. The services Debian starts with the proxies are stopped again: they take ports, and the
+/// Needed by the soak.
+pub const SOAKERS: &[Need] = &[
+    Need {
+        program: "siege",
+        package: "siege",
+        why: "makes a part of the mixed load",
+    },
+    Need {
+        program: "wrk",
+        package: "wrk",
+        why: "makes a part of the mixed load",
+    },
+    Need {
+        program: "ab",
+        package: "apache2-utils",
+        why: "makes a part of the mixed load",
+    },
+    TASKSET,
+];
+
+const TASKSET: Need = Need {
+    program: "taskset",
+    package: "util-linux",
+    why: "keeps each program on its core",
+};
+
+/// Installs what is missing of `needs`. The services Debian starts with the proxies are stopped again: they take ports, and the
 /// benchmark starts its own.
 ///
 /// # Errors
 /// When something is missing and cannot be installed.
-pub fn install(folders: &Folders, progress: &Progress) -> Result<()> {
+pub fn install(needs: &[Need], folders: &Folders, progress: &Progress) -> Result<()> {
     let _lock = folders.lock("install")?;
     let new: Vec<&str> = ["haproxy", "nginx"]
         .into_iter()
         .filter(|program| !installed(program))
         .collect();
-    packages::install(PEERS, progress)?;
-    for service in new {
+    packages::install(needs, progress)?;
+    for service in new.into_iter().filter(|program| installed(program)) {
         stop_service(service, progress);
     }
     Ok(())

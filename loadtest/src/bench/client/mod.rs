@@ -20,7 +20,7 @@ use crate::bench::client::answer::{Fault, Script};
 use crate::bench::client::channel::{Channel, tls_config};
 use crate::bench::client::connection::{Asker, Step};
 use crate::bench::origin::content::Content;
-use crate::bench::plan::{Connection, Plan, Sample, Transport};
+use crate::bench::plan::{Connection, Opened, Plan, Sample, Transport};
 use crate::bench::usage::processor_time;
 
 /// Errors after which a phase ends: a proxy that refuses everything would be asked as fast as we can.
@@ -87,11 +87,14 @@ pub fn measure(plan: &Plan) -> Result<Sample, ClientError> {
 ///
 /// # Errors
 /// As [`measure`].
-pub fn hold(plan: &Plan, at_once: usize) -> Result<(Held, u64, Option<String>), ClientError> {
+pub fn hold(plan: &Plan, at_once: usize) -> Result<(Held, Opened), ClientError> {
     let mut crowd = Crowd::new(plan)?;
     crowd.open_all(at_once)?;
-    let (errors, first) = (crowd.errors, crowd.first_error.take());
-    Ok((Held { _crowd: crowd }, errors, first))
+    let opened = Opened {
+        errors: crowd.errors,
+        first_error: crowd.first_error.take(),
+    };
+    Ok((Held { _crowd: crowd }, opened))
 }
 
 /// Idle connections.
