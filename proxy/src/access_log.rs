@@ -30,8 +30,12 @@ pub(crate) struct AccessLog {
 }
 
 impl AccessLog {
-    /// Opens the log and starts its thread, which ends when the last worker's end is dropped.
-    pub(crate) fn open(target: &LogTarget) -> io::Result<(Self, JoinHandle<()>)> {
+    /// Opens the log and starts its thread, which ends when the last worker's end is dropped. It goes on with the
+    /// counter of the log before it.
+    pub(crate) fn open(
+        target: &LogTarget,
+        before: Option<&Self>,
+    ) -> io::Result<(Self, JoinHandle<()>)> {
         let out: Box<dyn Write + Send> = match target {
             LogTarget::Stdout => Box::new(io::stdout()),
             LogTarget::File(path) => {
@@ -44,7 +48,7 @@ impl AccessLog {
         Ok((
             Self {
                 lines,
-                dropped: Arc::default(),
+                dropped: before.map_or_else(Arc::default, |before| Arc::clone(&before.dropped)),
             },
             thread,
         ))
@@ -163,7 +167,7 @@ fn upstream(
 ) -> Option<(SocketAddr, cutover_protocol::id::Register)> {
     passage
         .register
-        .map(|register| (port.service.upstream(register.owner), register))
+        .map(|register| (port.settings().service.upstream(register.owner), register))
 }
 
 impl fmt::Display for Line<'_> {

@@ -1,7 +1,7 @@
 //! Byte buffers that are lent, not owned: a worker keeps a few, a connection borrows one while bytes are under way
 //! and gives it back when it falls idle or is held.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
 use crate::stream::splice::Pipes;
@@ -70,7 +70,7 @@ impl Buffer {
 /// A worker's spare buffers, all of one size.
 #[derive(Debug)]
 pub(crate) struct Buffers {
-    size: usize,
+    size: Cell<usize>,
     spare: RefCell<Vec<Buffer>>,
     outputs: RefCell<Vec<Vec<u8>>>,
     pub(crate) pipes: Pipes,
@@ -80,11 +80,18 @@ impl Buffers {
     /// `size` bounds the longest head and the largest single read.
     pub(crate) fn new(size: usize) -> Rc<Self> {
         Rc::new(Self {
-            size,
+            size: Cell::new(size),
             spare: RefCell::default(),
             outputs: RefCell::default(),
             pipes: Pipes::default(),
         })
+    }
+
+    /// Buffers lent from now on have this size; those of another are not kept when they come back.
+    pub(crate) fn resize(&self, size: usize) {
+        if self.size.replace(size) != size {
+            self.spare.borrow_mut().clear();
+        }
     }
 
     /// An empty buffer of full size.
@@ -92,13 +99,13 @@ impl Buffers {
         self.spare
             .borrow_mut()
             .pop()
-            .unwrap_or_else(|| Buffer::with_size(self.size))
+            .unwrap_or_else(|| Buffer::with_size(self.size.get()))
     }
 
     /// Gives a buffer back; what it still held is forgotten.
     pub(crate) fn give(&self, mut buffer: Buffer) {
         let mut spare = self.spare.borrow_mut();
-        if buffer.bytes.len() == self.size && spare.len() < SPARE_MAX {
+        if buffer.bytes.len() == self.size.get() && spare.len() < SPARE_MAX {
             buffer.start = 0;
             buffer.end = 0;
             spare.push(buffer);
@@ -124,7 +131,7 @@ impl Buffers {
 
     /// The reverse of [`Buffers::shrink`].
     pub(crate) fn grow(&self, buffer: &mut Buffer) {
-        if buffer.bytes.len() < self.size {
+        if buffer.bytes.len() < self.size.get() {
             let mut full = self.take();
             let count = buffer.filled().len();
             full.room()[..count].copy_from_slice(buffer.filled());
@@ -141,7 +148,7 @@ impl Buffers {
     /// Gives such a vector back.
     pub(crate) fn give_output(&self, mut output: Vec<u8>) {
         let mut outputs = self.outputs.borrow_mut();
-        if outputs.len() < SPARE_MAX && output.capacity() <= 2 * self.size {
+        if outputs.len() < SPARE_MAX && output.capacity() <= 2 * self.size.get() {
             output.clear();
             outputs.push(output);
         }

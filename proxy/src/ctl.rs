@@ -1,5 +1,7 @@
 //! `hopgate-proxy ctl`: a person's hand on the gates. It reads the epoch itself; agents name the one they believe in.
 
+mod process;
+
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -9,6 +11,7 @@ use clap::{Args, Subcommand};
 use cutover_protocol::hold::{Answer, Command, Gate, Refusal, ServiceStatus};
 use cutover_protocol::id::{ServiceName, Site};
 use hopgate_proxy::control::client::ControlClient;
+use hopgate_proxy::control::words::ProcessCommand;
 
 /// Exit code of a hold that stands without being drained.
 const NOT_DRAINED: u8 = 3;
@@ -32,6 +35,8 @@ enum Verb {
         /// Only this one.
         service: Option<ServiceName>,
     },
+    /// Read the configuration again and go by it, if it is valid; no connection is dropped.
+    Reload,
     /// Hold new requests and wait until nothing is in flight.
     Hold {
         /// The service.
@@ -62,6 +67,10 @@ enum Verb {
 pub(crate) fn execute(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     let mut client = ControlClient::connect(&arguments.socket)?;
     let answer = match &arguments.verb {
+        Verb::Status { service: None } => return process::status(&mut client, arguments.json),
+        Verb::Reload => {
+            return process::execute(&mut client, &ProcessCommand::Reload, arguments.json);
+        }
         Verb::Status { service } => client.command(&Command::Status {
             service: service.clone(),
         })?,

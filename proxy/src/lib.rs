@@ -15,6 +15,7 @@ mod forwarded;
 #[doc(hidden)]
 pub mod fuzzing;
 pub mod http;
+mod life;
 #[allow(dead_code, unused_imports)] // until requests lead here
 mod limit;
 mod listen;
@@ -23,6 +24,7 @@ mod proxy;
 #[allow(dead_code, unused_imports)] // until requests lead here
 mod route;
 mod service;
+mod snapshot;
 mod stream;
 mod tcp;
 mod tls;
@@ -31,6 +33,7 @@ pub mod upstream;
 mod worker;
 
 pub use control::server::ControlError;
+pub use life::reload::ReloadError;
 pub use proxy::{Proxy, StartError};
 pub use service::StateError;
 pub use tls::TlsError;

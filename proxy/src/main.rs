@@ -10,7 +10,7 @@ use anyhow::Context;
 use clap::{Parser, Subcommand};
 use hopgate_proxy::Proxy;
 use hopgate_proxy::config::{Config, ListenAddress};
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 
 /// A data-plane reverse proxy that forwards, holds and releases.
@@ -23,7 +23,7 @@ struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Subcommands {
-    /// Serve until SIGTERM or SIGINT.
+    /// Serve until SIGTERM or SIGINT; read the configuration again on SIGHUP.
     Run {
         /// The configuration, TOML.
         #[arg(long)]
@@ -83,34 +83,84 @@ fn run(path: &std::path::Path) -> anyhow::Result<ExitCode> {
         .context("cannot start")?;
     runtime.block_on(async {
         // Listening for signals begins before serving does: no early signal is lost.
-        let mut terminate = signal(SignalKind::terminate()).context("cannot wait for signals")?;
-        let mut interrupt = signal(SignalKind::interrupt()).context("cannot wait for signals")?;
+        let mut signals = Signals::new().context("cannot wait for signals")?;
         let proxy = Proxy::start(&config)?;
-        for service in &config.services {
-            let Some(status) = proxy.status(&service.name) else {
-                continue;
-            };
-            let addresses = proxy.addresses(service.name.as_str());
-            for (bound, listen) in addresses.into_iter().zip(&service.listen) {
-                let address = bound.map_or_else(|| listen.address.clone(), ListenAddress::Tcp);
-                let (gate, register) = (status.gate, &status.register);
-                tracing::info!(service = %service.name, %address, ?gate, epoch = %register.epoch, owner = %register.owner, "serving");
+        say_ready(&proxy, &config);
+        while signals.next().await == Wanted::Reload {
+            proxy.reload();
+        }
+        let limit = proxy.shutdown_max();
+        tracing::info!(
+            limit_ms = limit.as_millis(),
+            "stopping: no new clients, finishing what runs; a second signal ends it now"
+        );
+        proxy.begin_stop(limit);
+        tokio::select! {
+            () = proxy.ended() => {}
+            () = signals.end() => {
+                tracing::warn!("a second signal: ending now");
+                proxy.cut();
             }
         }
-        tracing::info!(
-            workers = config.workers,
-            connections_max = config.limits.connections_max,
-            held_max = config.limits.held_max,
-            control = %config.control.display(),
-            "ready"
-        );
-        tokio::select! {
-            _ = terminate.recv() => {}
-            _ = interrupt.recv() => {}
-        }
-        tracing::info!(limit_ms = config.limits.shutdown_max.as_millis(), "stopping: no new clients, finishing what runs");
-        proxy.stop(config.limits.shutdown_max);
+        drop(proxy);
         tracing::info!("stopped");
         Ok(ExitCode::SUCCESS)
     })
+}
+
+fn say_ready(proxy: &Proxy, config: &Config) {
+    for service in &config.services {
+        let Some(status) = proxy.status(&service.name) else {
+            continue;
+        };
+        let addresses = proxy.addresses(service.name.as_str());
+        for (bound, listen) in addresses.into_iter().zip(&service.listen) {
+            let address = bound.map_or_else(|| listen.address.clone(), ListenAddress::Tcp);
+            let (gate, register) = (status.gate, &status.register);
+            tracing::info!(service = %service.name, %address, ?gate, epoch = %register.epoch, owner = %register.owner, "serving");
+        }
+    }
+    tracing::info!(
+        workers = config.workers,
+        connections_max = config.limits.connections_max,
+        held_max = config.limits.held_max,
+        control = %config.control.display(),
+        "ready"
+    );
+}
+
+/// What a signal asks for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Wanted {
+    Reload,
+    End,
+}
+
+/// The signals we listen for.
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+    hangup: Signal,
+}
+
+impl Signals {
+    fn new() -> std::io::Result<Self> {
+        Ok(Self {
+            terminate: signal(SignalKind::terminate())?,
+            interrupt: signal(SignalKind::interrupt())?,
+            hangup: signal(SignalKind::hangup())?,
+        })
+    }
+
+    async fn next(&mut self) -> Wanted {
+        tokio::select! {
+            _ = self.terminate.recv() => Wanted::End,
+            _ = self.interrupt.recv() => Wanted::End,
+            _ = self.hangup.recv() => Wanted::Reload,
+        }
+    }
+
+    async fn end(&mut self) {
+        while self.next().await != Wanted::End {}
+    }
 }

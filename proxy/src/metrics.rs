@@ -5,7 +5,6 @@
 
 use std::fmt::Write as _;
 use std::io;
-use std::net::TcpListener as StdListener;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -17,7 +16,10 @@ use tokio::task::JoinSet;
 use tokio::time::timeout;
 
 use crate::access_log::AccessLog;
+use crate::life::facts::Facts;
+use crate::listen::bound::Bound;
 use crate::service::{HOLD_BUCKETS_MS, HeldCounts, HoldTimes, Mode, Service, Word};
+use crate::snapshot::Shared;
 
 /// Scrapes at once; one Prometheus needs one.
 const SCRAPES_MAX: usize = 16;
@@ -29,12 +31,12 @@ const REQUEST_BYTES_MAX: usize = 8192;
 /// What can be scraped.
 #[derive(Debug)]
 pub(crate) struct Metrics {
-    pub(crate) services: Vec<Arc<Service>>,
-    pub(crate) access_log: Option<AccessLog>,
+    pub(crate) shared: Shared,
+    pub(crate) facts: Arc<Facts>,
 }
 
 /// One service at one instant.
-struct Snapshot<'s> {
+struct Reading<'s> {
     name: &'s str,
     word: Word,
     counts: HeldCounts,
@@ -44,7 +46,7 @@ struct Snapshot<'s> {
     answered: [u64; 6],
 }
 
-impl<'s> Snapshot<'s> {
+impl<'s> Reading<'s> {
     fn of(service: &'s Service) -> Self {
         let gate = &service.gate;
         let (counts, times) = gate.with_held(|held| (held.counts(), *held.times()));
@@ -71,7 +73,7 @@ type Single = (
     &'static str,
     &'static str,
     &'static str,
-    fn(&Snapshot<'_>) -> u64,
+    fn(&Reading<'_>) -> u64,
 );
 
 const SINGLES: [Single; 10] = [
@@ -138,64 +140,26 @@ const SINGLES: [Single; 10] = [
 impl Metrics {
     /// The text of one scrape.
     pub(crate) fn text(&self) -> String {
-        let snapshots: Vec<Snapshot<'_>> = self
-            .services
-            .iter()
-            .map(|service| Snapshot::of(service))
+        let snapshot = self.shared.load();
+        let services = snapshot.services.iter();
+        let readings: Vec<Reading<'_>> = services
+            .map(|serving| Reading::of(&serving.service))
             .collect();
         let mut out = String::new();
         // Writing to a string cannot fail.
-        self.write(&mut out, &snapshots).ok();
+        write(&mut out, &readings, snapshot.access_log.as_ref()).ok();
+        self.facts.write_metrics(&mut out, snapshot.generation).ok();
         out
-    }
-
-    fn write(&self, out: &mut String, snapshots: &[Snapshot<'_>]) -> std::fmt::Result {
-        for (name, kind, help, value) in SINGLES {
-            writeln!(out, "# HELP {name} {help}.\n# TYPE {name} {kind}")?;
-            for snapshot in snapshots {
-                writeln!(
-                    out,
-                    "{name}{{service=\"{}\"}} {}",
-                    snapshot.name,
-                    value(snapshot)
-                )?;
-            }
-        }
-        let name = "hopgate_requests_total";
-        writeln!(
-            out,
-            "# HELP {name} Requests by the class of their answer.\n# TYPE {name} counter"
-        )?;
-        for snapshot in snapshots {
-            for (class, count) in ["none", "1xx", "2xx", "3xx", "4xx", "5xx"]
-                .iter()
-                .zip(snapshot.answered)
-            {
-                writeln!(
-                    out,
-                    "{name}{{service=\"{}\",status=\"{class}\"}} {count}",
-                    snapshot.name
-                )?;
-            }
-        }
-        write_hold_times(out, snapshots)?;
-        if let Some(log) = &self.access_log {
-            let name = "hopgate_access_lines_dropped_total";
-            writeln!(
-                out,
-                "# HELP {name} Access log lines lost to a slow disk.\n# TYPE {name} counter"
-            )?;
-            writeln!(out, "{name} {}", log.dropped())?;
-        }
-        Ok(())
     }
 
     /// Answers scrapes for ever.
     ///
     /// # Cancel safety
     /// Dropping the future drops the scrapes under way.
-    pub(crate) async fn serve(self: Arc<Self>, listener: StdListener) -> io::Result<()> {
-        let listener = TcpListener::from_std(listener)?;
+    pub(crate) async fn serve(self: Arc<Self>, bound: &Bound) -> io::Result<()> {
+        let socket = bound.part_of(0, 1)?.pop();
+        let socket = socket.ok_or(io::ErrorKind::NotFound)?;
+        let listener = TcpListener::from_std(socket.into())?;
         let mut scrapes = JoinSet::new();
         loop {
             while scrapes.try_join_next().is_some() {}
@@ -236,17 +200,62 @@ impl Metrics {
     }
 }
 
-fn write_hold_times(out: &mut String, snapshots: &[Snapshot<'_>]) -> std::fmt::Result {
+fn write(
+    out: &mut String,
+    readings: &[Reading<'_>],
+    access_log: Option<&AccessLog>,
+) -> std::fmt::Result {
+    for (name, kind, help, value) in SINGLES {
+        writeln!(out, "# HELP {name} {help}.\n# TYPE {name} {kind}")?;
+        for reading in readings {
+            writeln!(
+                out,
+                "{name}{{service=\"{}\"}} {}",
+                reading.name,
+                value(reading)
+            )?;
+        }
+    }
+    let name = "hopgate_requests_total";
+    writeln!(
+        out,
+        "# HELP {name} Requests by the class of their answer.\n# TYPE {name} counter"
+    )?;
+    for reading in readings {
+        for (class, count) in ["none", "1xx", "2xx", "3xx", "4xx", "5xx"]
+            .iter()
+            .zip(reading.answered)
+        {
+            writeln!(
+                out,
+                "{name}{{service=\"{}\",status=\"{class}\"}} {count}",
+                reading.name
+            )?;
+        }
+    }
+    write_hold_times(out, readings)?;
+    if let Some(log) = access_log {
+        let name = "hopgate_access_lines_dropped_total";
+        writeln!(
+            out,
+            "# HELP {name} Access log lines lost to a slow disk.\n# TYPE {name} counter"
+        )?;
+        writeln!(out, "{name} {}", log.dropped())?;
+    }
+    Ok(())
+}
+
+fn write_hold_times(out: &mut String, readings: &[Reading<'_>]) -> std::fmt::Result {
     let name = "hopgate_hold_seconds";
     writeln!(
         out,
         "# HELP {name} How long requests were held.\n# TYPE {name} histogram"
     )?;
-    for Snapshot {
+    for Reading {
         name: service,
         times,
         ..
-    } in snapshots
+    } in readings
     {
         let mut sum = 0;
         for (most, count) in HOLD_BUCKETS_MS.iter().zip(&times.buckets) {

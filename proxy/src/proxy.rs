@@ -4,30 +4,35 @@
 //! client is served.
 
 use std::io;
-use std::net::{SocketAddr, TcpListener};
+use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use arc_swap::ArcSwap;
 use cutover_protocol::hold::{InFlight, ServiceStatus};
 use cutover_protocol::id::ServiceName;
 use tokio::runtime::Builder;
-use tokio::sync::{Semaphore, mpsc, oneshot, watch};
+use tokio::sync::{mpsc, watch};
 use tokio::task::{JoinSet, LocalSet};
 use tokio::time::timeout;
 
-use crate::access_log::AccessLog;
-use crate::config::{Config, ListenAddress, LogTarget};
+use crate::config::{Config, ListenAddress};
 use crate::control::commands::Commander;
 use crate::control::server::{ControlError, ControlSocket};
-use crate::listen::{self, Listener};
-use crate::metrics::Metrics;
-use crate::service::{Service, StateDir, StateError, keep};
+use crate::life::Running;
+use crate::life::facts::Facts;
+use crate::life::inherited::Inherited;
+use crate::life::permits::Permits;
+use crate::service::{Service, StateDir, StateError};
+use crate::snapshot::{Ground, Logs, Shared, Snapshot};
 use crate::tls::TlsError;
-use crate::tls::profile::{self, Profile};
-use crate::worker::{Phase, Question, WorkerSeed};
+use crate::worker::{Farewell, Phase, Question, WorkerSeed};
 
+/// Orders of the main thread that may wait.
+const ORDERS_MAX: usize = 4;
 /// Questions that may wait for a worker.
 const QUESTIONS_MAX: usize = 16;
 
@@ -69,34 +74,43 @@ pub enum StartError {
 /// A running proxy. Dropped without [`Proxy::stop`], it cuts every connection.
 #[derive(Debug)]
 pub struct Proxy {
-    services: Vec<Arc<Service>>,
-    addresses: Addresses,
-    metrics: Option<SocketAddr>,
-    stop: Option<oneshot::Sender<Stop>>,
+    /// `None` only while it ends: the last snapshot keeps the access log's thread.
+    shared: Option<Shared>,
+    orders: mpsc::Sender<Order>,
+    wish: watch::Sender<Wish>,
+    ended: watch::Receiver<bool>,
     threads: Vec<JoinHandle<()>>,
+    logs: Logs,
 }
 
-/// How to end.
+/// How long it is to go on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Stop {
+enum Wish {
+    GoOn,
     /// Finish what runs, within this time.
-    Gently(Duration),
-    /// At once.
-    AtOnce,
+    End(Duration),
+    /// End at once.
+    Cut,
+}
+
+/// What the main thread may ask of the control thread; what comes of it is in the log.
+#[derive(Debug)]
+enum Order {
+    Reload,
 }
 
 /// What the control thread needs; made on the main thread.
 struct ControlSeed {
-    socket: Arc<ControlSocket>,
-    commander: Arc<Commander>,
-    metrics: Option<(TcpListener, Arc<Metrics>)>,
+    socket: ControlSocket,
+    shared: Shared,
+    workers: Vec<mpsc::Sender<Question>>,
+    permits: Permits,
+    ground: Ground,
     phase: watch::Sender<Phase>,
     over: mpsc::Receiver<Vec<InFlight>>,
-    stop: oneshot::Receiver<Stop>,
-    linger_max: Duration,
-    profiles: Vec<Arc<Profile>>,
-    /// Keeps the state folder locked until the end.
-    _state: StateDir,
+    orders: mpsc::Receiver<Order>,
+    wish: watch::Receiver<Wish>,
+    ended: watch::Sender<bool>,
 }
 
 impl Proxy {
@@ -105,70 +119,65 @@ impl Proxy {
     /// # Errors
     /// Anything the configuration names that is not usable; nothing keeps running then.
     pub fn start(config: &Config) -> Result<Self, StartError> {
-        let state = StateDir::open(&config.state_dir)?;
-        let mut services = Vec::new();
-        for service in &config.services {
-            services.push(Arc::new(Service::open(service, config, &state)?));
-        }
+        let ground = Ground {
+            state: StateDir::open(&config.state_dir)?,
+            logs: Logs::default(),
+        };
+        let logs = ground.logs.clone();
+        let inherited = &mut Inherited::default();
+        let snapshot = Snapshot::make(config.clone(), None, &ground, inherited)?;
+        let snapshot = Arc::new(snapshot);
         let socket = ControlSocket::bind(&config.control)?;
-        let metrics_listener = config
-            .metrics
-            .map(|address| listen_one(address, "metrics"))
-            .transpose()?;
-        let metrics = metrics_listener
-            .as_ref()
-            .and_then(|listener| listener.local_addr().ok());
-        let (log, mut threads) = open_log(config.access_log.as_ref())?;
-        let profiles = load_profiles(config)?;
-        let (addresses, per_worker) = listen_all(&services, &profiles, config.workers)?;
-        let permits = Arc::new(Semaphore::new(
-            config.limits.connections_max.min(Semaphore::MAX_PERMITS),
-        ));
+        let permits = Permits::new(config.limits.connections_max);
         let (phase, _) = watch::channel(Phase::Running);
         let (over, ended) = mpsc::channel(config.workers);
-        let mut workers = Vec::new();
-        for (index, services) in per_worker.into_iter().enumerate() {
+        let (mut workers, mut threads) = (Vec::new(), Vec::new());
+        for index in 0..config.workers {
             let (questions, inbox) = mpsc::channel::<Question>(QUESTIONS_MAX);
             workers.push(questions);
             let seed = WorkerSeed {
                 index,
-                services,
-                limits: config.limits.clone(),
-                access_log: log.clone(),
-                permits: Arc::clone(&permits),
+                snapshot: Arc::clone(&snapshot),
+                permits: Arc::clone(&permits.free),
                 questions: inbox,
                 phase: phase.subscribe(),
                 over: over.clone(),
             };
             threads.push(spawn(format!("worker-{index}"), move || seed.run())?);
         }
-        let (stop, stopped) = oneshot::channel();
-        let scraped = Arc::new(Metrics {
-            services: services.clone(),
-            access_log: log,
-        });
+        let shared = Shared::new(ArcSwap::new(snapshot));
+        let (orders, ordered) = mpsc::channel(ORDERS_MAX);
+        let (wish, wished) = watch::channel(Wish::GoOn);
+        let (has_ended, is_over) = watch::channel(false);
         let seed = ControlSeed {
-            socket: Arc::new(socket),
-            commander: Arc::new(Commander {
-                services: services.clone(),
-                workers,
-            }),
-            metrics: metrics_listener.map(|listener| (listener, scraped)),
+            socket,
+            shared: Arc::clone(&shared),
+            workers,
+            permits,
+            ground,
             phase,
             over: ended,
-            stop: stopped,
-            linger_max: config.limits.linger_max,
-            profiles,
-            _state: state,
+            orders: ordered,
+            wish: wished,
+            ended: has_ended,
         };
         threads.push(spawn("control".to_owned(), move || seed.run())?);
         Ok(Self {
-            services,
-            addresses,
-            metrics,
-            stop: Some(stop),
+            shared: Some(shared),
+            orders,
+            wish,
+            ended: is_over,
             threads,
+            logs,
         })
+    }
+
+    fn snapshot(&self) -> Option<Arc<Snapshot>> {
+        self.shared.as_ref().map(|shared| shared.load_full())
+    }
+
+    fn service(&self, name: &ServiceName) -> Option<Arc<Service>> {
+        self.snapshot()?.service(name).map(Arc::clone)
     }
 
     /// Where a service's clients connect by TCP first, with the port the kernel chose if the configuration said
@@ -181,24 +190,30 @@ impl Proxy {
     /// The same for each of its listeners in turn; unix sockets have none.
     #[must_use]
     pub fn addresses(&self, name: &str) -> Vec<Option<SocketAddr>> {
-        let mut named = self.services.iter().zip(&self.addresses);
-        let found = named.find(|(service, _)| service.name().as_str() == name);
-        found.map_or_else(Vec::new, |(_, addresses)| addresses.clone())
+        let Some(snapshot) = self.snapshot() else {
+            return Vec::new();
+        };
+        let mut services = snapshot.services.iter();
+        let found = services.find(|serving| serving.service.name().as_str() == name);
+        found.map_or_else(Vec::new, |serving| {
+            serving
+                .listeners
+                .iter()
+                .map(|bound| bound.address)
+                .collect()
+        })
     }
 
     /// Where metrics are scraped, if they are.
     #[must_use]
-    pub const fn metrics_address(&self) -> Option<SocketAddr> {
-        self.metrics
+    pub fn metrics_address(&self) -> Option<SocketAddr> {
+        self.snapshot()?.metrics.as_ref()?.address
     }
 
     /// A service's state now.
     #[must_use]
     pub fn status(&self, name: &ServiceName) -> Option<ServiceStatus> {
-        self.services
-            .iter()
-            .find(|service| service.name() == name)
-            .map(|service| service.status())
+        self.service(name).map(|service| service.status())
     }
 
     /// Waits until what is known of a service is as the caller wants it. Wakes with every change of the held
@@ -211,10 +226,7 @@ impl Proxy {
         name: &ServiceName,
         wanted: impl Fn(&ServiceStatus) -> bool,
     ) -> Option<ServiceStatus> {
-        let service = self
-            .services
-            .iter()
-            .find(|service| service.name() == name)?;
+        let service = self.service(name)?;
         loop {
             let counted = service.gate.counted.notified();
             tokio::pin!(counted);
@@ -227,103 +239,73 @@ impl Proxy {
         }
     }
 
-    /// Stops accepting, lets requests in flight finish within `limit`, refuses whoever is still held then, cuts off
-    /// the rest.
-    pub fn stop(mut self, limit: Duration) {
-        self.end(Stop::Gently(limit));
+    /// How long requests in flight may take to finish, by the configuration in force.
+    #[must_use]
+    pub fn shutdown_max(&self) -> Duration {
+        let snapshot = self.snapshot();
+        snapshot.map_or(Duration::ZERO, |snapshot| {
+            snapshot.config.limits.shutdown_max
+        })
     }
 
-    fn end(&mut self, how: Stop) {
-        if let Some(stop) = self.stop.take() {
-            // A control thread that is gone has taken the workers with it.
-            stop.send(how).ok();
+    /// Asks for the configuration to be read again; what comes of it is in the log.
+    pub fn reload(&self) {
+        if self.orders.try_send(Order::Reload).is_err() {
+            tracing::warn!("not reloading: enough reloads are waiting already");
         }
-        for thread in self.threads.drain(..) {
-            if thread.join().is_err() {
-                tracing::error!("a thread panicked");
-            }
-        }
+    }
+
+    /// Stops accepting, lets requests in flight finish within `limit`, refuses whoever is still held then, cuts off
+    /// the rest. Returns at once; [`Proxy::ended`] says when it is over.
+    pub fn begin_stop(&self, limit: Duration) {
+        self.wish.send_replace(Wish::End(limit));
+    }
+
+    /// Cuts off everybody now, also those a stop would still wait for.
+    pub fn cut(&self) {
+        self.wish.send_replace(Wish::Cut);
+    }
+
+    /// Completes when the last connection has ended.
+    pub async fn ended(&self) {
+        let mut ended = self.ended.clone();
+        // A sender that is gone has ended, too.
+        drop(ended.wait_for(|ended| *ended).await);
+    }
+
+    /// [`Proxy::begin_stop`], and waits for the end.
+    pub fn stop(mut self, limit: Duration) {
+        self.begin_stop(limit);
+        self.join();
+    }
+
+    fn join(&mut self) {
+        let mut threads = std::mem::take(&mut self.threads);
+        join_all(&mut threads);
+        self.shared = None;
+        join_all(&mut self.logs.take());
     }
 }
 
 impl Drop for Proxy {
     fn drop(&mut self) {
-        self.end(Stop::AtOnce);
-    }
-}
-
-/// Of each service's listeners; unix sockets have none.
-type Addresses = Vec<Vec<Option<SocketAddr>>>;
-type PerWorker = Vec<Vec<(Arc<Service>, Vec<Listener>)>>;
-
-/// Binds every listener once a worker; the addresses are in the order of the services and their listeners.
-fn listen_all(
-    services: &[Arc<Service>],
-    profiles: &[Arc<Profile>],
-    workers: usize,
-) -> Result<(Addresses, PerWorker), StartError> {
-    let mut addresses = Vec::new();
-    let mut per_worker: PerWorker = (0..workers).map(|_| Vec::new()).collect();
-    for service in services {
-        for worker in &mut per_worker {
-            worker.push((Arc::clone(service), Vec::new()));
-        }
-        let mut bound = Vec::new();
-        for config in &service.config.listen {
-            let sockets =
-                listen::bind(&config.address, workers).map_err(|source| StartError::Listen {
-                    address: config.address.clone(),
-                    what: format!("service {}", service.name()),
-                    source,
-                })?;
-            bound.push(sockets.first().and_then(listen::bound_address));
-            for (worker, socket) in per_worker.iter_mut().zip(sockets) {
-                if let Some((_, listeners)) = worker.last_mut() {
-                    let named =
-                        |profile: &&Arc<Profile>| config.tls.as_deref() == Some(profile.name());
-                    listeners.push(Listener {
-                        tls: profiles.iter().find(named).map(Arc::clone),
-                        config: config.clone(),
-                        socket,
-                    });
-                }
+        self.wish.send_if_modified(|wish| {
+            let goes_on = *wish == Wish::GoOn;
+            if goes_on {
+                *wish = Wish::Cut;
             }
+            goes_on
+        });
+        self.join();
+    }
+}
+
+fn join_all(threads: &mut Vec<JoinHandle<()>>) {
+    for thread in threads.drain(..) {
+        if thread.join().is_err() {
+            tracing::error!("a thread panicked");
         }
-        addresses.push(bound);
     }
-    Ok((addresses, per_worker))
-}
-
-fn load_profiles(config: &Config) -> Result<Vec<Arc<Profile>>, StartError> {
-    let profiles = config.tls.iter().map(Profile::load);
-    profiles.collect::<Result<_, _>>().map_err(StartError::Tls)
-}
-
-fn listen_one(address: SocketAddr, what: &str) -> Result<TcpListener, StartError> {
-    let address = ListenAddress::Tcp(address);
-    match listen::bind(&address, 1) {
-        Ok(mut sockets) => Ok(sockets.swap_remove(0).into()),
-        Err(source) => Err(StartError::Listen {
-            address,
-            what: what.to_owned(),
-            source,
-        }),
-    }
-}
-
-type OpenLog = (Option<AccessLog>, Vec<JoinHandle<()>>);
-
-fn open_log(target: Option<&LogTarget>) -> Result<OpenLog, StartError> {
-    let Some(target) = target else {
-        return Ok((None, Vec::new()));
-    };
-    let path = match target {
-        LogTarget::Stdout => PathBuf::from("stdout"),
-        LogTarget::File(path) => path.clone(),
-    };
-    let (log, thread) =
-        AccessLog::open(target).map_err(|source| StartError::AccessLog { path, source })?;
-    Ok((Some(log), vec![thread]))
 }
 
 /// The one way to start a thread: named, and heard of when it fails.
@@ -348,66 +330,103 @@ impl ControlSeed {
     }
 
     async fn work(mut self) {
+        let running = Rc::new(Running::new(
+            Arc::clone(&self.shared),
+            self.workers,
+            self.permits,
+            Arc::new(Facts::new()),
+            self.ground,
+        ));
+        running.tend(&self.shared.load());
         let mut tasks = JoinSet::new();
-        for service in &self.commander.services {
-            tasks.spawn_local(keep(Arc::clone(service)));
-        }
-        tasks.spawn_local(profile::keep(std::mem::take(&mut self.profiles)));
-        if let Some((listener, metrics)) = self.metrics.take() {
-            tasks.spawn_local(async move {
-                if let Err(error) = metrics.serve(listener).await {
-                    tracing::error!("metrics are no longer served: {error}");
-                }
-            });
-        }
-        let (socket, commander) = (Arc::clone(&self.socket), Arc::clone(&self.commander));
+        let commander = Rc::new(Commander {
+            running: Rc::clone(&running),
+        });
+        let socket = self.socket;
         tasks.spawn_local(async move {
             if let Err(error) = socket.serve(commander).await {
                 tracing::error!("the control socket no longer works, leases go on: {error}");
             }
         });
-        let stop = (&mut self.stop).await.unwrap_or(Stop::AtOnce);
+        let mut wish = self.wish;
+        let limit = loop {
+            tokio::select! {
+                changed = wish.wait_for(|wish| *wish != Wish::GoOn) => break match changed.as_deref() {
+                    Ok(Wish::End(limit)) => Some(*limit),
+                    _ => None,
+                },
+                Some(order) = self.orders.recv() => {
+                    let running = Rc::clone(&running);
+                    tasks.spawn_local(async move {
+                        match order {
+                            // It says itself what came of it.
+                            Order::Reload => drop(running.reload().await),
+                        }
+                    });
+                }
+            }
+        };
         // Commands are obeyed to the end: a hold may be released while we wait for its held.
-        self.close(stop).await;
+        let mut closing = Closing {
+            running: &running,
+            phase: self.phase,
+            over: self.over,
+            wish,
+            ended: 0,
+        };
+        closing.run(limit).await;
+        self.ended.send_replace(true);
     }
+}
 
+/// The end of a proxy.
+struct Closing<'r> {
+    running: &'r Running,
+    phase: watch::Sender<Phase>,
+    over: mpsc::Receiver<Vec<InFlight>>,
+    wish: watch::Receiver<Wish>,
+    /// Workers that have.
+    ended: usize,
+}
+
+impl Closing<'_> {
     /// Workers finish by themselves; whoever is still held at the end of the limit is refused with 503, and gets a
-    /// moment to read it.
-    async fn close(&mut self, stop: Stop) {
-        self.phase.send_replace(Phase::Closing);
-        let workers = self.commander.workers.len();
-        let mut ended = 0;
-        if let Stop::Gently(limit) = stop {
-            if timeout(limit, self.wait_for_workers(&mut ended, workers))
-                .await
-                .is_ok()
-            {
+    /// moment to read it. Without a limit everybody is cut off at once.
+    async fn run(&mut self, limit: Option<Duration>) {
+        self.phase.send_replace(Phase::Closing(Farewell::Stop));
+        let snapshot = self.running.shared.load_full();
+        if let Some(limit) = limit {
+            if self.workers_end_within(limit).await {
                 return;
             }
-            self.commander
-                .services
-                .iter()
-                .for_each(|service| service.gate.shut());
-            if timeout(
-                self.linger_max * 2,
-                self.wait_for_workers(&mut ended, workers),
-            )
-            .await
-            .is_ok()
-            {
+            for serving in &snapshot.services {
+                serving.service.gate.shut();
+            }
+            let linger = snapshot.config.limits.linger_max * 2;
+            if self.workers_end_within(linger).await {
                 return;
             }
         }
         self.phase.send_replace(Phase::Cut);
-        self.wait_for_workers(&mut ended, workers).await;
+        self.workers_end().await;
     }
 
-    async fn wait_for_workers(&mut self, ended: &mut usize, workers: usize) {
-        while *ended < workers {
+    /// False when the time is over or somebody wants it to be.
+    async fn workers_end_within(&mut self, limit: Duration) -> bool {
+        let mut wish = self.wish.clone();
+        tokio::select! {
+            biased;
+            _ = wish.wait_for(|wish| *wish == Wish::Cut) => false,
+            ended = timeout(limit, self.workers_end()) => ended.is_ok(),
+        }
+    }
+
+    async fn workers_end(&mut self) {
+        while self.ended < self.running.workers.len() {
             let Some(left) = self.over.recv().await else {
                 return;
             };
-            *ended += 1;
+            self.ended += 1;
             for InFlight {
                 client,
                 what,

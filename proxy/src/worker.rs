@@ -1,24 +1,26 @@
-//! A worker: one thread, one single-threaded runtime, its own listeners, pools and buffers. Workers share nothing
-//! but the gates, the registers behind them and the number of connections.
+//! A worker: one thread, one single-threaded runtime, its own ports, pools and buffers. Workers share nothing but
+//! the gates, the registers behind them and the number of connections.
+//!
+//! What a worker serves is told by a [`Snapshot`]; a reload brings another, and the worker goes from one to the
+//! other between two polls of its tasks. Connections never notice.
 
 use std::io;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use cutover_protocol::hold::InFlight;
 use cutover_protocol::id::ServiceName;
 use tokio::runtime::Builder;
 use tokio::sync::{Semaphore, mpsc, oneshot, watch};
-use tokio::task::{JoinSet, LocalSet};
+use tokio::task::{AbortHandle, JoinError, JoinSet, LocalSet};
 
-use crate::access_log::AccessLog;
 use crate::buffer::Buffers;
-use crate::config::Limits;
+use crate::listen::bound::{Bound, Keeper, Place};
 use crate::listen::hangup::HangupWatch;
-use crate::listen::port::{Closing, Current, Port, PortSeed, Settings};
-use crate::listen::{self, Listener};
-use crate::service::Service;
+use crate::listen::port::{Closing, Current, Port, PortSeed};
+use crate::listen::{self, Door, Listening, Manner};
+use crate::snapshot::{Serving, Snapshot};
 
 /// Smallest size of a connection's buffer, in bytes: large enough that a system call is worth its price.
 const BUFFER_BYTES_MIN: usize = 16 * 1024;
@@ -31,25 +33,40 @@ pub(crate) enum Question {
         service: ServiceName,
         reply: oneshot::Sender<Vec<InFlight>>,
     },
+    /// Go by this snapshot from now on.
+    Apply {
+        snapshot: Arc<Snapshot>,
+        reply: oneshot::Sender<()>,
+    },
 }
 
-/// How far the end has come.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// How far it has come.
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Phase {
-    /// Not at all.
+    /// Ready, but another process still serves.
+    Waiting,
+    /// Serving.
     Running,
     /// Accept nobody, finish what runs.
-    Closing,
+    Closing(Farewell),
     /// Whoever is left is cut off.
     Cut,
+}
+
+/// Why a proxy ends.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Farewell {
+    /// Nobody comes after it.
+    Stop,
+    /// Another process has the sockets and goes on, except for those of these places.
+    #[allow(dead_code)] // until a new process takes over
+    HandOver { unused: Arc<[Place]> },
 }
 
 /// Everything a worker needs to start; it is made on the main thread.
 pub(crate) struct WorkerSeed {
     pub(crate) index: usize,
-    pub(crate) services: Vec<(Arc<Service>, Vec<Listener>)>,
-    pub(crate) limits: Limits,
-    pub(crate) access_log: Option<AccessLog>,
+    pub(crate) snapshot: Arc<Snapshot>,
     pub(crate) permits: Arc<Semaphore>,
     pub(crate) questions: mpsc::Receiver<Question>,
     pub(crate) phase: watch::Receiver<Phase>,
@@ -64,78 +81,262 @@ impl WorkerSeed {
         LocalSet::new().block_on(&runtime, self.work())
     }
 
-    async fn work(self) -> io::Result<()> {
-        let buffers = Buffers::new(self.limits.head_bytes_max.max(BUFFER_BYTES_MIN));
-        let current = Current::new(Settings {
-            limits: self.limits,
-        });
+    async fn work(mut self) -> io::Result<()> {
         let hangup = HangupWatch::new()?;
-        let closing = Rc::new(Closing::default());
         let mut helpers = JoinSet::new();
         helpers.spawn_local(watch_hangups(Rc::clone(&hangup)));
-        let mut ports = Vec::new();
-        let mut listening = JoinSet::new();
-        for (service, listeners) in self.services {
-            let port = Rc::new(Port::new(PortSeed {
-                service,
-                worker: self.index,
-                current: Rc::clone(&current),
-                buffers: Rc::clone(&buffers),
-                hangup: Rc::clone(&hangup),
-                closing: Rc::clone(&closing),
-                access_log: self.access_log.clone(),
-                id_origin: id_origin(self.index, ports.len()),
-            }));
-            helpers.spawn_local(Rc::clone(&port.pool).keep());
-            for listener in listeners {
-                let permits = Arc::clone(&self.permits);
-                listening.spawn_local(listen::serve(Rc::clone(&port), listener, permits));
-            }
-            ports.push(port);
-        }
-        helpers.spawn_local(answer(ports.clone(), self.questions));
-        let left = finish(listening, self.phase, &closing, &ports).await;
+        let mut worker = Worker {
+            index: self.index,
+            workers: self.snapshot.config.workers,
+            buffers: Buffers::new(buffer_size(&self.snapshot)),
+            hangup,
+            permits: self.permits,
+            open: Vec::new(),
+            leaving: Vec::new(),
+            listening: JoinSet::new(),
+            ports_made: 0,
+        };
+        // A dropped sender means that the main thread is gone; that ends us like a word from it.
+        drop(self.phase.wait_for(|phase| *phase != Phase::Waiting).await);
+        worker.apply(&self.snapshot);
+        drop(self.snapshot);
+        let farewell = worker.run(&mut self.questions, &mut self.phase).await;
+        worker.close(&farewell);
+        let left = worker.finish(&mut self.questions, &mut self.phase).await;
         // The control thread may have given up on us.
         drop(self.over.send(left).await);
         Ok(())
     }
 }
 
+struct Worker {
+    index: usize,
+    workers: usize,
+    buffers: Rc<Buffers>,
+    hangup: Rc<HangupWatch>,
+    permits: Arc<Semaphore>,
+    open: Vec<Open>,
+    /// Of services that are no longer configured, until their last connection has ended.
+    leaving: Vec<Open>,
+    listening: JoinSet<io::Result<()>>,
+    ports_made: usize,
+}
+
+/// A port, its listeners, and the task that keeps its pool tidy.
+struct Open {
+    port: Rc<Port>,
+    listeners: Vec<Rc<Listening>>,
+    tidy: AbortHandle,
+}
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        self.tidy.abort();
+    }
+}
+
+impl Worker {
+    /// Serves until the end begins, and says which end.
+    async fn run(
+        &mut self,
+        questions: &mut mpsc::Receiver<Question>,
+        phase: &mut watch::Receiver<Phase>,
+    ) -> Farewell {
+        loop {
+            tokio::select! {
+                ending = phase.wait_for(|phase| matches!(phase, Phase::Closing(_) | Phase::Cut)) => {
+                    return match ending.as_deref() {
+                        Ok(Phase::Closing(farewell)) => farewell.clone(),
+                        _ => Farewell::Stop,
+                    };
+                }
+                Some(question) = questions.recv() => self.answer(question),
+                Some(ended) = self.listening.join_next() => self.note_end(ended),
+            }
+        }
+    }
+
+    /// Waits for every connection to end or for the cut; returns whom that cuts off.
+    async fn finish(
+        &mut self,
+        questions: &mut mpsc::Receiver<Question>,
+        phase: &mut watch::Receiver<Phase>,
+    ) -> Vec<InFlight> {
+        loop {
+            tokio::select! {
+                biased;
+                ended = self.listening.join_next() => match ended {
+                    Some(ended) => self.note_end(ended),
+                    None => return Vec::new(),
+                },
+                _ = phase.wait_for(|phase| *phase == Phase::Cut) => {
+                    return self.ports().flat_map(|port| port.in_flight.list()).collect();
+                }
+                Some(question) = questions.recv() => self.answer(question),
+            }
+        }
+    }
+
+    fn ports(&self) -> impl Iterator<Item = &Rc<Port>> {
+        self.open.iter().chain(&self.leaving).map(|open| &open.port)
+    }
+
+    fn answer(&mut self, question: Question) {
+        // Whoever asked may not wait any longer.
+        match question {
+            Question::InFlight { service, reply } => {
+                let ports = self.ports().filter(|port| *port.service.name() == service);
+                let list = ports.flat_map(|port| port.in_flight.list()).collect();
+                drop(reply.send(list));
+            }
+            Question::Apply { snapshot, reply } => {
+                self.apply(&snapshot);
+                reply.send(()).ok();
+            }
+        }
+    }
+
+    fn note_end(&mut self, ended: Result<io::Result<()>, JoinError>) {
+        if let Ok(Err(error)) = ended {
+            tracing::error!("a listener failed: {error}");
+        }
+        // Connections hold their port.
+        self.leaving.retain(|open| Rc::strong_count(&open.port) > 1);
+    }
+
+    /// Goes by this snapshot: what it does not name ends gracefully, what it names goes on or begins.
+    fn apply(&mut self, snapshot: &Snapshot) {
+        self.buffers.resize(buffer_size(snapshot));
+        let mut before = std::mem::take(&mut self.open);
+        for serving in &snapshot.services {
+            let known = before
+                .iter()
+                .position(|open| Arc::ptr_eq(&open.port.service, &serving.service));
+            let mut open = match known {
+                Some(index) => before.swap_remove(index),
+                None => self.open_port(serving, snapshot),
+            };
+            open.port.current.replace(serving.settings(snapshot));
+            self.listen(&mut open, serving, snapshot);
+            self.open.push(open);
+        }
+        for open in before {
+            let idle_grace = open.port.settings().limits.linger_max;
+            open.port.closing.close(idle_grace);
+            for listening in &open.listeners {
+                listening.end(end_of(&listening.bound, snapshot, idle_grace));
+            }
+            self.leaving.push(open);
+        }
+        self.leaving.retain(|open| Rc::strong_count(&open.port) > 1);
+    }
+
+    fn open_port(&mut self, serving: &Serving, snapshot: &Snapshot) -> Open {
+        let port = Rc::new(Port::new(PortSeed {
+            service: Arc::clone(&serving.service),
+            worker: self.index,
+            current: Current::new(serving.settings(snapshot)),
+            buffers: Rc::clone(&self.buffers),
+            hangup: Rc::clone(&self.hangup),
+            closing: Rc::new(Closing::default()),
+            id_origin: id_origin(self.index, self.ports_made),
+        }));
+        self.ports_made += 1;
+        let pool = Rc::clone(&port.pool);
+        let tidy = tokio::task::spawn_local(pool.keep()).abort_handle();
+        Open {
+            port,
+            listeners: Vec::new(),
+            tidy,
+        }
+    }
+
+    fn listen(&mut self, open: &mut Open, serving: &Serving, snapshot: &Snapshot) {
+        let mut before = std::mem::take(&mut open.listeners);
+        for (bound, config) in serving.listeners.iter().zip(&serving.config.listen) {
+            let known = before
+                .iter()
+                .position(|listening| Arc::ptr_eq(&listening.bound, bound));
+            let door = Door {
+                config: config.clone(),
+                tls: snapshot.profile(config.tls.as_deref()),
+            };
+            let listening = match known {
+                Some(index) => {
+                    let listening = before.swap_remove(index);
+                    listening.configure(door);
+                    listening
+                }
+                None => self.begin(&open.port, bound, door),
+            };
+            open.listeners.push(listening);
+        }
+        let linger = snapshot.config.limits.linger_max;
+        for listening in before {
+            listening.end(end_of(&listening.bound, snapshot, linger));
+        }
+    }
+
+    fn begin(&mut self, port: &Rc<Port>, bound: &Arc<Bound>, door: Door) -> Rc<Listening> {
+        let listening = Rc::new(Listening::new(Arc::clone(bound), door));
+        match bound.part_of(self.index, self.workers) {
+            Ok(sockets) => {
+                for socket in sockets {
+                    let (port, listening) = (Rc::clone(port), Rc::clone(&listening));
+                    let permits = Arc::clone(&self.permits);
+                    self.listening
+                        .spawn_local(listen::serve(port, listening, socket, permits));
+                }
+            }
+            Err(error) => {
+                tracing::error!(address = %bound.shown(), "cannot listen: {error}");
+            }
+        }
+        listening
+    }
+
+    /// No more clients; those who are idle are waited for only where another process takes the next.
+    fn close(&self, farewell: &Farewell) {
+        for open in self.open.iter().chain(&self.leaving) {
+            let linger = open.port.settings().limits.linger_max;
+            let idle_grace = match farewell {
+                Farewell::Stop => Duration::ZERO,
+                Farewell::HandOver { .. } => linger,
+            };
+            open.port.closing.close(idle_grace);
+            for listening in &open.listeners {
+                let bound = &listening.bound;
+                listening.end(match farewell {
+                    Farewell::Stop if bound.keeper == Keeper::Supervisor => Manner::Leave,
+                    Farewell::Stop => Manner::Empty {
+                        linger: Duration::ZERO,
+                    },
+                    Farewell::HandOver { unused } if unused.contains(&bound.place) => {
+                        Manner::Empty { linger }
+                    }
+                    Farewell::HandOver { .. } => Manner::Leave,
+                });
+            }
+        }
+    }
+}
+
+/// A listener that another service has taken over, or that the supervisor keeps, is left as it is.
+fn end_of(bound: &Bound, snapshot: &Snapshot, linger: Duration) -> Manner {
+    if bound.keeper == Keeper::Supervisor || snapshot.has(&bound.place) {
+        Manner::Leave
+    } else {
+        Manner::Empty { linger }
+    }
+}
+
+fn buffer_size(snapshot: &Snapshot) -> usize {
+    snapshot.config.limits.head_bytes_max.max(BUFFER_BYTES_MIN)
+}
+
 async fn watch_hangups(hangup: Rc<HangupWatch>) {
     if let Err(error) = hangup.run().await {
         tracing::error!("clients that leave while held are no longer noticed: {error}");
-    }
-}
-
-async fn answer(ports: Vec<Rc<Port>>, mut questions: mpsc::Receiver<Question>) {
-    while let Some(Question::InFlight { service, reply }) = questions.recv().await {
-        let ports = ports.iter().filter(|port| *port.service.name() == service);
-        // Whoever asked may not wait any longer.
-        drop(reply.send(ports.flat_map(|port| port.in_flight.list()).collect()));
-    }
-}
-
-/// Waits for the end to begin, and then for every connection to end or for the cut.
-async fn finish(
-    mut listening: JoinSet<io::Result<()>>,
-    mut phase: watch::Receiver<Phase>,
-    closing: &Closing,
-    ports: &[Rc<Port>],
-) -> Vec<InFlight> {
-    // A dropped sender means that the main thread is gone; that ends us like a word from it.
-    drop(phase.wait_for(|phase| *phase != Phase::Running).await);
-    closing.close();
-    let ended = async {
-        while let Some(port) = listening.join_next().await {
-            if let Ok(Err(error)) = port {
-                tracing::error!("a listener failed: {error}");
-            }
-        }
-    };
-    tokio::select! {
-        biased;
-        () = ended => Vec::new(),
-        _ = phase.wait_for(|phase| *phase == Phase::Cut) => ports.iter().flat_map(|port| port.in_flight.list()).collect(),
     }
 }
 

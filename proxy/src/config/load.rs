@@ -105,11 +105,13 @@ impl Config {
         let text = std::fs::read_to_string(path)
             .map_err(Problem::Unreadable)
             .map_err(at_path)?;
-        let folder = path.parent().unwrap_or(Path::new(""));
-        let folder = std::path::absolute(folder.join("."))
+        let file = std::path::absolute(path)
             .map_err(Problem::Unreadable)
             .map_err(at_path)?;
-        Self::parse(&text, &folder).map_err(at_path)
+        let folder = file.parent().unwrap_or(&file);
+        let mut config = Self::parse(&text, folder).map_err(at_path)?;
+        config.file = file;
+        Ok(config)
     }
 
     /// The same from text, for whoever has no file; `folder` is where its relative paths begin.
@@ -147,6 +149,7 @@ impl Config {
         };
         let services = services(&root, around)?;
         Ok(Self {
+            file: PathBuf::new(),
             state_dir,
             control,
             workers,

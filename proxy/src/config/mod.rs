@@ -16,6 +16,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use cutover_protocol::id::{ServiceName, Site};
+use serde::{Deserialize, Serialize};
 
 use crate::forwarded::TrustedFrom;
 use crate::limit::rate::RateLimit;
@@ -35,6 +36,8 @@ pub use upstream::{
 /// Everything the proxy was told, checked.
 #[derive(Debug, Clone)]
 pub struct Config {
+    /// The file it was read from; a reload reads it again.
+    pub file: PathBuf,
     /// Where registers and gate states survive a crash; one file a service.
     pub state_dir: PathBuf,
     /// The unix socket that commands arrive on.
@@ -78,7 +81,8 @@ pub enum Protocol {
 }
 
 /// Where a listener is.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum ListenAddress {
     /// An address and a port; port zero lets the kernel choose.
     Tcp(SocketAddr),

@@ -5,6 +5,10 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
 use cutover_protocol::hold::{Answer, Command, LINE_BYTES_MAX};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use super::words::{ProcessAnswer, ProcessCommand};
 
 /// A connection to a proxy's control socket.
 #[derive(Debug)]
@@ -52,6 +56,18 @@ impl ControlClient {
     /// # Errors
     /// The connection breaks, or the answer makes no sense.
     pub fn command(&mut self, command: &Command) -> Result<Answer, ClientError> {
+        self.ask(command)
+    }
+
+    /// The same for what is asked of the process.
+    ///
+    /// # Errors
+    /// The connection breaks, or the answer makes no sense.
+    pub fn process(&mut self, command: &ProcessCommand) -> Result<ProcessAnswer, ClientError> {
+        self.ask(command)
+    }
+
+    fn ask<A: DeserializeOwned>(&mut self, command: &impl Serialize) -> Result<A, ClientError> {
         let mut line = serde_json::to_vec(command).map_err(ClientError::Answer)?;
         line.push(b'\n');
         self.stream

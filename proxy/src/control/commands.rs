@@ -1,14 +1,17 @@
 //! From a command to its answer. Rules live in [`Service`]; this is where a drain is waited for and its remainder
 //! named.
 
+use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
 use cutover_protocol::hold::{Answer, Command, InFlight, Refusal};
 use cutover_protocol::id::ServiceName;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::oneshot;
 use tokio::time::{Instant, timeout};
 
+use super::words::{ProcessAnswer, ProcessCommand};
+use crate::life::{self, Running};
 use crate::service::{Drain, Refused, Service};
 use crate::worker::Question;
 
@@ -17,11 +20,10 @@ const LEFT_MAX: usize = 100;
 /// How long a worker may take to say who is in flight; it answers between two polls of its tasks.
 const QUESTION_MS_MAX: Duration = Duration::from_secs(1);
 
-/// All services, and a way to ask the workers.
+/// Whoever obeys.
 #[derive(Debug)]
 pub(crate) struct Commander {
-    pub(crate) services: Vec<Arc<Service>>,
-    pub(crate) workers: Vec<mpsc::Sender<Question>>,
+    pub(crate) running: Rc<Running>,
 }
 
 impl Commander {
@@ -33,9 +35,12 @@ impl Commander {
         match command {
             Command::Status { service: None } => Answer::Status {
                 services: self
+                    .running
+                    .shared
+                    .load()
                     .services
                     .iter()
-                    .map(|service| service.status())
+                    .map(|serving| serving.service.status())
                     .collect(),
             },
             Command::Status {
@@ -53,7 +58,7 @@ impl Commander {
                 drain_ms_max,
             } => match self.find(&service) {
                 Ok(service) => match service.hold(epoch, lease_ms) {
-                    Ok(hold) => self.drain(service, hold, drain_ms_max).await,
+                    Ok(hold) => self.drain(&service, hold, drain_ms_max).await,
                     Err(refused) => refusal(refused),
                 },
                 Err(unknown) => *unknown,
@@ -75,13 +80,33 @@ impl Commander {
         }
     }
 
+    /// The same for what is asked of the process as a whole.
+    ///
+    /// # Cancel safety
+    /// A reload that has taken effect stands.
+    pub(crate) async fn execute_for_process(&self, command: ProcessCommand) -> ProcessAnswer {
+        match command {
+            ProcessCommand::Process => {
+                let snapshot = self.running.shared.load();
+                ProcessAnswer::Process(Box::new(self.running.facts.status(&snapshot)))
+            }
+            ProcessCommand::Reload => match self.running.reload().await {
+                Ok(done) => ProcessAnswer::Reloaded(done),
+                Err(error) => ProcessAnswer::Refused {
+                    reason: error.reason(),
+                    message: life::chain(&error),
+                },
+            },
+        }
+    }
+
     fn apply(
         &self,
         name: &ServiceName,
         change: impl FnOnce(&Service) -> Result<(), Refused>,
     ) -> Answer {
         match self.find(name) {
-            Ok(service) => match change(service) {
+            Ok(service) => match change(&service) {
                 Ok(()) => Answer::Done {
                     service: service.status(),
                 },
@@ -91,27 +116,24 @@ impl Commander {
         }
     }
 
-    fn find(&self, name: &ServiceName) -> Result<&Arc<Service>, Box<Answer>> {
-        self.services
-            .iter()
-            .find(|service| service.name() == name)
-            .ok_or_else(|| {
-                let known: Vec<&str> = self
-                    .services
-                    .iter()
-                    .map(|service| service.name().as_str())
-                    .collect();
-                let message = format!(
-                    "no service is called {name}; there is: {}",
-                    known.join(", ")
-                );
-                let reason = Refusal::UnknownService;
-                Box::new(Answer::Refused {
-                    reason,
-                    message,
-                    register: None,
-                })
+    fn find(&self, name: &ServiceName) -> Result<Arc<Service>, Box<Answer>> {
+        let snapshot = self.running.shared.load();
+        snapshot.service(name).map(Arc::clone).ok_or_else(|| {
+            let services = snapshot.services.iter();
+            let known: Vec<&str> = services
+                .map(|serving| serving.service.name().as_str())
+                .collect();
+            let message = format!(
+                "no service is called {name}; there is: {}",
+                known.join(", ")
+            );
+            let reason = Refusal::UnknownService;
+            Box::new(Answer::Refused {
+                reason,
+                message,
+                register: None,
             })
+        })
     }
 
     async fn drain(&self, service: &Service, hold: u64, drain_ms_max: u64) -> Answer {
@@ -134,7 +156,7 @@ impl Commander {
 
     async fn left(&self, service: &Service) -> Vec<InFlight> {
         let mut left = Vec::new();
-        for worker in &self.workers {
+        for worker in &self.running.workers {
             let (reply, answer) = oneshot::channel();
             let question = Question::InFlight {
                 service: service.name().clone(),

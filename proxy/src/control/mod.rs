@@ -3,3 +3,4 @@
 pub mod client;
 pub(crate) mod commands;
 pub(crate) mod server;
+pub mod words;

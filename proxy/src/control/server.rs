@@ -6,7 +6,7 @@ use std::io;
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::net::{UnixListener as StdListener, UnixStream as StdStream};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::rc::Rc;
 
 use cutover_protocol::hold::{Answer, Command, LINE_BYTES_MAX, Refusal};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
@@ -15,6 +15,7 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::task::JoinSet;
 
 use super::commands::Commander;
+use super::words::{ProcessAnswer, ProcessCommand, ProcessRefusal};
 
 /// Commanders at once; the next waits in the kernel.
 const COMMANDERS_MAX: usize = 64;
@@ -83,7 +84,7 @@ impl ControlSocket {
     ///
     /// # Cancel safety
     /// Dropping the future drops every commander's connection; commands that took effect have done so.
-    pub(crate) async fn serve(&self, commander: Arc<Commander>) -> io::Result<()> {
+    pub(crate) async fn serve(&self, commander: Rc<Commander>) -> io::Result<()> {
         let listener = UnixListener::from_std(self.listener.try_clone()?)?;
         let mut commanders = JoinSet::new();
         loop {
@@ -92,7 +93,7 @@ impl ControlSocket {
                 commanders.join_next().await;
             }
             let (stream, _) = listener.accept().await?;
-            commanders.spawn_local(talk(stream, Arc::clone(&commander)));
+            commanders.spawn_local(talk(stream, Rc::clone(&commander)));
         }
     }
 }
@@ -104,7 +105,7 @@ impl Drop for ControlSocket {
     }
 }
 
-async fn talk(stream: UnixStream, commander: Arc<Commander>) {
+async fn talk(stream: UnixStream, commander: Rc<Commander>) {
     let peer = stream.peer_cred().ok();
     let mut stream = BufReader::new(stream);
     let mut line = Vec::new();
@@ -119,9 +120,9 @@ async fn talk(stream: UnixStream, commander: Arc<Commander>) {
         let answer = if complete {
             obey(&line, &commander, peer.as_ref()).await
         } else {
-            bad("the line is too long, or cut off")
+            serde_json::to_vec(&bad("the line is too long, or cut off"))
         };
-        let Ok(mut text) = serde_json::to_vec(&answer) else {
+        let Ok(mut text) = answer else {
             return;
         };
         text.push(b'\n');
@@ -131,7 +132,30 @@ async fn talk(stream: UnixStream, commander: Arc<Commander>) {
     }
 }
 
-async fn obey(line: &[u8], commander: &Commander, peer: Option<&UCred>) -> Answer {
+async fn obey(
+    line: &[u8],
+    commander: &Commander,
+    peer: Option<&UCred>,
+) -> serde_json::Result<Vec<u8>> {
+    if !ProcessCommand::is_meant_by(line) {
+        return serde_json::to_vec(&obey_for_service(line, commander, peer).await);
+    }
+    let answer = match serde_json::from_slice::<ProcessCommand>(line) {
+        Ok(ProcessCommand::Process) => commander.execute_for_process(ProcessCommand::Process).await,
+        Ok(command) => {
+            let said = serde_json::to_string(&command)?;
+            audit(peer, &said, "begun");
+            commander.execute_for_process(command).await
+        }
+        Err(error) => ProcessAnswer::Refused {
+            reason: ProcessRefusal::BadCommand,
+            message: format!("not a command: {error}"),
+        },
+    };
+    serde_json::to_vec(&answer)
+}
+
+async fn obey_for_service(line: &[u8], commander: &Commander, peer: Option<&UCred>) -> Answer {
     let command = match serde_json::from_slice::<Command>(line) {
         Ok(command) => command,
         Err(error) => return bad(&format!("not a command: {error}")),

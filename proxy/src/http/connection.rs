@@ -109,7 +109,7 @@ impl Connection<'_> {
             read = stream::read(self.stream, &port.buffers, &mut self.buffer, idle_max) => {
                 matches!(read, Ok(1..))
             }
-            () = port.closing.closed() => false,
+            () = port.closing.idle_over() => false,
         };
         self.settings = port.settings();
         begun
@@ -333,7 +333,8 @@ impl Connection<'_> {
     }
 
     fn next_after(&self, served: &Served, client_persists: bool) -> Next {
-        if client_persists && !self.port.closing.is_closed() {
+        // A client that was told that it may go on may be doing so already.
+        if client_persists {
             Next::Request
         } else if served.progress.request_done.get()
             && self.buffer.is_empty()

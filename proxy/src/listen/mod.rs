@@ -1,132 +1,104 @@
 //! Listening: one socket per listener and worker, all on the same address, so that the kernel spreads connections
 //! and no worker hands one to another. A unix socket has no such spreading: its workers accept from one queue.
 
+pub(crate) mod bound;
 pub(crate) mod client;
 pub(crate) mod hangup;
 pub(crate) mod port;
 
+use std::cell::{Cell, RefCell};
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::Path;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::io::Errno;
 use rustix::net::{SocketFlags, acceptfrom_with};
-use socket2::{Domain, Protocol as SocketProtocol, SockAddr, Socket as Socket2, Type};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
+use tokio::time::timeout;
 
 use crate::acme;
-use crate::config::{ListenAddress, ListenConfig, Protocol};
+use crate::config::{ListenConfig, Protocol};
 use crate::stream::{Socket, Stream};
 use crate::tls::profile::{Offer, Profile};
 use crate::tls::stream::TlsStream;
+use bound::Bound;
 use client::Client;
 use port::Port;
 
-/// Connections the kernel keeps for us before it turns the next away; it caps this at net.core.somaxconn.
-const BACKLOG: i32 = 4096;
 /// Pause after the system refused to give us a connection, mostly for want of open files.
 const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
 
-/// One worker's socket of one listener.
+/// One listener of a service on one worker.
 #[derive(Debug)]
-pub(crate) struct Listener {
-    pub(crate) config: ListenConfig,
-    /// What clients meet before the protocol, if they speak TLS.
-    pub(crate) tls: Option<Arc<Profile>>,
-    pub(crate) socket: OwnedFd,
+pub(crate) struct Listening {
+    pub(crate) bound: Arc<Bound>,
+    door: RefCell<Rc<Door>>,
+    ended: Cell<Option<Manner>>,
+    notify: Notify,
 }
 
 /// What all connections of a listener share.
 #[derive(Debug)]
-struct Door {
-    config: ListenConfig,
-    tls: Option<Arc<Profile>>,
+pub(crate) struct Door {
+    pub(crate) config: ListenConfig,
+    /// What clients meet before the protocol, if they speak TLS.
+    pub(crate) tls: Option<Arc<Profile>>,
 }
 
-/// Binds one listener a worker. Port zero lets the kernel choose one port for all of them.
-pub(crate) fn bind(address: &ListenAddress, workers: usize) -> io::Result<Vec<OwnedFd>> {
-    match address {
-        ListenAddress::Tcp(address) => bind_tcp(*address, workers),
-        ListenAddress::Unix(path) => bind_unix(path, workers),
-    }
+/// How a listener ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Manner {
+    /// Somebody else has the socket and serves those who wait in its queue.
+    Leave,
+    /// Nobody does: no one new is let in, and those who have been are served.
+    Empty {
+        /// For handshakes that are under way.
+        linger: Duration,
+    },
 }
 
-/// Where a bound TCP socket is, with the port the kernel chose. `None` for a unix socket.
-pub(crate) fn bound_address(socket: &OwnedFd) -> Option<SocketAddr> {
-    SocketAddr::try_from(rustix::net::getsockname(socket).ok()?).ok()
-}
-
-fn bind_tcp(address: SocketAddr, workers: usize) -> io::Result<Vec<OwnedFd>> {
-    if address.port() != 0 {
-        // With SO_REUSEPORT a second proxy of the same user would silently take half of our clients; without it
-        // the kernel says that the address is taken.
-        let probe = new_socket(address)?;
-        probe.bind(&address.into())?;
-    }
-    let first = bind_one(address)?;
-    let chosen = bound_address(&first).unwrap_or(address);
-    let mut listeners = vec![first];
-    for _ in 1..workers {
-        listeners.push(bind_one(chosen)?);
-    }
-    Ok(listeners)
-}
-
-fn new_socket(address: SocketAddr) -> io::Result<Socket2> {
-    let socket = Socket2::new(
-        Domain::for_address(address),
-        Type::STREAM,
-        Some(SocketProtocol::TCP),
-    )?;
-    socket.set_reuse_address(true)?;
-    if address.is_ipv6() {
-        // A listener is what its address says, whatever net.ipv6.bindv6only is: IPv4 has a listener of its own.
-        socket.set_only_v6(true)?;
-    }
-    Ok(socket)
-}
-
-fn bind_one(address: SocketAddr) -> io::Result<OwnedFd> {
-    let socket = new_socket(address)?;
-    socket.set_reuse_port(true)?;
-    // Accepted sockets inherit both: no call per connection.
-    socket.set_tcp_nodelay(true)?;
-    socket.set_keepalive(true)?;
-    socket.set_nonblocking(true)?;
-    socket.bind(&address.into())?;
-    socket.listen(BACKLOG)?;
-    Ok(socket.into())
-}
-
-/// A socket file that nobody listens on is left over from a process that was killed, and goes.
-fn bind_unix(path: &Path, workers: usize) -> io::Result<Vec<OwnedFd>> {
-    let address = SockAddr::unix(path)?;
-    let socket = Socket2::new(Domain::UNIX, Type::STREAM, None)?;
-    match Socket2::new(Domain::UNIX, Type::STREAM, None)?.connect(&address) {
-        Ok(()) => return Err(io::ErrorKind::AddrInUse.into()),
-        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
-            std::fs::remove_file(path)?;
+impl Listening {
+    pub(crate) fn new(bound: Arc<Bound>, door: Door) -> Self {
+        Self {
+            bound,
+            door: RefCell::new(Rc::new(door)),
+            ended: Cell::new(None),
+            notify: Notify::new(),
         }
-        // Not there, or not ours to reach: the bind below says which.
-        Err(_) => {}
     }
-    socket.set_nonblocking(true)?;
-    socket.bind(&address)?;
-    socket.listen(BACKLOG)?;
-    let first = OwnedFd::from(socket);
-    let mut listeners = Vec::new();
-    for _ in 1..workers {
-        listeners.push(first.try_clone()?);
+
+    /// Connections accepted from now on go by this.
+    pub(crate) fn configure(&self, door: Door) {
+        *self.door.borrow_mut() = Rc::new(door);
     }
-    listeners.push(first);
-    Ok(listeners)
+
+    /// Stops accepting; the first word counts.
+    pub(crate) fn end(&self, manner: Manner) {
+        if self.ended.get().is_none() {
+            self.ended.set(Some(manner));
+            self.notify.notify_waiters();
+        }
+    }
+
+    async fn ended(&self) -> Manner {
+        loop {
+            let notified = self.notify.notified();
+            if let Some(manner) = self.ended.get() {
+                return manner;
+            }
+            notified.await;
+        }
+    }
+
+    fn door(&self) -> Rc<Door> {
+        Rc::clone(&self.door.borrow())
+    }
 }
 
 /// Lets the runtime say when a file becomes readable.
@@ -135,46 +107,72 @@ fn watch(file: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
     Ok(unsafe { AsyncFd::register_with_interest(file, Interest::READABLE) }?)
 }
 
-/// Accepts until the proxy closes, never more than there are permits: the others wait in the kernel. Returns when
+/// Accepts until the listener ends, never more than there are permits: the others wait in the kernel. Returns when
 /// the last connection has ended.
 ///
 /// # Cancel safety
-/// Dropping the future drops every connection of the port.
+/// Dropping the future drops every connection of the listener.
 pub(crate) async fn serve(
     port: Rc<Port>,
-    listener: Listener,
+    listening: Rc<Listening>,
+    socket: OwnedFd,
     permits: Arc<Semaphore>,
 ) -> io::Result<()> {
-    let Listener {
-        config,
-        tls,
-        socket,
-    } = listener;
-    let (door, listener) = (Rc::new(Door { config, tls }), watch(socket)?);
+    let listener = watch(socket)?;
     let mut connections = JoinSet::new();
-    loop {
+    let manner = loop {
         // Forgets the connections that have ended.
         while connections.try_join_next().is_some() {}
         let next = tokio::select! {
             biased;
-            () = port.closing.closed() => break,
+            manner = listening.ended() => break manner,
             next = next_client(&listener, &permits) => next,
         };
         match next {
-            Ok((accepted, permit)) => start(&port, &door, accepted, permit, &mut connections),
+            Ok((accepted, permit)) => start(&port, &listening, accepted, permit, &mut connections),
             Err(error) => pause_after(&port, &error).await,
         }
+    };
+    if let Manner::Empty { linger } = manner {
+        // Closed with its file: a descriptor of the same socket elsewhere would let clients wait for nobody.
+        listening.bound.release();
+        let mut accept = |accepted, permit| {
+            start(&port, &listening, accepted, permit, &mut connections);
+        };
+        empty(&listener, &permits, linger, &mut accept).await;
     }
-    // Who has been accepted by the kernel already would be reset by the close of the listener.
-    while let Ok(permit) = Arc::clone(&permits).try_acquire_owned() {
-        match accept(listener.get_ref()) {
-            Ok(Some(accepted)) => start(&port, &door, accepted, permit, &mut connections),
-            Ok(None) | Err(_) => break,
-        }
-    }
-    drop(listener);
+    drop((listener, listening));
     while connections.join_next().await.is_some() {}
     Ok(())
+}
+
+/// Turns away whoever comes now, takes everybody who has been let in by the kernel already: the close of the socket
+/// would reset them.
+async fn empty(
+    listener: &AsyncFd<OwnedFd>,
+    permits: &Arc<Semaphore>,
+    linger: Duration,
+    start: &mut impl FnMut(Accepted, OwnedSemaphorePermit),
+) {
+    if bound::bound_address(listener.get_ref()).is_some()
+        && let Err(error) = bound::turn_away(listener.get_ref())
+    {
+        tracing::debug!("who comes while a listener closes may be reset: {error}");
+    }
+    while let Ok(permit) = Arc::clone(permits).acquire_owned().await {
+        match accept(listener.get_ref()) {
+            Ok(Some(accepted)) => start(accepted, permit),
+            Ok(None) if linger.is_zero() => return,
+            Ok(None) => {
+                drop(permit);
+                match timeout(linger, listener.readable()).await {
+                    Ok(Ok(mut ready)) => ready.clear_ready(),
+                    Ok(Err(_)) | Err(_) => return,
+                }
+            }
+            Err(_) => return,
+        }
+    }
 }
 
 /// Waits for a client first and for a permit then: a listener that nobody calls on must not keep one from the
@@ -226,12 +224,12 @@ async fn pause_after(port: &Port, error: &io::Error) {
 
 fn start(
     port: &Rc<Port>,
-    door: &Rc<Door>,
+    listening: &Listening,
     (socket, address): Accepted,
     permit: OwnedSemaphorePermit,
     connections: &mut JoinSet<()>,
 ) {
-    let (port, door) = (Rc::clone(port), Rc::clone(door));
+    let (port, door) = (Rc::clone(port), listening.door());
     connections.spawn_local(async move {
         let client = address.map_or_else(Client::local, Client::new);
         match Socket::new(socket) {
@@ -254,7 +252,7 @@ async fn greet(port: Rc<Port>, door: &Door, socket: Socket, mut client: Client) 
             None => return,
         },
     };
-    match port.service.config.protocol {
+    match port.settings().service.protocol {
         Protocol::Http => crate::http::connection::serve(port, stream, client).await,
         // Its future is larger than an idle HTTP connection's, which would have to have room for it.
         Protocol::Tcp => Box::pin(crate::tcp::serve(port, stream, client)).await,
@@ -268,7 +266,7 @@ async fn shake(
     profile: &Profile,
     socket: Socket,
 ) -> Option<Box<TlsStream>> {
-    let offer = match port.service.config.protocol {
+    let offer = match port.settings().service.protocol {
         Protocol::Http => Offer::Http,
         Protocol::Tcp => Offer::Raw,
     };

@@ -15,7 +15,7 @@ use tokio::sync::Notify;
 use super::hangup::HangupWatch;
 use crate::access_log::{AccessLog, Line};
 use crate::buffer::{Buffer, Buffers};
-use crate::config::Limits;
+use crate::config::{Limits, ServiceConfig};
 use crate::error::RequestError;
 use crate::http::request::RequestId;
 use crate::service::inflight::InFlightTable;
@@ -27,9 +27,11 @@ use crate::stream::Stream;
 #[derive(Debug)]
 pub(crate) struct Settings {
     pub(crate) limits: Limits,
+    pub(crate) service: ServiceConfig,
+    pub(crate) access_log: Option<AccessLog>,
 }
 
-/// The settings in force on one worker.
+/// The settings in force for one service on one worker.
 #[derive(Debug)]
 pub(crate) struct Current(RefCell<Rc<Settings>>);
 
@@ -41,6 +43,11 @@ impl Current {
     /// As they are now; a request keeps what it began with.
     pub(crate) fn settings(&self) -> Rc<Settings> {
         Rc::clone(&self.0.borrow())
+    }
+
+    /// Puts others in force, for requests that begin from now on.
+    pub(crate) fn replace(&self, settings: Settings) {
+        *self.0.borrow_mut() = Rc::new(settings);
     }
 }
 
@@ -55,32 +62,43 @@ pub(crate) struct Port {
     pub(crate) in_flight: Rc<InFlightTable>,
     pub(crate) pool: Rc<Pool>,
     pub(crate) closing: Rc<Closing>,
-    pub(crate) access_log: Option<AccessLog>,
     id_origin: u64,
     id_next: Cell<u64>,
 }
 
-/// Says on one worker that the proxy is going away.
+/// Says that a port is going away.
 #[derive(Debug, Default)]
 pub(crate) struct Closing {
-    closed: Cell<bool>,
+    /// Once it is: how long a client that is idle may go on being so.
+    idle_grace: Cell<Option<Duration>>,
     notify: Notify,
 }
 
 impl Closing {
-    pub(crate) fn close(&self) {
-        self.closed.set(true);
+    /// A client may be sending its next request this very moment, and a connection that closes then fails it. Where
+    /// the proxy goes on (in another process, or without this service), idle clients are given `idle_grace`.
+    pub(crate) fn close(&self, idle_grace: Duration) {
+        self.idle_grace.set(Some(idle_grace));
         self.notify.notify_waiters();
     }
 
     pub(crate) const fn is_closed(&self) -> bool {
-        self.closed.get()
+        self.idle_grace.get().is_some()
+    }
+
+    /// Completes when a client that is idle has to go.
+    pub(crate) async fn idle_over(&self) {
+        self.closed().await;
+        match self.idle_grace.get() {
+            None | Some(Duration::ZERO) => {}
+            Some(grace) => tokio::time::sleep(grace).await,
+        }
     }
 
     /// Completes once closed.
     pub(crate) async fn closed(&self) {
         let notified = self.notify.notified();
-        if !self.closed.get() {
+        if !self.is_closed() {
             notified.await;
         }
     }
@@ -162,7 +180,6 @@ pub(crate) struct PortSeed {
     pub(crate) buffers: Rc<Buffers>,
     pub(crate) hangup: Rc<HangupWatch>,
     pub(crate) closing: Rc<Closing>,
-    pub(crate) access_log: Option<AccessLog>,
     pub(crate) id_origin: u64,
 }
 
@@ -175,7 +192,6 @@ impl Port {
             buffers,
             hangup,
             closing,
-            access_log,
             id_origin,
         } = seed;
         Self {
@@ -188,7 +204,6 @@ impl Port {
             buffers,
             hangup,
             closing,
-            access_log,
             id_origin,
         }
     }
@@ -298,7 +313,7 @@ impl Port {
 
     /// Writes an access line, if anybody wants one.
     pub(crate) fn log<'l>(&self, line: impl FnOnce() -> Line<'l>) {
-        if let Some(log) = &self.access_log {
+        if let Some(log) = &self.settings().access_log {
             log.write(&line());
         }
     }

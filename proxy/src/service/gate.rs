@@ -18,7 +18,7 @@ use tokio::sync::{Notify, watch};
 use super::queue::{Eviction, Grant, Held, Key, Pace, Parked};
 use super::ticket::{Pass, Ticket};
 use super::word::{Mode, Word};
-use crate::config;
+use crate::config::{Config, Release};
 
 /// Counters that belong to one worker, on cache lines of their own so that workers do not slow each other.
 #[repr(align(128))]
@@ -35,7 +35,18 @@ pub(crate) struct Shard {
 pub(crate) struct GateLimits {
     pub(crate) held_max: usize,
     pub(crate) hold_max: Duration,
-    pub(crate) release: config::Release,
+    pub(crate) release: Release,
+}
+
+impl GateLimits {
+    /// As a configuration has them.
+    pub(crate) fn of(config: &Config) -> Self {
+        Self {
+            held_max: config.limits.held_max,
+            hold_max: config.limits.hold_max,
+            release: config.release.clone(),
+        }
+    }
 }
 
 /// What a request meets at the gate.
@@ -63,7 +74,6 @@ pub(crate) struct Gate {
     word: AtomicU64,
     shards: Box<[Shard]>,
     held: Mutex<Held>,
-    limits: GateLimits,
     started: Instant,
     changed: watch::Sender<Word>,
     /// Fires when a ticket or an upstream connection ends while the gate is closed.
@@ -80,8 +90,7 @@ impl Gate {
         Self {
             word: AtomicU64::new(word.pack()),
             shards: (0..workers.max(1)).map(|_| Shard::default()).collect(),
-            held: Mutex::new(Held::new(limits.release.clone())),
-            limits,
+            held: Mutex::new(Held::new(limits)),
             started: Instant::now(),
             changed: watch::Sender::new(word),
             quieter: Notify::new(),
@@ -130,7 +139,7 @@ impl Gate {
     ) -> Result<Parked, Eviction> {
         let key_time = self.since_start(arrival);
         let mut held = self.lock();
-        let (key, receiver) = held.push(key_time, worker, self.limits.held_max)?;
+        let (key, receiver) = held.push(key_time, worker)?;
         self.pump(&mut held);
         drop(held);
         self.keeper.notify_one();
@@ -146,7 +155,7 @@ impl Gate {
         match self.word().mode {
             Mode::Holding => {}
             Mode::Releasing => held.connect_failed(pass, now),
-            Mode::Open if held.opened_within(now, self.limits.release.grace) => {
+            Mode::Open if held.opened_a_moment_ago(now) => {
                 held.begin_release();
                 held.connect_failed(pass, now);
                 self.set(Word {
@@ -265,18 +274,25 @@ impl Gate {
     pub(crate) fn tend(&self, now: Instant) -> Option<Instant> {
         let mut held = self.lock();
         let now_ns = self.since_start(now);
-        let too_old = now_ns.saturating_sub(nanoseconds(self.limits.hold_max));
+        let hold_max = held.limits().hold_max;
+        let too_old = now_ns.saturating_sub(nanoseconds(hold_max));
         held.evict_older_than(too_old, now_ns);
         self.pump(&mut held);
         let oldest = held
             .oldest()
-            .map(|ns| self.started + Duration::from_nanos(ns) + self.limits.hold_max);
+            .map(|ns| self.started + Duration::from_nanos(ns) + hold_max);
         let pause = held
             .paused_until()
             .filter(|_| self.word().mode == Mode::Releasing);
         drop(held);
         self.counted.notify_waiters();
         [oldest, pause].into_iter().flatten().min()
+    }
+
+    /// Sets other bounds, also for those who are held already.
+    pub(crate) fn limit(&self, limits: GateLimits) {
+        self.lock().set_limits(limits);
+        self.keeper.notify_one();
     }
 
     /// Refuses everybody who is held, and whoever comes later.

@@ -14,14 +14,13 @@ mod register;
 mod ticket;
 mod word;
 
-use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use cutover_protocol::hold::{self, Refusal, ServiceStatus};
 use cutover_protocol::id::{Epoch, Register, ServiceName, Site};
 
-use crate::config::{Config, ServiceConfig};
+use crate::config::Config;
 
 pub(crate) use gate::{Admission, Drain, Gate, GateLimits};
 pub(crate) use keeper::keep;
@@ -38,7 +37,7 @@ const ABORT_AGAIN: Duration = Duration::from_secs(1);
 /// One service, shared by all threads.
 #[derive(Debug)]
 pub(crate) struct Service {
-    pub(crate) config: ServiceConfig,
+    name: ServiceName,
     pub(crate) gate: Arc<Gate>,
     ledger: Mutex<Ledger>,
 }
@@ -62,24 +61,20 @@ pub(crate) struct Refused {
 impl Service {
     /// Reads the state back; a service that held when it was last seen holds again, with a fresh lease.
     pub(crate) fn open(
-        config: &ServiceConfig,
-        all: &Config,
+        name: &ServiceName,
+        config: &Config,
         state: &StateDir,
     ) -> Result<Self, StateError> {
-        let file = state.file(&config.name);
+        let file = state.file(name);
         let record = file.load_or_create()?;
         let (mode, lease_until) = match record.gate {
             GateRecord::Open => (Mode::Open, None),
             GateRecord::Holding { lease_ms, .. } => (Mode::Holding, Some(lease_end(lease_ms))),
         };
-        let limits = GateLimits {
-            held_max: all.limits.held_max,
-            hold_max: all.limits.hold_max,
-            release: all.release.clone(),
-        };
-        let gate = Arc::new(Gate::new(limits, all.workers, mode, record.register));
+        let limits = GateLimits::of(config);
+        let gate = Arc::new(Gate::new(limits, config.workers, mode, record.register));
         Ok(Self {
-            config: config.clone(),
+            name: name.clone(),
             gate,
             ledger: Mutex::new(Ledger {
                 file,
@@ -91,12 +86,7 @@ impl Service {
 
     /// Its name.
     pub(crate) const fn name(&self) -> &ServiceName {
-        &self.config.name
-    }
-
-    /// The upstream of a site.
-    pub(crate) const fn upstream(&self, site: Site) -> SocketAddr {
-        self.config.upstream(site)
+        &self.name
     }
 
     /// Everything a commander may want to know.

@@ -6,6 +6,7 @@
 
 use std::cell::RefCell;
 use std::io;
+use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -24,6 +25,7 @@ const TURN_MAX: Duration = Duration::from_millis(5);
 #[derive(Debug)]
 pub(crate) struct Upstream {
     pub(crate) stream: Stream,
+    address: SocketAddr,
     /// For whom, and in which epoch it was made.
     register: Register,
     /// Dropped after the stream: the count must not say zero while the socket is open.
@@ -82,7 +84,8 @@ impl Pool {
         let idle_max = self.current.settings().limits.upstream_idle_max;
         while let Some(Idle { upstream, since }) = idle.pop() {
             let age = since.elapsed();
-            if age < idle_max && upstream.register == ticket.register() && upstream.is_silent(age) {
+            let fits = upstream.register == ticket.register() && self.leads_there(&upstream);
+            if age < idle_max && fits && upstream.is_silent(age) {
                 return Some(upstream);
             }
         }
@@ -106,8 +109,9 @@ impl Pool {
             worker: self.worker,
         };
         let moved = words.wait_for(|word| word.mode == Mode::Holding || word.register != register);
-        let attempt = Socket::connect(self.service.upstream(register.owner));
-        let attempt = timeout(self.current.settings().limits.connect_max, attempt);
+        let settings = self.current.settings();
+        let address = settings.service.upstream(register.owner);
+        let attempt = timeout(settings.limits.connect_max, Socket::connect(address));
         let stream = tokio::select! {
             biased;
             _ = moved => return Err(NoConnection::GateMoved),
@@ -115,16 +119,24 @@ impl Pool {
         };
         Ok(Upstream {
             stream: Stream::Plain(stream.map_err(NoConnection::Failed)?),
+            address,
             register,
             _counted: counted,
         })
+    }
+
+    /// A reload may have changed where upstreams are.
+    fn leads_there(&self, upstream: &Upstream) -> bool {
+        let settings = self.current.settings();
+        upstream.address == settings.service.upstream(upstream.register.owner)
     }
 
     /// Keeps a connection for the next request, or closes it if no later request may use it.
     pub(crate) fn put(&self, upstream: Upstream) {
         let word = self.service.gate.word();
         let mut idle = self.idle.borrow_mut();
-        if word.mode == Mode::Holding || word.register != upstream.register {
+        let allowed = word.mode != Mode::Holding && word.register == upstream.register;
+        if !(allowed && self.leads_there(&upstream)) {
             drop(idle);
             self.part(upstream);
         } else if idle.len() < self.current.settings().limits.upstream_idle_count_max {
@@ -149,7 +161,7 @@ impl Pool {
         let mut gone = Vec::new();
         for entry in self.idle.borrow_mut().drain(..) {
             let allowed = word.mode != Mode::Holding && word.register == entry.upstream.register;
-            if !allowed {
+            if !(allowed && self.leads_there(&entry.upstream)) {
                 gone.push(entry.upstream);
             } else if entry.since.elapsed() < idle_max {
                 kept.push(entry);

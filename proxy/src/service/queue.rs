@@ -11,9 +11,8 @@ use std::time::{Duration, Instant};
 use cutover_protocol::id::Register;
 use tokio::sync::oneshot;
 
-use super::gate::Gate;
+use super::gate::{Gate, GateLimits};
 use super::ticket::{Pass, Ticket};
-use crate::config;
 
 /// Upper bounds of the hold-time histogram, in milliseconds.
 pub(crate) const HOLD_BUCKETS_MS: [u64; 12] = [
@@ -100,7 +99,7 @@ pub(crate) struct Held {
     unique: u64,
     counts: HeldCounts,
     times: HoldTimes,
-    limits: config::Release,
+    limits: GateLimits,
     hold_generation: u64,
     release_generation: u64,
     stage: Stage,
@@ -113,7 +112,7 @@ pub(crate) struct Held {
 }
 
 impl Held {
-    pub(super) fn new(limits: config::Release) -> Self {
+    pub(super) fn new(limits: GateLimits) -> Self {
         Self {
             waiting: BTreeMap::new(),
             unique: 0,
@@ -130,6 +129,15 @@ impl Held {
             opened: None,
             shut: false,
         }
+    }
+
+    /// The bounds in force.
+    pub(super) const fn limits(&self) -> &GateLimits {
+        &self.limits
+    }
+
+    pub(super) fn set_limits(&mut self, limits: GateLimits) {
+        self.limits = limits;
     }
 
     /// Counters at this instant.
@@ -154,10 +162,9 @@ impl Held {
         &mut self,
         arrival_ns: u64,
         worker: usize,
-        held_max: usize,
     ) -> Result<(Key, oneshot::Receiver<Result<Grant, Eviction>>), Eviction> {
         self.counts.held += 1;
-        if self.shut || self.waiting.len() >= held_max {
+        if self.shut || self.waiting.len() >= self.limits.held_max {
             self.counts.evicted += 1;
             self.record(0);
             return Err(if self.shut {
@@ -228,9 +235,10 @@ impl Held {
         self.paused_until = None;
     }
 
-    pub(super) fn opened_within(&self, now: Instant, grace: Duration) -> bool {
+    /// So recently that the owner may not accept yet.
+    pub(super) fn opened_a_moment_ago(&self, now: Instant) -> bool {
         self.opened
-            .is_some_and(|opened| now.saturating_duration_since(opened) < grace)
+            .is_some_and(|opened| now.saturating_duration_since(opened) < self.limits.release.grace)
     }
 
     /// Takes the next in line if the pace allows one now; it then counts as released.
@@ -289,10 +297,10 @@ impl Held {
         self.outstanding = self.outstanding.saturating_sub(1);
         self.pause = None;
         self.window = match self.stage {
-            Stage::Canary => self.limits.window_first,
+            Stage::Canary => self.limits.release.window_first,
             Stage::Window => self.window + 1,
         };
-        self.window = self.window.min(self.limits.window_max);
+        self.window = self.window.min(self.limits.release.window_max);
         self.stage = Stage::Window;
     }
 
@@ -306,9 +314,11 @@ impl Held {
         if pass == self.pass() {
             self.outstanding = self.outstanding.saturating_sub(1);
         }
-        let pause = self.pause.map_or(self.limits.backoff_first, |pause| {
-            (pause * 2).min(self.limits.backoff_max)
-        });
+        let pause = self
+            .pause
+            .map_or(self.limits.release.backoff_first, |pause| {
+                (pause * 2).min(self.limits.release.backoff_max)
+            });
         self.pause = Some(pause);
         self.paused_until = Some(now + pause);
         self.window = (self.window / 2).max(1);

@@ -1,85 +1,11 @@
 //! The binary: a crash while holding, damaged state, signals, and what it says on the command line.
 
-use std::io::{BufRead, BufReader};
-use std::net::SocketAddr;
-use std::process::{Child, ChildStderr, Command as Process, Output, Stdio};
-
 use cutover_protocol::hold::{Command, Gate};
 use cutover_protocol::id::{Epoch, Register, Site};
 use tempfile::TempDir;
 
+use crate::process::{Running, run, text};
 use crate::world::{Control, Nobody, Origin, Peer, Plan, done, hold, web};
-
-const BINARY: &str = env!("CARGO_BIN_EXE_hopgate-proxy");
-
-/// A proxy in a process of its own; killed when dropped.
-struct Running {
-    child: Child,
-    address: SocketAddr,
-    /// Kept open: a proxy that cannot write its log is another test.
-    log: BufReader<ChildStderr>,
-}
-
-impl Running {
-    fn start(folder: &TempDir) -> Self {
-        let config = folder.path().join("proxy.toml");
-        let mut command = Process::new(BINARY);
-        command
-            .args(["run", "--config"])
-            .arg(config)
-            .stderr(Stdio::piped());
-        let mut child = command.spawn().unwrap();
-        let log = BufReader::new(child.stderr.take().unwrap());
-        let address = SocketAddr::from(([127, 0, 0, 1], 0));
-        let mut running = Self {
-            child,
-            address,
-            log,
-        };
-        running.until_ready();
-        running
-    }
-
-    fn until_ready(&mut self) {
-        loop {
-            let mut line = String::new();
-            assert!(
-                self.log.read_line(&mut line).unwrap() > 0,
-                "ended before it was ready"
-            );
-            if let Some((_, rest)) = line.split_once("serving service=web address=") {
-                self.address = rest.split(' ').next().unwrap().parse().unwrap();
-            }
-            if line.contains(" ready ") {
-                return;
-            }
-        }
-    }
-
-    fn signal(&self, signal: rustix::process::Signal) {
-        let pid = rustix::process::Pid::from_child(&self.child);
-        rustix::process::kill_process(pid, signal).unwrap();
-    }
-}
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        self.child.kill().ok();
-        self.child.wait().unwrap();
-    }
-}
-
-fn run(folder: &TempDir, arguments: &[&str]) -> Output {
-    Process::new(BINARY)
-        .current_dir(folder.path())
-        .args(arguments)
-        .output()
-        .unwrap()
-}
-
-fn text(bytes: &[u8]) -> String {
-    String::from_utf8(bytes.to_vec()).unwrap()
-}
 
 fn world() -> (TempDir, Origin, Origin) {
     let (source, target) = (Origin::new("source"), Origin::new("target"));

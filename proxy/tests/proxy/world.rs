@@ -13,6 +13,7 @@ use cutover_protocol::id::{Epoch, ServiceName, Site};
 use hopgate_proxy::Proxy;
 use hopgate_proxy::config::Config;
 use hopgate_proxy::control::client::ControlClient;
+use hopgate_proxy::control::words::{ProcessAnswer, ProcessCommand};
 use tempfile::TempDir;
 
 /// Longer than anything takes that works.
@@ -179,6 +180,10 @@ impl Control {
         self.0.command(command).unwrap()
     }
 
+    pub(crate) fn process(&mut self, command: &ProcessCommand) -> ProcessAnswer {
+        self.0.process(command).unwrap()
+    }
+
     pub(crate) fn hold(&mut self, epoch: Epoch) -> ServiceStatus {
         done(self.say(&hold(epoch, 60_000, 20_000)))
     }
@@ -243,7 +248,7 @@ impl Peer {
         Self::of(TcpStream::connect(address).unwrap())
     }
 
-    fn of(stream: TcpStream) -> Self {
+    pub(crate) fn of(stream: TcpStream) -> Self {
         stream.set_read_timeout(Some(PATIENCE)).unwrap();
         stream.set_write_timeout(Some(PATIENCE)).unwrap();
         stream.set_nodelay(true).unwrap();

@@ -1,0 +1,161 @@
+//! The real binary in processes of its own, and clients that never stop asking.
+
+use std::io::{BufRead, BufReader};
+use std::net::SocketAddr;
+use std::process::{Child, ChildStderr, Command as Process, Output, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread::JoinHandle;
+
+use tempfile::TempDir;
+
+use crate::world::Peer;
+
+pub(crate) const BINARY: &str = env!("CARGO_BIN_EXE_hopgate-proxy");
+
+/// A proxy in a process of its own; killed when dropped.
+pub(crate) struct Running {
+    pub(crate) child: Child,
+    pub(crate) address: SocketAddr,
+    /// Kept open: a proxy that cannot write its log is another test.
+    log: BufReader<ChildStderr>,
+}
+
+impl Running {
+    pub(crate) fn start(folder: &TempDir) -> Self {
+        let config = folder.path().join("proxy.toml");
+        let mut command = Process::new(BINARY);
+        command
+            .args(["run", "--config"])
+            .arg(config)
+            .stderr(Stdio::piped());
+        let mut child = command.spawn().unwrap();
+        let log = BufReader::new(child.stderr.take().unwrap());
+        let address = SocketAddr::from(([127, 0, 0, 1], 0));
+        let mut running = Self {
+            child,
+            address,
+            log,
+        };
+        running.until_ready();
+        running
+    }
+
+    fn until_ready(&mut self) {
+        loop {
+            let line = self.line();
+            assert!(!line.is_empty(), "ended before it was ready");
+            if let Some((_, rest)) = line.split_once("serving service=web address=") {
+                self.address = rest.split(' ').next().unwrap().parse().unwrap();
+            }
+            if line.contains(" ready ") {
+                return;
+            }
+        }
+    }
+
+    /// The next line of its log; empty at its end.
+    pub(crate) fn line(&mut self) -> String {
+        let mut line = String::new();
+        self.log.read_line(&mut line).unwrap();
+        line
+    }
+
+    /// Reads its log up to a line with this in it.
+    pub(crate) fn until_said(&mut self, wanted: &str) -> String {
+        loop {
+            let line = self.line();
+            assert!(!line.is_empty(), "ended before it said: {wanted}");
+            if line.contains(wanted) {
+                return line;
+            }
+        }
+    }
+
+    pub(crate) fn signal(&self, signal: rustix::process::Signal) {
+        let pid = rustix::process::Pid::from_child(&self.child);
+        rustix::process::kill_process(pid, signal).unwrap();
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.child.kill().ok();
+        self.child.wait().unwrap();
+    }
+}
+
+pub(crate) fn run(folder: &TempDir, arguments: &[&str]) -> Output {
+    Process::new(BINARY)
+        .current_dir(folder.path())
+        .args(arguments)
+        .output()
+        .unwrap()
+}
+
+pub(crate) fn text(bytes: &[u8]) -> String {
+    String::from_utf8(bytes.to_vec()).unwrap()
+}
+
+/// Clients on connections they keep, asking without pause. Any answer but a good one, or none, is a failure.
+pub(crate) struct Crowd {
+    enough: Arc<AtomicBool>,
+    answered: Arc<AtomicU64>,
+    clients: Vec<JoinHandle<()>>,
+}
+
+impl Crowd {
+    pub(crate) fn gather(count: usize, address: SocketAddr) -> Self {
+        let (enough, answered) = (Arc::new(AtomicBool::new(false)), Arc::default());
+        let client = |number: usize| {
+            let (enough, answered) = (Arc::clone(&enough), Arc::clone(&answered));
+            std::thread::spawn(move || ask_on(number, address, &enough, &answered))
+        };
+        Self {
+            clients: (0..count).map(client).collect(),
+            enough,
+            answered,
+        }
+    }
+
+    /// Waits until so many more requests were answered.
+    pub(crate) fn until_answered(&self, more: u64) {
+        let wanted = self.answered.load(Ordering::Relaxed) + more;
+        while self.answered.load(Ordering::Relaxed) < wanted {
+            assert!(
+                !self.clients.iter().any(JoinHandle::is_finished),
+                "a client failed"
+            );
+            std::thread::yield_now();
+        }
+    }
+
+    /// Sends everybody home; how many requests were answered, all of them well.
+    pub(crate) fn disperse(self) -> u64 {
+        self.enough.store(true, Ordering::Relaxed);
+        for client in self.clients {
+            client.join().unwrap();
+        }
+        self.answered.load(Ordering::Relaxed)
+    }
+}
+
+fn ask_on(number: usize, address: SocketAddr, enough: &AtomicBool, answered: &AtomicU64) {
+    let mut peer = Peer::connect(address);
+    let mut asked = 0;
+    while !enough.load(Ordering::Relaxed) {
+        asked += 1;
+        let path = format!("/{number}/{asked}");
+        let message = if asked % 2 == 0 {
+            peer.get(&path).message()
+        } else {
+            peer.post(&path, "x").message()
+        };
+        assert_eq!(message.status(), 200, "{message:?}");
+        assert!(message.body.contains(&path), "{message:?}");
+        answered.fetch_add(1, Ordering::Relaxed);
+        if message.field("Connection") == Some("close") {
+            peer = Peer::connect(address);
+        }
+    }
+}
