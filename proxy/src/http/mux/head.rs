@@ -219,8 +219,12 @@ pub(crate) fn write_head(
 ) -> Result<Option<Key>, HeadError> {
     builder.clear();
     builder.field(b":method", parts.method.as_str().as_bytes())?;
-    if let Some(scheme) = parts.uri.scheme_str() {
-        builder.field(b":scheme", scheme.as_bytes())?;
+    match parts.uri.scheme_str() {
+        Some(scheme) => builder.field(b":scheme", scheme.as_bytes())?,
+        // A URI of the `http` crate has no scheme without an authority; a list with Host instead of one does (RFC
+        // 9113, section 8.3.1), and h2 has refused lists without any.
+        None if parts.uri.path().starts_with('/') => builder.field(b":scheme", b"http")?,
+        None => {}
     }
     if let Some(authority) = parts.uri.authority() {
         builder.field(b":authority", authority.as_str().as_bytes())?;

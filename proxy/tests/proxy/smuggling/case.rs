@@ -1,6 +1,6 @@
 //! One row of the corpus, as the files in `tests/smuggling` write it.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
@@ -68,17 +68,21 @@ impl Case {
     }
 }
 
+/// Where the files are.
+pub(crate) fn folder() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/smuggling")
+}
+
 /// The rows of one file.
 pub(crate) fn load(name: &str) -> Vec<Case> {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/smuggling");
-    let text = std::fs::read_to_string(folder.join(name)).unwrap();
+    let text = std::fs::read_to_string(folder().join(name)).unwrap();
     let rows: Rows = toml::from_str(&text).unwrap_or_else(|error| panic!("{name}: {error}"));
     rows.case
 }
 
 /// Line breaks of the file are only for the eye: `\r`, `\n`, `\t`, `\0`, `\\` and `\xHH` stand for bytes, and `\*N{...}`
 /// for N times what is in the braces.
-fn bytes(text: &str) -> Vec<u8> {
+pub(crate) fn bytes(text: &str) -> Vec<u8> {
     let mut out = Vec::new();
     let mut rest = text.chars();
     while let Some(char) = rest.next() {

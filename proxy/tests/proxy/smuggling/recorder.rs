@@ -2,6 +2,7 @@
 
 use std::io::{Read as _, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 
@@ -33,6 +34,7 @@ pub(crate) struct Seen {
 
 struct Log {
     answers: Vec<Vec<u8>>,
+    stops: AtomicBool,
     seen: Mutex<Seen>,
 }
 
@@ -42,6 +44,7 @@ impl Recorder {
         let address = listener.local_addr().unwrap();
         let log = Arc::new(Log {
             answers,
+            stops: AtomicBool::new(false),
             seen: Mutex::default(),
         });
         let shared = Arc::clone(&log);
@@ -59,7 +62,8 @@ impl Recorder {
 
     /// Everything seen, once nobody else will connect and all connections have ended.
     pub(crate) fn finish(self) -> Seen {
-        // A connection that brings nothing is the sign to stop; whoever came before is accepted before it.
+        // From now on a connection that brings nothing is the sign to stop; whoever came before is accepted before.
+        self.log.stops.store(true, Ordering::Release);
         drop(TcpStream::connect(self.address).unwrap());
         let connections = self.accepting.join().unwrap();
         let mut seen = std::mem::take(&mut *self.log.seen.lock().unwrap());
@@ -68,14 +72,17 @@ impl Recorder {
     }
 }
 
-/// Serves connections until one ends without a byte; how many there were before.
+/// Serves connections until it is told to stop; how many brought at least a byte.
 fn accept(listener: &TcpListener, log: &Arc<Log>) -> usize {
     let mut serving = Vec::new();
     for stream in listener.incoming() {
         let stream = stream.unwrap();
         stream.set_read_timeout(Some(PATIENCE)).unwrap();
         if stream.peek(&mut [0]).is_ok_and(|count| count == 0) {
-            break;
+            if log.stops.load(Ordering::Acquire) {
+                break;
+            }
+            continue;
         }
         let log = Arc::clone(log);
         serving.push(thread::spawn(move || serve(stream, &log)));
