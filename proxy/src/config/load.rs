@@ -141,7 +141,7 @@ impl Config {
         let release = release(root.section("release", RELEASE_KEYS)?)?;
         let resolver = resolver(root.section("resolver", RESOLVER_KEYS)?)?;
         let tls = tls::profiles(&root, folder)?;
-        let upstreams = upstreams(&root)?;
+        let upstreams = upstreams(&root, folder)?;
         let around = Around {
             folder,
             limits: &limits,

@@ -8,7 +8,9 @@ use std::time::Duration;
 use rustls::pki_types::{DnsName, ServerName};
 use toml::Table;
 
+use super::ServerConfig;
 use super::table::{Problem, Section};
+use crate::upstream::Address;
 
 pub(super) const TLS_KEYS: &[&str] = &[
     "name",
@@ -31,7 +33,6 @@ const ACME_KEYS: &[&str] = &[
     "challenges",
 ];
 /// Of `[upstream.tls]`.
-#[allow(dead_code, reason = "upstreams take it up next")]
 pub(super) const UPSTREAM_TLS_KEYS: &[&str] = &["name", "ca", "certificate", "key"];
 
 /// One `[[tls]]`: what listeners show and demand.
@@ -258,10 +259,10 @@ fn read_acme(section: &Section<'_>, folder: &Path) -> Result<AcmeConfig, Problem
 }
 
 /// Reads one `[upstream.tls]`.
-#[allow(dead_code, reason = "upstreams take it up next")]
 pub(super) fn upstream_tls(
     section: &Section<'_>,
     folder: &Path,
+    servers: &[ServerConfig],
 ) -> Result<UpstreamTlsConfig, Problem> {
     let name = match section.text("name")? {
         None => None,
@@ -270,6 +271,10 @@ pub(super) fn upstream_tls(
             Some(name.map_err(|_| section.bad_text("name", text, "a host name or an address"))?)
         }
     };
+    let nameless = |server: &ServerConfig| matches!(server.address, Address::Unix(_));
+    if name.is_none() && servers.iter().any(nameless) {
+        return Err(section.missing("name", "name = \"app.internal\""));
+    }
     let certificate = path(section, "certificate", folder)?;
     let key = path(section, "key", folder)?;
     let certificate = match (certificate, key) {

@@ -1,31 +1,36 @@
 //! TLS towards upstreams. A server is verified, always; there is no way to turn that off.
 
+use std::io;
 use std::sync::Arc;
+use std::time::Duration;
 
 use rustls::pki_types::ServerName;
 use rustls::{ClientConfig, RootCertStore};
 
 use super::files::{self, TlsError};
 use super::profile::provider;
-use crate::config::UpstreamTlsConfig;
+use super::stream::TlsStream;
+use crate::config::{UpstreamProtocol, UpstreamTlsConfig};
+use crate::stream::{Socket, Stream};
+use crate::upstream::Address;
 
 /// How the servers of one group are spoken to.
 #[derive(Debug, Clone)]
 pub(crate) struct UpstreamTls {
     /// The settings, with the sessions to be taken up again: 256 servers at most, oldest out.
-    pub(crate) config: Arc<ClientConfig>,
+    config: Arc<ClientConfig>,
     name: Option<ServerName<'static>>,
 }
 
 impl UpstreamTls {
-    /// Loads what the group names; `protocols` are offered in that order.
+    /// Loads what the group names.
     ///
     /// # Errors
     /// A file cannot be used, or the system has no authorities.
     pub(crate) fn load(
         group: &str,
         config: &UpstreamTlsConfig,
-        protocols: &[&[u8]],
+        protocol: UpstreamProtocol,
     ) -> Result<Self, TlsError> {
         let roots = match &config.ca {
             Some(path) => files::roots(path)?,
@@ -48,7 +53,11 @@ impl UpstreamTls {
                     source,
                 })?,
         };
-        built.alpn_protocols = protocols.iter().map(|name| name.to_vec()).collect();
+        built.alpn_protocols = match protocol {
+            // What every server speaks that is not asked; raw services have no name for it at all.
+            UpstreamProtocol::Http1 => Vec::new(),
+            UpstreamProtocol::Http2 => vec![b"h2".to_vec()],
+        };
         // The session takes the keys over after the handshake.
         built.enable_secret_extraction = true;
         Ok(Self {
@@ -57,11 +66,65 @@ impl UpstreamTls {
         })
     }
 
-    /// The name that a server at `host` must prove to have; `None` where neither it nor the group has one.
-    pub(crate) fn name(&self, host: &str) -> Option<ServerName<'static>> {
-        let own = || ServerName::try_from(host.to_owned()).ok();
-        self.name.clone().or_else(own)
+    /// Shakes hands with a server of the group over a fresh connection.
+    ///
+    /// # Errors
+    /// The socket failed, `limit` passed, or the server is not who it should be; nothing of a request has left us.
+    ///
+    /// # Cancel safety
+    /// Dropping the future drops the connection.
+    pub(crate) async fn connect(
+        &self,
+        socket: Socket,
+        server: &Address,
+        limit: Duration,
+    ) -> io::Result<Stream> {
+        let name = self
+            .name(server)
+            .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, UpstreamTlsError::NoName))?;
+        let stream = TlsStream::connect(socket, &self.config, name, limit).await?;
+        let agreed = stream.agreed().protocol.as_deref();
+        let wanted = self.config.alpn_protocols.first().map(Vec::as_slice);
+        if agreed != wanted {
+            let error = UpstreamTlsError::OtherProtocol;
+            return Err(io::Error::new(io::ErrorKind::InvalidData, error));
+        }
+        Ok(Stream::Tls(Box::new(stream)))
     }
+
+    /// The name that a server must prove to have: that of the group, or else the one it was configured by, never
+    /// one that DNS has answered with.
+    fn name(&self, server: &Address) -> Option<ServerName<'static>> {
+        if let Some(name) = &self.name {
+            return Some(name.clone());
+        }
+        match server {
+            Address::Socket(address) => Some(ServerName::from(address.ip())),
+            Address::Name { name, .. } => ServerName::try_from(without_dot(name)).ok(),
+            Address::Service(name) => {
+                // _http._tcp.app.internal is a service of app.internal (RFC 6125, section 6.4).
+                let host = name.split('.').skip_while(|label| label.starts_with('_'));
+                let host = host.collect::<Vec<_>>().join(".");
+                ServerName::try_from(without_dot(&host)).ok()
+            }
+            Address::Unix(_) => None,
+        }
+    }
+}
+
+/// What can be wrong with a server besides its session.
+#[derive(Debug, thiserror::Error)]
+enum UpstreamTlsError {
+    #[error("no name to verify the server by; give its [upstream.tls] a \"name\"")]
+    NoName,
+    #[error(
+        "the server does not speak the group's \"protocol\" over TLS; check what it offers by ALPN"
+    )]
+    OtherProtocol,
+}
+
+fn without_dot(name: &str) -> String {
+    name.strip_suffix('.').unwrap_or(name).to_owned()
 }
 
 fn system_roots() -> Result<RootCertStore, TlsError> {

@@ -17,14 +17,17 @@ use rustls::{
 };
 
 use super::SessionError;
+use super::client::UpstreamTls;
 use super::stream::TlsStream;
-use crate::stream::Socket;
+use crate::config::Config;
+use crate::stream::{Socket, Stream};
 
 const PATIENCE: Duration = Duration::from_secs(20);
 
 struct World {
     server: Arc<ServerConfig>,
     client: Arc<ClientConfig>,
+    pem: String,
 }
 
 impl World {
@@ -60,6 +63,7 @@ impl World {
         Self {
             server: Arc::new(server),
             client: Arc::new(client),
+            pem: cert.pem(),
         }
     }
 }
@@ -437,4 +441,85 @@ fn tickets_that_come_later_do_not_count_as_talk_and_resume_the_session() {
         ours.agreed().resumed
     };
     assert_eq!(run(async { [visit().await, visit().await] }), [false, true]);
+}
+
+/// A group of servers that trusts what `world` trusts, spoken to at a server of `world`.
+async fn upstream(
+    world: &World,
+    text: &str,
+    address: &str,
+) -> (io::Result<Stream>, JoinHandle<Option<String>>) {
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join("ca.pem"), &world.pem).unwrap();
+    let config = format!(
+        "state_dir = \"s\"\ncontrol = \"c\"\n[[service]]\nname = \"web\"\nlisten = \"127.0.0.1:0\"\n\
+         source = \"127.0.0.1:1\"\ntarget = \"127.0.0.1:1\"\n[[upstream]]\nname = \"group\"\n\
+         servers = [{{ address = \"{address}\" }}]\n[upstream.tls]\n{text}\n"
+    );
+    let path = folder.path().join("proxy.toml");
+    std::fs::write(&path, config).unwrap();
+    let group = Config::load(&path).unwrap().upstreams.remove(0);
+    let tls = UpstreamTls::load(&group.name, &group.tls.unwrap(), group.protocol).unwrap();
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let place = listener.local_addr().unwrap();
+    let session = ServerConnection::new(Arc::clone(&world.server)).unwrap();
+    let server = thread::spawn(move || {
+        let mut server = Server::new(session, listener.accept().unwrap().0);
+        let heard = server.conn.complete_io(&mut server.sock);
+        heard.ok()?;
+        server.write_all(b"x").ok()?;
+        server.conn.server_name().map(str::to_owned)
+    });
+    let socket = ours(StdStream::connect(place).unwrap());
+    let stream = tls
+        .connect(socket, &group.servers[0].address, PATIENCE)
+        .await;
+    if let Ok(stream) = &stream {
+        // What is left of the handshake goes out with the first wait.
+        poll_fn(|context| stream.poll_readable(context))
+            .await
+            .unwrap();
+    }
+    (stream, server)
+}
+
+#[test]
+fn a_server_is_asked_for_and_verified_by_the_name_it_was_configured_by() {
+    let world = World::new();
+    for (text, address) in [
+        ("ca = \"ca.pem\"", "site.example:443"),
+        ("ca = \"ca.pem\"\nname = \"site.example\"", "127.0.0.1:443"),
+        ("ca = \"ca.pem\"", "srv:_https._tcp.site.example"),
+        (
+            "ca = \"ca.pem\"\nname = \"site.example\"",
+            "unix:/run/app.sock",
+        ),
+    ] {
+        run(async {
+            let (stream, server) = upstream(&world, text, address).await;
+            stream.unwrap_or_else(|error| panic!("{address}: {error}"));
+            assert_eq!(server.join().unwrap().as_deref(), Some("site.example"));
+        });
+    }
+}
+
+#[test]
+fn a_server_with_another_name_or_another_authority_is_refused_with_the_reason() {
+    let world = World::new();
+    for (text, address, said) in [
+        ("ca = \"ca.pem\"", "127.0.0.1:443", "not valid for name"),
+        (
+            "ca = \"ca.pem\"\nname = \"other.example\"",
+            "site.example:443",
+            "not valid for name",
+        ),
+        ("", "site.example:443", "UnknownIssuer"),
+    ] {
+        run(async {
+            let (stream, server) = upstream(&world, text, address).await;
+            let error = stream.unwrap_err().to_string();
+            assert!(error.contains(said), "{error}");
+            assert_eq!(server.join().unwrap(), None);
+        });
+    }
 }

@@ -7,6 +7,7 @@ use std::borrow::Cow;
 use std::net::SocketAddr;
 use std::time::Duration;
 
+use super::tls::UpstreamTlsConfig;
 use crate::upstream::Address;
 
 #[allow(unused_imports)] // until services name groups
@@ -54,6 +55,8 @@ pub struct UpstreamConfig {
     pub health: Option<HealthConfig>,
     /// Passive ejection, if there is any.
     pub eject: Option<EjectConfig>,
+    /// TLS towards the servers, if they speak it.
+    pub tls: Option<UpstreamTlsConfig>,
 }
 
 /// What servers speak.
@@ -224,6 +227,7 @@ impl UpstreamConfig {
             }],
             health: None,
             eject: None,
+            tls: None,
         }
     }
 

@@ -1,6 +1,7 @@
 //! Reads `[[upstream]]` and `[resolver]`, one function a table.
 
 use std::net::SocketAddr;
+use std::path::Path;
 use std::time::Duration;
 
 use cutover_protocol::id::ServiceName;
@@ -8,6 +9,7 @@ use toml::Table;
 
 use super::super::load::MS_MAX;
 use super::super::table::{Problem, Section};
+use super::super::tls::{UPSTREAM_TLS_KEYS, upstream_tls};
 use super::{
     Balance, Check, EjectConfig, HashBy, HealthConfig, HttpCheck, ProxyVersion, ResolverConfig,
     ServerConfig, StickyConfig, UpstreamConfig, UpstreamProtocol, UpstreamRef,
@@ -29,6 +31,7 @@ const UPSTREAM_KEYS: &[&str] = &[
     "servers",
     "health",
     "eject",
+    "tls",
 ];
 const SERVER_KEYS: &[&str] = &["address", "weight", "backup"];
 const HEALTH_KEYS: &[&str] = &[
@@ -61,10 +64,13 @@ const WEIGHT_MAX: i64 = 256;
 const USER_BYTES_MAX: usize = 320;
 
 /// All groups; names are unique.
-pub(in crate::config) fn upstreams(root: &Section<'_>) -> Result<Vec<UpstreamConfig>, Problem> {
+pub(in crate::config) fn upstreams(
+    root: &Section<'_>,
+    folder: &Path,
+) -> Result<Vec<UpstreamConfig>, Problem> {
     let mut upstreams: Vec<UpstreamConfig> = Vec::new();
     for section in root.sections("upstream", UPSTREAM_KEYS)? {
-        let next = upstream(&section)?;
+        let next = upstream(&section, folder)?;
         if upstreams.iter().any(|other| other.name == next.name) {
             return Err(Problem::NameTwice {
                 kind: "[[upstream]]",
@@ -106,7 +112,7 @@ fn wrong_address(section: &Section<'_>, key: &'static str, text: &str) -> Proble
     section.bad_text(key, text, Address::WANTED)
 }
 
-fn upstream(section: &Section<'_>) -> Result<UpstreamConfig, Problem> {
+fn upstream(section: &Section<'_>, folder: &Path) -> Result<UpstreamConfig, Problem> {
     let name = section.required_text("name", "name = \"web-source\"")?;
     if name.parse::<ServiceName>().is_err() {
         let wanted = "1 to 64 letters, digits, '-', '_' or '.', starting with a letter or digit";
@@ -126,6 +132,11 @@ fn upstream(section: &Section<'_>) -> Result<UpstreamConfig, Problem> {
     let below = |key: &str| format!("[upstream.{key}] of \"{name}\"");
     let health = section.section_at("health", below("health"), HEALTH_KEYS)?;
     let eject = section.section_at("eject", below("eject"), EJECT_KEYS)?;
+    let tls = section.section_at("tls", below("tls"), UPSTREAM_TLS_KEYS)?;
+    let servers = servers(section)?;
+    let tls = tls
+        .map(|section| upstream_tls(&section, folder, &servers))
+        .transpose()?;
     Ok(UpstreamConfig {
         name: name.to_owned(),
         protocol,
@@ -133,9 +144,10 @@ fn upstream(section: &Section<'_>) -> Result<UpstreamConfig, Problem> {
         sticky: sticky(section)?,
         slow_start: milliseconds(section, "slow_start_ms", 0, 0)?,
         proxy_protocol,
-        servers: servers(section)?,
+        servers,
         health: health.map(|section| health_of(&section)).transpose()?,
         eject: eject.map(|section| eject_of(&section)).transpose()?,
+        tls,
     })
 }
 
