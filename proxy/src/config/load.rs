@@ -269,7 +269,8 @@ fn listeners(
         return Ok(vec![ListenConfig { address, tls: None }]);
     }
     let mut listeners = Vec::new();
-    for listener in section.sections("listen", LISTEN_KEYS)? {
+    let place = |index: usize, _: &Table| format!("listener {} of {}", index + 1, section.place());
+    for listener in section.sections_at("listen", place, LISTEN_KEYS)? {
         let text = listener.required_text("address", "address = \"0.0.0.0:8080\"")?;
         let address = listen_address(&listener, "address", text, folder)?;
         let tls = listener.text("tls")?;

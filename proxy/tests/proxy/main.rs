@@ -13,4 +13,5 @@ mod refusals;
 mod reload;
 mod restart;
 mod smuggling;
+mod tls;
 mod world;
