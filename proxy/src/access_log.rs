@@ -18,6 +18,7 @@ use crate::http::connection::Served;
 use crate::http::request::RequestId;
 use crate::listen::port::{Passage, Port};
 use crate::tcp::copy::Moved;
+use crate::upstream::Endpoint;
 
 /// Lines that may wait for the disk.
 const QUEUE_LINES_MAX: usize = 8192;
@@ -91,7 +92,7 @@ pub(crate) struct Line<'l> {
     bytes: u64,
     age: Duration,
     held: Duration,
-    upstream: Option<(SocketAddr, cutover_protocol::id::Register)>,
+    upstream: Option<(Endpoint, cutover_protocol::id::Register)>,
     id: RequestId,
 }
 
@@ -113,7 +114,7 @@ impl<'l> Line<'l> {
             bytes: served.progress.answered.get(),
             age: served.age(),
             held: served.passage.held,
-            upstream: upstream(port, &served.passage),
+            upstream: upstream(&served.passage),
             id: served.id,
         }
     }
@@ -155,19 +156,14 @@ impl<'l> Line<'l> {
             bytes: outcome.as_ref().map_or(0, |moved| moved.to_client),
             age: passage.arrival.elapsed(),
             held: passage.held,
-            upstream: upstream(port, passage),
+            upstream: upstream(passage),
             id,
         }
     }
 }
 
-fn upstream(
-    port: &Port,
-    passage: &Passage,
-) -> Option<(SocketAddr, cutover_protocol::id::Register)> {
-    passage
-        .register
-        .map(|register| (port.settings().service.upstream(register.owner), register))
+fn upstream(passage: &Passage) -> Option<(Endpoint, cutover_protocol::id::Register)> {
+    passage.server.clone().zip(passage.register)
 }
 
 impl fmt::Display for Line<'_> {
@@ -196,7 +192,7 @@ impl fmt::Display for Line<'_> {
             self.status, self.bytes
         )?;
         match self.upstream {
-            Some((address, register)) => {
+            Some((ref address, register)) => {
                 write!(
                     out,
                     " upstream={address} site={} epoch={}",

@@ -8,7 +8,9 @@ use std::time::Duration;
 
 use anyhow::bail;
 use clap::{Args, Subcommand};
-use cutover_protocol::hold::{Answer, Command, Gate, Refusal, ServiceStatus};
+use cutover_protocol::hold::{
+    Answer, CheckStatus, Command, Gate, Refusal, ServerState, ServerStatus, ServiceStatus,
+};
 use cutover_protocol::id::{ServiceName, Site};
 use hopgate_proxy::control::client::ControlClient;
 use hopgate_proxy::control::words::ProcessCommand;
@@ -235,6 +237,33 @@ fn print_service(status: &ServiceStatus) {
         "  held {} = released {} + gave up {} + evicted {} + held now {}",
         status.held, status.released, status.gave_up, status.evicted, status.held_now
     );
+    status.servers.iter().for_each(print_server);
+}
+
+fn print_server(server: &ServerStatus) {
+    let state = match server.state {
+        ServerState::Up => "up",
+        ServerState::SlowStart => "slow start",
+        ServerState::Down => "down",
+        ServerState::Ejected => "ejected",
+    };
+    let backup = if server.backup { ", backup" } else { "" };
+    let errors = server.connect_errors + server.server_errors + server.broken;
+    print!(
+        "  {} {}: {state}{backup}, active {}, requests {}, errors {errors}",
+        server.site, server.address, server.active, server.requests
+    );
+    match &server.check {
+        None => println!(),
+        Some(CheckStatus {
+            good,
+            reason,
+            age_ms,
+        }) => {
+            let verdict = if *good { "good" } else { "bad" };
+            println!(", check {verdict} {age_ms} ms ago: {reason}");
+        }
+    }
 }
 
 fn milliseconds(duration: Duration) -> u64 {

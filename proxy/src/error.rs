@@ -6,6 +6,7 @@ use std::io;
 use crate::http::chunked::ChunkError;
 use crate::http::head::HeadError;
 use crate::service::Eviction;
+use crate::upstream::Outcome;
 
 /// Who caused an error.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -72,6 +73,9 @@ pub enum RequestError {
     /// The proxy stops while the request is held.
     #[error("this proxy is shutting down")]
     Shutdown,
+    /// No server of the upstream's group is usable.
+    #[error("no server of the upstream is up")]
+    NoServer,
     /// No connection to the upstream.
     #[error("the upstream cannot be reached")]
     Connect(#[source] io::Error),
@@ -115,7 +119,8 @@ impl RequestError {
             | Self::ClientLeft(_)
             | Self::ClientSilent => Fault::Client,
             Self::HeldFull | Self::HeldTooLong | Self::Shutdown => Fault::Us,
-            Self::Connect(_)
+            Self::NoServer
+            | Self::Connect(_)
             | Self::NotSent
             | Self::NoAnswer(_)
             | Self::AnswerHead(_)
@@ -130,6 +135,17 @@ impl RequestError {
         }
     }
 
+    /// What it says of the server that had the request; `None` where nothing. A server that cannot be reached was
+    /// reported when it could not be.
+    #[must_use]
+    pub(crate) const fn outcome(&self) -> Option<Outcome> {
+        match (self.fault(), self) {
+            (_, Self::NoServer | Self::Connect(_) | Self::NotSent) => None,
+            (Fault::Upstream, _) => Some(Outcome::Broken),
+            (Fault::Client | Fault::Us, _) => None,
+        }
+    }
+
     /// Whether the request can have reached an application.
     #[must_use]
     pub const fn retry(&self) -> Retry {
@@ -140,6 +156,7 @@ impl RequestError {
             | Self::HeldFull
             | Self::HeldTooLong
             | Self::Shutdown
+            | Self::NoServer
             | Self::Connect(_)
             | Self::NotProcessed
             | Self::NoTunnel
@@ -171,7 +188,7 @@ impl RequestError {
             Self::Head(_) | Self::Chunk(_) | Self::BodyLength | Self::Trailer(_) => Some(400),
             Self::HeadTimeout | Self::ClientSilent => Some(408),
             Self::ClientLeft(_) => None,
-            Self::HeldFull | Self::HeldTooLong | Self::Shutdown => Some(503),
+            Self::HeldFull | Self::HeldTooLong | Self::Shutdown | Self::NoServer => Some(503),
             Self::Connect(_)
             | Self::NotSent
             | Self::NoAnswer(_)

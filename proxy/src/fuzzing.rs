@@ -42,6 +42,7 @@ pub fn response_head(bytes: &[u8]) {
                     persists: true,
                     upgrade,
                     expects_continue: false,
+                    set_cookie: None,
                 };
                 check_answer(head, &request);
             }

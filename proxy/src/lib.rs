@@ -28,7 +28,6 @@ mod snapshot;
 mod stream;
 mod tcp;
 mod tls;
-#[allow(dead_code, unused_imports)] // until routes and pools lead here
 pub mod upstream;
 mod worker;
 

@@ -7,7 +7,7 @@ use std::fmt::Write as _;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use cutover_protocol::id::Site;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -20,6 +20,7 @@ use crate::life::facts::Facts;
 use crate::listen::bound::Bound;
 use crate::service::{HOLD_BUCKETS_MS, HeldCounts, HoldTimes, Mode, Service, Word};
 use crate::snapshot::Shared;
+use crate::upstream::write_metrics;
 
 /// Scrapes at once; one Prometheus needs one.
 const SCRAPES_MAX: usize = 16;
@@ -148,6 +149,7 @@ impl Metrics {
         let mut out = String::new();
         // Writing to a string cannot fail.
         write(&mut out, &readings, snapshot.access_log.as_ref()).ok();
+        write_metrics(&mut out, &snapshot.directory, Instant::now()).ok();
         self.facts.write_metrics(&mut out, snapshot.generation).ok();
         out
     }

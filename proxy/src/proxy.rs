@@ -58,6 +58,14 @@ pub enum StartError {
         /// What the system said.
         source: io::Error,
     },
+    /// A service names an upstream that is not configured.
+    #[error(
+        "service {service} names an upstream that does not exist; add an [[upstream]] of that name"
+    )]
+    Upstream {
+        /// The service.
+        service: ServiceName,
+    },
     /// The access log cannot be opened.
     #[error("cannot open the access log {}; check its folder", .path.display())]
     AccessLog {

@@ -5,6 +5,7 @@
 //! listening sockets with their queues. Making a snapshot changes nothing for clients; it can fail, and is then as
 //! if it had never been tried.
 
+use std::rc::Rc;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::thread::JoinHandle;
 
@@ -12,13 +13,14 @@ use arc_swap::ArcSwap;
 use cutover_protocol::id::ServiceName;
 
 use crate::access_log::AccessLog;
-use crate::config::{Config, ListenAddress, LogTarget, ServiceConfig, TlsConfig};
+use crate::config::{Config, ListenAddress, LogTarget, ServiceConfig, TlsConfig, UpstreamRef};
 use crate::life::inherited::Inherited;
 use crate::listen::bound::{Asker, Bound, Kind, Place};
 use crate::listen::port::Settings;
 use crate::proxy::StartError;
 use crate::service::{Service, StateDir};
 use crate::tls::profile::Profile;
+use crate::upstream::{Directory, Sites};
 
 /// The snapshot in force.
 pub(crate) type Shared = Arc<ArcSwap<Snapshot>>;
@@ -31,6 +33,8 @@ pub(crate) struct Snapshot {
     pub(crate) config: Config,
     /// In the order of the configuration.
     pub(crate) services: Vec<Serving>,
+    /// Whom services and routes go to.
+    pub(crate) directory: Directory,
     pub(crate) metrics: Option<Arc<Bound>>,
     pub(crate) access_log: Option<AccessLog>,
     /// TLS profiles, in the order of the configuration.
@@ -45,6 +49,7 @@ pub(crate) struct Snapshot {
 pub(crate) struct Serving {
     pub(crate) service: Arc<Service>,
     pub(crate) config: ServiceConfig,
+    pub(crate) sites: Sites,
     pub(crate) listeners: Vec<Arc<Bound>>,
 }
 
@@ -104,6 +109,7 @@ impl Snapshot {
         });
         let metrics = metrics.transpose()?;
         let access_log = open_log(config.access_log.as_ref(), before, &ground.logs)?;
+        let directory = directory(&config, before);
         let mut services = Vec::new();
         for (config_of, listeners) in config.services.iter().zip(listeners) {
             let known = before.and_then(|before| before.known(&config_of.name));
@@ -113,6 +119,7 @@ impl Snapshot {
             };
             services.push(Serving {
                 service,
+                sites: sites_of(&directory, config_of)?,
                 config: config_of.clone(),
                 listeners,
             });
@@ -121,6 +128,7 @@ impl Snapshot {
             generation: before.map_or(1, |before| before.generation + 1),
             config,
             services,
+            directory,
             metrics,
             access_log,
             profiles,
@@ -194,9 +202,31 @@ impl Serving {
         Settings {
             limits: snapshot.config.limits.clone(),
             service: self.config.clone(),
+            sites: Rc::new(self.sites.clone()),
             access_log: snapshot.access_log.clone(),
         }
     }
+}
+
+/// All groups that are configured, and those of one server that services name by its address.
+fn directory(config: &Config, before: Option<&Snapshot>) -> Directory {
+    let named = config
+        .services
+        .iter()
+        .flat_map(|service| [&service.source, &service.target]);
+    let plain = named.filter_map(|named| match named {
+        UpstreamRef::Plain(address) => Some(address.clone()),
+        UpstreamRef::Group(_) => None,
+    });
+    let before = before.map(|before| &before.directory);
+    Directory::new(&config.upstreams, plain, config.workers, before)
+}
+
+fn sites_of(directory: &Directory, service: &ServiceConfig) -> Result<Sites, StartError> {
+    let sites = directory.sites(&service.source, &service.target);
+    sites.ok_or_else(|| StartError::Upstream {
+        service: service.name.clone(),
+    })
 }
 
 /// Finds or makes the sockets of one configuration.

@@ -160,6 +160,64 @@ pub struct ServiceStatus {
     pub gave_up: u64,
     /// Held, and refused by us: over a limit, too old, or at shutdown.
     pub evicted: u64,
+    /// The servers of both sites, where the question was for the status.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub servers: Vec<ServerStatus>,
+}
+
+/// One server of a service, as the proxy sees it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ServerStatus {
+    /// Where it belongs to.
+    pub site: Site,
+    /// The upstream group that it is one of.
+    pub group: String,
+    /// Where it accepts connections.
+    pub address: String,
+    /// Whether it takes requests.
+    pub state: ServerState,
+    /// Its share within its group.
+    pub weight: u32,
+    /// Used only when no other is usable.
+    pub backup: bool,
+    /// Requests it has now, of all services.
+    pub active: u64,
+    /// Requests it ever had.
+    pub requests: u64,
+    /// Connections to it that did not come about.
+    pub connect_errors: u64,
+    /// Its answers of 500 and above.
+    pub server_errors: u64,
+    /// Its answers that were cut or not understood.
+    pub broken: u64,
+    /// What the last check found, where there are checks.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub check: Option<CheckStatus>,
+}
+
+/// Whether a server takes requests.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ServerState {
+    /// It does.
+    Up,
+    /// Fewer than its weight says; it came back a moment ago.
+    SlowStart,
+    /// It failed its checks.
+    Down,
+    /// It failed its requests, and is spared some.
+    Ejected,
+}
+
+/// One check of a server.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CheckStatus {
+    /// Whether the server did as it should.
+    pub good: bool,
+    /// What it did, for a person.
+    pub reason: String,
+    /// Since the check, in milliseconds.
+    pub age_ms: u64,
 }
 
 /// One request (or raw connection) that is in flight.

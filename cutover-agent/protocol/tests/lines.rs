@@ -3,7 +3,9 @@
 
 #![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
 
-use cutover_protocol::hold::{Answer, Command, Gate, InFlight, Refusal, ServiceStatus};
+use cutover_protocol::hold::{
+    Answer, CheckStatus, Command, Gate, InFlight, Refusal, ServerState, ServerStatus, ServiceStatus,
+};
 use cutover_protocol::hop::{ActionName, Bounds, Ending, Event, Failure, Link, Round, Undo};
 use cutover_protocol::id::{Epoch, Register, ServiceName, Site};
 use proptest::prelude::*;
@@ -35,6 +37,7 @@ fn status() -> ServiceStatus {
         released: 4,
         gave_up: 5,
         evicted: 6,
+        servers: Vec::new(),
     }
 }
 
@@ -178,6 +181,42 @@ fn a_lease_is_told_only_while_there_is_one() {
         r#""gate":"holding","lease_ms_left":9,"#,
     );
     assert_line(&held, &text);
+}
+
+#[test]
+fn servers_are_told_with_their_last_check() {
+    let server = ServerStatus {
+        site: Site::Source,
+        group: "web-source".to_owned(),
+        address: "10.0.0.1:80".to_owned(),
+        state: ServerState::SlowStart,
+        weight: 1,
+        backup: false,
+        active: 2,
+        requests: 3,
+        connect_errors: 4,
+        server_errors: 5,
+        broken: 6,
+        check: Some(CheckStatus {
+            good: true,
+            reason: "status 200".to_owned(),
+            age_ms: 7,
+        }),
+    };
+    assert_line(
+        &server,
+        r#"{"site":"source","group":"web-source","address":"10.0.0.1:80","state":"slow_start","weight":1,"backup":false,"active":2,"requests":3,"connect_errors":4,"server_errors":5,"broken":6,"check":{"good":true,"reason":"status 200","age_ms":7}}"#,
+    );
+    let whole = ServiceStatus {
+        servers: vec![ServerStatus {
+            check: None,
+            ..server
+        }],
+        ..status()
+    };
+    let text = to_string(&whole).unwrap();
+    assert_line(&whole, &text);
+    assert!(text.contains(r#""servers":[{"site":"source""#));
 }
 
 #[test]

@@ -11,9 +11,10 @@ use super::http2::{self, Http2};
 use super::route;
 use super::table::{Problem, Section};
 use super::tls::{self, TlsConfig};
-use super::upstream::{RESOLVER_KEYS, resolver, upstreams};
+use super::upstream::{RESOLVER_KEYS, reference, resolver, upstreams};
 use super::{
     Config, Limits, ListenAddress, ListenConfig, LogTarget, Protocol, Release, ServiceConfig,
+    UpstreamConfig,
 };
 
 /// A configuration that cannot be used: which file, and what is wrong with it.
@@ -146,6 +147,7 @@ impl Config {
             folder,
             limits: &limits,
             profiles: &tls,
+            upstreams: &upstreams,
         };
         let services = services(&root, around)?;
         Ok(Self {
@@ -191,6 +193,7 @@ struct Around<'a> {
     folder: &'a Path,
     limits: &'a Limits,
     profiles: &'a [TlsConfig],
+    upstreams: &'a [UpstreamConfig],
 }
 
 fn services(root: &Section<'_>, around: Around<'_>) -> Result<Vec<ServiceConfig>, Problem> {
@@ -242,8 +245,10 @@ fn service(section: &Section<'_>, around: Around<'_>) -> Result<ServiceConfig, P
         Some("tcp") => Protocol::Tcp,
         Some(other) => return Err(section.bad_text("protocol", other, "\"http\" or \"tcp\"")),
     };
-    let source = section.required_address("source", "source = \"10.0.0.1:80\"")?;
-    let target = section.required_address("target", "target = \"10.0.1.1:80\"")?;
+    let source = reference(section, "source", around.upstreams)?
+        .ok_or_else(|| section.missing("source", "source = \"10.0.0.1:80\""))?;
+    let target = reference(section, "target", around.upstreams)?
+        .ok_or_else(|| section.missing("target", "target = \"10.0.1.1:80\""))?;
     Ok(ServiceConfig {
         name,
         listen,

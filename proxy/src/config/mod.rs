@@ -117,10 +117,10 @@ pub struct ServiceConfig {
     pub listen: Vec<ListenConfig>,
     /// What they speak.
     pub protocol: Protocol,
-    /// The upstream of site `source`.
-    pub source: SocketAddr,
-    /// The upstream of site `target`.
-    pub target: SocketAddr,
+    /// Who serves at site `source`.
+    pub source: UpstreamRef,
+    /// Who serves at site `target`.
+    pub target: UpstreamRef,
     /// Peers whose word about their clients is believed.
     #[allow(dead_code)] // until requests lead here
     pub(crate) trusted_from: TrustedFrom,
@@ -133,12 +133,12 @@ pub struct ServiceConfig {
 }
 
 impl ServiceConfig {
-    /// The upstream address of a site.
+    /// Who serves at a site.
     #[must_use]
-    pub const fn upstream(&self, site: Site) -> SocketAddr {
+    pub const fn upstream(&self, site: Site) -> &UpstreamRef {
         match site {
-            Site::Source => self.source,
-            Site::Target => self.target,
+            Site::Source => &self.source,
+            Site::Target => &self.target,
         }
     }
 }

@@ -5,7 +5,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use cutover_protocol::hold::{Answer, Command, InFlight, Refusal};
+use cutover_protocol::hold::{Answer, Command, InFlight, Refusal, ServiceStatus};
 use cutover_protocol::id::ServiceName;
 use tokio::sync::oneshot;
 use tokio::time::{Instant, timeout};
@@ -13,6 +13,7 @@ use tokio::time::{Instant, timeout};
 use super::words::{ProcessAnswer, ProcessCommand};
 use crate::life::{self, Running};
 use crate::service::{Drain, Refused, Service};
+use crate::snapshot::Serving;
 use crate::worker::Question;
 
 /// Most entries of the list of what is left.
@@ -40,14 +41,14 @@ impl Commander {
                     .load()
                     .services
                     .iter()
-                    .map(|serving| serving.service.status())
+                    .map(whole_status)
                     .collect(),
             },
             Command::Status {
                 service: Some(name),
             } => match self.find(&name) {
                 Ok(service) => Answer::Status {
-                    services: vec![service.status()],
+                    services: vec![self.status_of(&service)],
                 },
                 Err(unknown) => *unknown,
             },
@@ -98,6 +99,12 @@ impl Commander {
                 },
             },
         }
+    }
+
+    fn status_of(&self, service: &Arc<Service>) -> ServiceStatus {
+        let snapshot = self.running.shared.load();
+        let serving = snapshot.serving(service.name());
+        serving.map_or_else(|| service.status(), whole_status)
     }
 
     fn apply(
@@ -171,6 +178,14 @@ impl Commander {
         left.sort_by_key(|entry: &InFlight| std::cmp::Reverse(entry.age_ms));
         left.truncate(LEFT_MAX);
         left
+    }
+}
+
+/// A service and its servers.
+fn whole_status(serving: &Serving) -> ServiceStatus {
+    ServiceStatus {
+        servers: serving.sites.snapshot(std::time::Instant::now()),
+        ..serving.service.status()
     }
 }
 

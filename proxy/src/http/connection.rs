@@ -16,11 +16,12 @@ use super::request::{self, Method, Origin, Request, RequestId, Upgrade};
 use crate::access_log::Line;
 use crate::buffer::Buffer;
 use crate::error::RequestError;
-use crate::listen::client::Client;
+use crate::listen::client::{Client, Scheme};
 use crate::listen::port::{Connected, Passage, Port, Presence, Settings, Visitor};
 use crate::service::pool::Upstream;
 use crate::stream::{self, Stream};
 use crate::tcp::copy::tunnel;
+use crate::upstream::{Chosen, Outcome};
 
 /// Serves a client until one of the two has had enough.
 pub(crate) async fn serve(port: Rc<Port>, stream: Stream, client: Client) {
@@ -264,9 +265,11 @@ impl Connection<'_> {
                 ticket: current,
                 upstream,
                 kept,
+                chosen,
             } = connected;
             ticket = current;
             served.passage.register = Some(ticket.register());
+            served.request.set_cookie = chosen.set_cookie(self.client.scheme == Scheme::Https);
             let what = &served.head[..served.request.line_bytes];
             let _row = port
                 .in_flight
@@ -289,6 +292,7 @@ impl Connection<'_> {
                 .await
                 .unwrap_or(Err(RequestError::TookTooLong));
             port.buffers.give_output(scratch);
+            served.report(&chosen, kept, received.as_ref().err());
             match received {
                 Ok(Received::Upgraded) => {
                     self.upgraded(served, &upstream, upstream_buffer).await;
@@ -318,6 +322,7 @@ impl Connection<'_> {
     fn visitor<'v>(&'v mut self, served: &'v mut Served) -> Visitor<'v> {
         Visitor {
             presence: Presence::Connection(self.stream),
+            client: self.client.address.ip(),
             buffer: Some(&mut self.buffer),
             head: &mut served.head,
             passage: &mut served.passage,
@@ -423,6 +428,19 @@ impl Served {
     /// Since its arrival.
     pub(crate) fn age(&self) -> Duration {
         self.arrival.elapsed()
+    }
+
+    /// Tells the group how its server did. A kept connection that ends before anything is heard was idle for too
+    /// long: no fault of anybody's.
+    pub(crate) fn report(&self, chosen: &Chosen, kept: bool, error: Option<&RequestError>) {
+        let outcome = match error {
+            None => Some(Outcome::Answered(self.progress.status.get())),
+            Some(_) if kept && !self.progress.heard.get() => None,
+            Some(error) => error.outcome(),
+        };
+        if let Some(outcome) = outcome {
+            chosen.report(outcome);
+        }
     }
 
     /// After a kept connection failed: yes if nothing left us, or if the upstream said nothing at all and asking

@@ -9,7 +9,7 @@ use super::head::{
 use crate::listen::client::Client;
 
 /// What we need to know of a request after its head was written for the upstream.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Request {
     pub(crate) version: Version,
     pub(crate) method: Method,
@@ -20,6 +20,8 @@ pub(crate) struct Request {
     pub(crate) persists: bool,
     pub(crate) upgrade: Upgrade,
     pub(crate) expects_continue: bool,
+    /// A line that its answer gets: the client's way back to its server.
+    pub(crate) set_cookie: Option<String>,
 }
 
 /// What we need to know of a method.
@@ -182,6 +184,7 @@ impl Parsed<'_, '_> {
             persists: self.connection.persists(self.version),
             upgrade: self.upgrade.map_or(Upgrade::None, |_| Upgrade::Asked),
             expects_continue: self.expects_continue,
+            set_cookie: None,
         };
         out.extend_from_slice(b" HTTP/1.1\r\n");
         write_field(out, "Host", self.host);

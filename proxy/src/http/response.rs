@@ -87,6 +87,9 @@ pub(crate) fn rewrite(
             write_field(out, field.name, field.value);
         }
     }
+    if let Some(line) = request.set_cookie.as_ref().filter(|_| status >= 200) {
+        out.extend_from_slice(line.as_bytes());
+    }
     write_framing(out, declared, request, &response, upgraded);
     Ok(response)
 }
@@ -179,6 +182,7 @@ mod tests {
             persists: true,
             upgrade: Upgrade::None,
             expects_continue: false,
+            set_cookie: None,
         }
     }
 

@@ -22,6 +22,7 @@ use crate::metrics::Metrics;
 use crate::service::keep;
 use crate::snapshot::{Ground, Shared, Snapshot};
 use crate::tls::profile;
+use crate::upstream::{Care, Group};
 use crate::worker::Question;
 use facts::Facts;
 use permits::Permits;
@@ -49,6 +50,8 @@ struct Tended {
     metrics: Option<(Arc<Bound>, AbortHandle)>,
     /// Looks after the files of TLS profiles.
     profiles: Option<AbortHandle>,
+    /// Checks servers, and resolves their names.
+    care: Option<Care>,
 }
 
 impl Running {
@@ -92,6 +95,16 @@ impl Running {
         if let Some(before) = tended.profiles.replace(profiles) {
             before.abort();
         }
+        let gates_of = |group: &Arc<Group>| {
+            let serving = snapshot.services.iter();
+            let ours = serving.filter(|serving| serving.sites.has(group));
+            ours.map(|serving| Arc::clone(&serving.service.gate))
+                .collect()
+        };
+        // The old tasks end before the new ones begin: two checks at once would count twice.
+        tended.care = None;
+        let resolver = &snapshot.config.resolver;
+        tended.care = Some(Care::begin(&snapshot.directory, resolver, gates_of));
         let serves = tended.metrics.as_ref().map(|(bound, _)| bound);
         let unchanged = match (serves, &snapshot.metrics) {
             (Some(serves), Some(wanted)) => Arc::ptr_eq(serves, wanted),

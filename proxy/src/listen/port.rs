@@ -3,6 +3,7 @@
 //! The way from a request to a ticket and an upstream connection is the same for HTTP and raw TCP, and is here.
 
 use std::cell::{Cell, RefCell};
+use std::net::IpAddr;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -11,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use cutover_protocol::id::Register;
 use tokio::sync::Notify;
+use tokio::time::timeout;
 
 use super::hangup::HangupWatch;
 use crate::access_log::{AccessLog, Line};
@@ -22,12 +24,15 @@ use crate::service::inflight::InFlightTable;
 use crate::service::pool::{NoConnection, Pool, Upstream};
 use crate::service::{Admission, Parked, Service, Ticket};
 use crate::stream::Stream;
+use crate::upstream::{Chosen, Endpoint, Outcome, PickKey, Picked, Sites};
 
 /// What a reload may change under a running connection; taken anew for each request.
 #[derive(Debug)]
 pub(crate) struct Settings {
     pub(crate) limits: Limits,
     pub(crate) service: ServiceConfig,
+    /// Who serves, where no route says otherwise.
+    pub(crate) sites: Rc<Sites>,
     pub(crate) access_log: Option<AccessLog>,
 }
 
@@ -50,6 +55,10 @@ impl Current {
         *self.0.borrow_mut() = Rc::new(settings);
     }
 }
+
+/// Servers that are tried for one request before it fails: with a second of limit for each, a client waits no longer
+/// than it would for one that is slow.
+const SERVERS_TRIED_MAX: usize = 3;
 
 /// One service on one worker.
 #[derive(Debug)]
@@ -105,13 +114,15 @@ impl Closing {
 }
 
 /// What one request (or raw connection) went through on its way upstream.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub(crate) struct Passage {
     pub(crate) arrival: Instant,
     /// Time it was held, all in all.
     pub(crate) held: Duration,
     /// To whom it went, once it did.
     pub(crate) register: Option<Register>,
+    /// The server that took it.
+    pub(crate) server: Option<Endpoint>,
 }
 
 impl Passage {
@@ -120,6 +131,7 @@ impl Passage {
             arrival,
             held: Duration::ZERO,
             register: None,
+            server: None,
         }
     }
 }
@@ -157,6 +169,7 @@ impl std::fmt::Debug for Presence<'_> {
 #[derive(Debug)]
 pub(crate) struct Visitor<'v> {
     pub(crate) presence: Presence<'v>,
+    pub(crate) client: IpAddr,
     /// Its connection's buffer, if it has one of its own.
     pub(crate) buffer: Option<&'v mut Buffer>,
     pub(crate) head: &'v mut Vec<u8>,
@@ -170,6 +183,8 @@ pub(crate) struct Connected<'p> {
     pub(crate) upstream: Upstream,
     /// It served another request before, and may have died since.
     pub(crate) kept: bool,
+    /// Where the connection leads.
+    pub(crate) chosen: Chosen,
 }
 
 /// What a port is made of.
@@ -230,45 +245,90 @@ impl Port {
         }
     }
 
-    /// Finds or makes a connection for the ticket. Where none comes about because the gate has closed, or has only
-    /// just opened, the request is held again: nothing of it has left us.
+    /// Finds or makes a connection for the ticket, to a server that can be reached. Where none comes about because the
+    /// gate has closed, or has only just opened, the request is held again: nothing of it has left us.
     pub(crate) async fn connect<'p>(
         &'p self,
         mut ticket: Ticket<'p>,
         may_reuse: bool,
         visitor: &mut Visitor<'_>,
     ) -> Result<Connected<'p>, RequestError> {
+        let sites = Rc::clone(&self.settings().sites);
+        let mut now = visitor.passage.arrival;
         loop {
-            if may_reuse && let Some(upstream) = self.pool.take(&ticket) {
-                return Ok(Connected {
-                    ticket,
-                    upstream,
-                    kept: true,
-                });
-            }
-            let cause = match self.pool.connect(&ticket).await {
-                Ok(upstream) if ticket.is_current() => {
+            let error = match self.reach(&ticket, may_reuse, &sites, visitor, now).await {
+                Ok((upstream, kept, picked)) => {
+                    visitor.passage.server = Some(picked.endpoint().clone());
+                    let site = ticket.register().owner;
                     return Ok(Connected {
                         ticket,
                         upstream,
-                        kept: false,
+                        kept,
+                        chosen: Chosen::new(sites, site, picked),
                     });
                 }
-                Ok(upstream) => {
-                    self.pool.part(upstream);
-                    None
-                }
-                Err(NoConnection::GateMoved) => None,
-                Err(NoConnection::Failed(error)) => Some(error),
+                Err(error) => error,
             };
             let Some(parked) = ticket.wait_again(&self.service.gate, visitor.passage.arrival)
             else {
-                return Err(RequestError::Connect(
-                    cause.unwrap_or_else(|| std::io::ErrorKind::NotConnected.into()),
-                ));
+                return Err(error);
             };
             ticket = self.wait(parked?, visitor).await?;
+            now = Instant::now();
         }
+    }
+
+    /// One server after the other, until one can be reached or the gate moves on.
+    async fn reach(
+        &self,
+        ticket: &Ticket<'_>,
+        may_reuse: bool,
+        sites: &Sites,
+        visitor: &Visitor<'_>,
+        now: Instant,
+    ) -> Result<(Upstream, bool, Picked), RequestError> {
+        let group = sites.of(ticket.register().owner);
+        let key = PickKey::of(group, self.worker, now, visitor.client, visitor.head);
+        let connect_max = self.settings().limits.connect_max;
+        let (mut tried, mut waited) = (Vec::new(), false);
+        let mut error = RequestError::NoServer;
+        while tried.len() < SERVERS_TRIED_MAX {
+            let picked = group.pick(&key, &tried).or_else(|| {
+                // What checks say of a site that has only just become the owner is of the time before.
+                let is_fresh = self.service.gate.has_opened_just_now();
+                is_fresh
+                    .then(|| group.pick_untested(&key, &tried))
+                    .flatten()
+            });
+            let Some(picked) = picked else {
+                if waited || !tried.is_empty() {
+                    break;
+                }
+                // Boxed: hardly any request is so early.
+                Box::pin(timeout(connect_max, group.first_resolved()))
+                    .await
+                    .ok();
+                waited = true;
+                continue;
+            };
+            if may_reuse && let Some(upstream) = self.pool.take(ticket, picked.id()) {
+                return Ok((upstream, true, picked));
+            }
+            match self.pool.connect(ticket, &picked).await {
+                Ok(upstream) if ticket.is_current() => return Ok((upstream, false, picked)),
+                Ok(upstream) => {
+                    self.pool.part(upstream);
+                    return Err(gate_moved());
+                }
+                Err(NoConnection::GateMoved) => return Err(gate_moved()),
+                Err(NoConnection::Failed(cause)) => {
+                    group.report(&picked, Outcome::Unreachable, Instant::now);
+                    tried.push(picked.id());
+                    error = RequestError::Connect(cause);
+                }
+            }
+        }
+        Err(error)
     }
 
     /// Held: the buffer shrinks to what it holds, and the only thing watched is whether the client leaves.
@@ -317,4 +377,9 @@ impl Port {
             log.write(&line());
         }
     }
+}
+
+/// Only seen when the request cannot even wait again.
+fn gate_moved() -> RequestError {
+    RequestError::Connect(std::io::ErrorKind::NotConnected.into())
 }

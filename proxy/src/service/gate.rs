@@ -170,6 +170,16 @@ impl Gate {
         true
     }
 
+    /// Whether the owner has begun to serve so recently that nobody can know how it does.
+    pub(crate) fn has_opened_just_now(&self) -> bool {
+        let held = self.lock();
+        match self.word().mode {
+            Mode::Holding => false,
+            Mode::Releasing => true,
+            Mode::Open => held.opened_a_moment_ago(Instant::now()),
+        }
+    }
+
     /// A released request was answered: the window grows and the next go through.
     pub(super) fn answered(&self, generation: u64) {
         let mut held = self.lock();

@@ -116,6 +116,7 @@ impl Service {
             released: counts.released,
             gave_up: counts.gave_up,
             evicted: counts.evicted,
+            servers: Vec::new(),
         }
     }
 

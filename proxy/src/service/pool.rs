@@ -1,12 +1,12 @@
 //! Upstream connections: made, kept for the next request, and closed for good when the gate closes.
 //!
-//! A pool belongs to one worker and one service and never hands out a connection of another epoch. Connections are
+//! A pool belongs to one worker and one service and never hands out a connection of another epoch or server. Connections are
 //! counted from before the first packet until after the upstream has closed its end too (or had
 //! `upstream_close_ms_max` to do it): that is what "no connection to the source remains" means.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
 use std::io;
-use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -16,7 +16,8 @@ use tokio::time::timeout;
 
 use super::{Gate, Mode, Service, Ticket, Word};
 use crate::listen::port::Current;
-use crate::stream::{Socket, Stream};
+use crate::stream::Stream;
+use crate::upstream::{Picked, ServerId, connect};
 
 /// A turn of a busy worker's loop takes less; what the reactor said within one is fresh.
 const TURN_MAX: Duration = Duration::from_millis(5);
@@ -25,17 +26,28 @@ const TURN_MAX: Duration = Duration::from_millis(5);
 #[derive(Debug)]
 pub(crate) struct Upstream {
     pub(crate) stream: Stream,
-    address: SocketAddr,
+    server: ServerId,
     /// For whom, and in which epoch it was made.
     register: Register,
     /// Dropped after the stream: the count must not say zero while the socket is open.
     _counted: Counted,
 }
 
+/// A connection as a gate counts it, from before its first packet until this is dropped.
 #[derive(Debug)]
-struct Counted {
+pub(crate) struct Counted {
     gate: Arc<Gate>,
     worker: usize,
+}
+
+impl Counted {
+    pub(crate) fn new(gate: &Arc<Gate>, worker: usize) -> Self {
+        gate.connection_opens(worker);
+        Self {
+            gate: Arc::clone(gate),
+            worker,
+        }
+    }
 }
 
 impl Drop for Counted {
@@ -65,7 +77,9 @@ pub(crate) struct Pool {
     service: Arc<Service>,
     worker: usize,
     current: Rc<Current>,
-    idle: RefCell<Vec<Idle>>,
+    /// By server, the freshest last.
+    idle: RefCell<BTreeMap<ServerId, Vec<Idle>>>,
+    idle_count: Cell<usize>,
 }
 
 impl Pool {
@@ -74,18 +88,21 @@ impl Pool {
             service,
             worker,
             current,
-            idle: RefCell::new(Vec::new()),
+            idle: RefCell::default(),
+            idle_count: Cell::new(0),
         }
     }
 
-    /// A kept connection that the ticket may use and that its upstream has not closed, the freshest first.
-    pub(crate) fn take(&self, ticket: &Ticket<'_>) -> Option<Upstream> {
+    /// A kept connection to this server that the ticket may use and that the server has not closed, the freshest
+    /// first.
+    pub(crate) fn take(&self, ticket: &Ticket<'_>, server: ServerId) -> Option<Upstream> {
         let mut idle = self.idle.borrow_mut();
         let idle_max = self.current.settings().limits.upstream_idle_max;
-        while let Some(Idle { upstream, since }) = idle.pop() {
+        let kept = idle.get_mut(&server)?;
+        while let Some(Idle { upstream, since }) = kept.pop() {
+            self.idle_count.set(self.idle_count.get() - 1);
             let age = since.elapsed();
-            let fits = upstream.register == ticket.register() && self.leads_there(&upstream);
-            if age < idle_max && fits && upstream.is_silent(age) {
+            if age < idle_max && upstream.register == ticket.register() && upstream.is_silent(age) {
                 return Some(upstream);
             }
         }
@@ -96,51 +113,43 @@ impl Pool {
     ///
     /// # Cancel safety
     /// Dropping the future drops the attempt.
-    pub(crate) async fn connect(&self, ticket: &Ticket<'_>) -> Result<Upstream, NoConnection> {
+    pub(crate) async fn connect(
+        &self,
+        ticket: &Ticket<'_>,
+        server: &Picked,
+    ) -> Result<Upstream, NoConnection> {
         let gate = &self.service.gate;
         let mut words = gate.subscribe();
         if !ticket.is_current() {
             return Err(NoConnection::GateMoved);
         }
         let register = ticket.register();
-        gate.connection_opens(self.worker);
-        let counted = Counted {
-            gate: Arc::clone(gate),
-            worker: self.worker,
-        };
+        let counted = Counted::new(gate, self.worker);
         let moved = words.wait_for(|word| word.mode == Mode::Holding || word.register != register);
-        let settings = self.current.settings();
-        let address = settings.service.upstream(register.owner);
-        let attempt = timeout(settings.limits.connect_max, Socket::connect(address));
+        let connect_max = self.current.settings().limits.connect_max;
+        let attempt = timeout(connect_max, connect(server.endpoint()));
         let stream = tokio::select! {
             biased;
             _ = moved => return Err(NoConnection::GateMoved),
             made = attempt => made.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())),
         };
         Ok(Upstream {
-            stream: Stream::Plain(stream.map_err(NoConnection::Failed)?),
-            address,
+            stream: stream.map_err(NoConnection::Failed)?,
+            server: server.id(),
             register,
             _counted: counted,
         })
     }
 
-    /// A reload may have changed where upstreams are.
-    fn leads_there(&self, upstream: &Upstream) -> bool {
-        let settings = self.current.settings();
-        upstream.address == settings.service.upstream(upstream.register.owner)
-    }
-
     /// Keeps a connection for the next request, or closes it if no later request may use it.
     pub(crate) fn put(&self, upstream: Upstream) {
         let word = self.service.gate.word();
-        let mut idle = self.idle.borrow_mut();
-        let allowed = word.mode != Mode::Holding && word.register == upstream.register;
-        if !(allowed && self.leads_there(&upstream)) {
-            drop(idle);
+        if word.mode == Mode::Holding || word.register != upstream.register {
             self.part(upstream);
-        } else if idle.len() < self.current.settings().limits.upstream_idle_count_max {
-            idle.push(Idle {
+        } else if self.idle_count.get() < self.current.settings().limits.upstream_idle_count_max {
+            self.idle_count.set(self.idle_count.get() + 1);
+            let mut idle = self.idle.borrow_mut();
+            idle.entry(upstream.server).or_default().push(Idle {
                 upstream,
                 since: Instant::now(),
             });
@@ -151,24 +160,29 @@ impl Pool {
     /// keeps the count honest: a socket that the application has not closed would be frozen with it.
     pub(crate) fn part(&self, upstream: Upstream) {
         let limit = self.current.settings().limits.upstream_close_max;
-        tokio::task::spawn_local(close_politely(upstream, limit));
+        tokio::task::spawn_local(async move { close_politely(&upstream.stream, limit).await });
     }
 
-    /// Closes what the gate's word no longer allows, or what has been idle for too long.
+    /// Closes what the gate's word no longer allows, what leads to a server that is gone, and what has been idle for
+    /// too long.
     fn sweep(&self, word: Word) {
-        let idle_max = self.current.settings().limits.upstream_idle_max;
-        let mut kept = Vec::new();
-        let mut gone = Vec::new();
-        for entry in self.idle.borrow_mut().drain(..) {
-            let allowed = word.mode != Mode::Holding && word.register == entry.upstream.register;
-            if !(allowed && self.leads_there(&entry.upstream)) {
-                gone.push(entry.upstream);
-            } else if entry.since.elapsed() < idle_max {
-                kept.push(entry);
-            }
+        let settings = self.current.settings();
+        let idle_max = settings.limits.upstream_idle_max;
+        let owners = settings.sites.of(word.register.owner);
+        let mut parting = Vec::new();
+        let mut count = 0;
+        self.idle.borrow_mut().retain(|server, kept| {
+            let allowed = word.mode != Mode::Holding && owners.has(*server);
+            let of_now = |entry: &mut Idle| allowed && word.register == entry.upstream.register;
+            parting.extend(kept.extract_if(.., |entry| !of_now(entry)));
+            kept.retain(|entry| entry.since.elapsed() < idle_max);
+            count += kept.len();
+            !kept.is_empty()
+        });
+        self.idle_count.set(count);
+        for entry in parting {
+            self.part(entry.upstream);
         }
-        *self.idle.borrow_mut() = kept;
-        gone.into_iter().for_each(|upstream| self.part(upstream));
     }
 
     /// Sweeps at every word of the gate and every `upstream_idle_ms_max`, for ever.
@@ -197,16 +211,17 @@ impl Upstream {
     }
 }
 
-async fn close_politely(upstream: Upstream, limit: Duration) {
-    upstream.stream.finish();
+/// Closes our end and reads until the other is closed, too.
+pub(crate) async fn close_politely(stream: &Stream, limit: Duration) {
+    stream.finish();
     let until_closed = async {
         let mut scrap = [0; 512];
         loop {
-            match upstream.stream.try_read(&mut scrap) {
+            match stream.try_read(&mut scrap) {
                 Ok(0) => return,
                 Ok(_) => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    if upstream.stream.readable().await.is_err() {
+                    if stream.readable().await.is_err() {
                         return;
                     }
                 }

@@ -11,6 +11,7 @@ use crate::error::RequestError;
 use crate::listen::client::Client;
 use crate::listen::port::{Connected, Passage, Port, Presence, Visitor};
 use crate::stream::Stream;
+use crate::upstream::Outcome;
 
 /// Serves one raw connection to its end.
 pub(crate) async fn serve(port: Rc<Port>, stream: Stream, client: Client) {
@@ -33,15 +34,21 @@ async fn forward(
     let mut head = Vec::new();
     let mut visitor = Visitor {
         presence: Presence::Connection(stream),
+        client: client.address.ip(),
         buffer: None,
         head: &mut head,
         passage,
     };
     let ticket = port.admit(&mut visitor).await?;
     let Connected {
-        ticket, upstream, ..
+        ticket,
+        upstream,
+        chosen,
+        ..
     } = port.connect(ticket, false, &mut visitor).await?;
     ticket.answered();
+    // What it says is not ours to understand: that it listens is all we know.
+    chosen.report(Outcome::Answered(200));
     passage.register = Some(ticket.register());
     let _row = port
         .in_flight

@@ -9,7 +9,8 @@ use std::sync::Arc;
 
 use super::address::Address;
 use super::group::Group;
-use crate::config::UpstreamConfig;
+use super::sites::Sites;
+use crate::config::{UpstreamConfig, UpstreamRef};
 
 /// All groups of one configuration.
 #[derive(Debug, Default)]
@@ -43,6 +44,14 @@ impl Directory {
     /// A group by its name, or by its plain address.
     pub(crate) fn group(&self, name: &str) -> Option<&Arc<Group>> {
         self.groups.iter().find(|group| group.name() == name)
+    }
+
+    /// The groups of a service or a route.
+    pub(crate) fn sites(&self, source: &UpstreamRef, target: &UpstreamRef) -> Option<Sites> {
+        Some(Sites {
+            source: Arc::clone(self.group(&source.name())?),
+            target: Arc::clone(self.group(&target.name())?),
+        })
     }
 
     /// In the order of the configuration.

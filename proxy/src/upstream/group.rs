@@ -45,6 +45,8 @@ pub(crate) struct Group {
     changing: Mutex<()>,
     /// Counts changes of `members`.
     changed: watch::Sender<u64>,
+    /// Names that nobody has tried to resolve yet.
+    unresolved: watch::Sender<usize>,
     workers: usize,
     seed: u64,
 }
@@ -88,6 +90,7 @@ impl Group {
             members: ArcSwap::from_pointee(Members::new(Vec::new(), workers, seed)),
             changing: Mutex::new(()),
             changed: watch::Sender::new(0),
+            unresolved: watch::Sender::new(0),
             config,
             workers,
             seed,
@@ -114,6 +117,10 @@ impl Group {
         if group.config.health.is_none() {
             list.iter().for_each(|member| member.server.assume(true));
         }
+        let is_empty = |(entry, _): &(usize, _)| list.iter().all(|member| member.entry != *entry);
+        let servers = group.config.servers.iter().enumerate();
+        let unresolved = servers.filter(is_empty).count();
+        group.unresolved.send_replace(unresolved);
         group.swap(list);
         group
     }
@@ -187,6 +194,54 @@ impl Group {
         Some(members.list[index].server.pick(key.worker))
     }
 
+    /// Chooses among servers that are not known to be usable: when nothing better is known than that they may be.
+    pub(crate) fn pick_untested(&self, key: &PickKey<'_>, tried: &[ServerId]) -> Option<Picked> {
+        let members = self.members.load();
+        let weight = |index: usize| {
+            let member = &members.list[index];
+            u64::from(!tried.contains(&member.server.id()) && !member.backup)
+        };
+        let index = self.choose(&members, key, weight)?;
+        let mut picked = members.list[index].server.pick(key.worker);
+        picked.untested = true;
+        Some(picked)
+    }
+
+    /// An untested server has answered.
+    #[cold]
+    fn trust(&self, id: ServerId, now: Moment) {
+        let members = self.members.load();
+        let mut list = members.list.iter();
+        if let Some(member) = list.find(|member| member.server.id() == id) {
+            let server = &member.server;
+            server.checks().forget();
+            server.eject(Moment::NEVER);
+            if !server.is_up() {
+                server.set_up(true, now);
+                tracing::info!(group = self.name(), server = %server.endpoint(), "up: it answers");
+            }
+        }
+    }
+
+    /// Whether a server is among those that may be picked.
+    pub(crate) fn has(&self, id: ServerId) -> bool {
+        let members = self.members.load();
+        members.list.iter().any(|member| member.server.id() == id)
+    }
+
+    /// Waits until every name has been looked up once. Returns at once in a group without names, or with servers.
+    pub(crate) async fn first_resolved(&self) {
+        let mut unresolved = self.unresolved.subscribe();
+        // We hold the sender.
+        drop(unresolved.wait_for(|count| *count == 0).await);
+    }
+
+    /// A name has been looked up for the first time.
+    pub(super) fn note_resolved(&self) {
+        self.unresolved
+            .send_modify(|count| *count = count.saturating_sub(1));
+    }
+
     /// A group of one: no choice to be made. Without checks it is usable whatever happened before.
     fn pick_only(&self, only: &Member, key: &PickKey<'_>, tried: &[ServerId]) -> Option<Picked> {
         let server = &only.server;
@@ -221,12 +276,16 @@ impl Group {
     }
 
     /// Learns how a request on a picked server ended; may eject it. Each pick is reported at most once.
-    pub(crate) fn report(&self, picked: &Picked, outcome: Outcome, now: Instant) {
+    pub(crate) fn report(&self, picked: &Picked, outcome: Outcome, now: impl FnOnce() -> Instant) {
         picked.count(outcome);
+        if picked.untested && matches!(outcome, Outcome::Answered(status) if status < 500) {
+            self.trust(picked.id(), Moment::of(now()));
+            return;
+        }
         let Some(rule) = &self.config.eject else {
             return;
         };
-        let now = Moment::of(now);
+        let now = Moment::of(now());
         let index = Window::index(now, rule.window);
         let failed = !matches!(outcome, Outcome::Answered(status) if status < 500);
         if rule.error_percent != 0 {
@@ -390,7 +449,7 @@ impl Members {
         Some(Arc::clone(&found.server))
     }
 
-    fn places_of(&self, entry: usize) -> Vec<Place> {
+    pub(super) fn places_of(&self, entry: usize) -> Vec<Place> {
         let members = self.list.iter().filter(|member| member.entry == entry);
         members
             .map(|member| Place {
@@ -402,7 +461,33 @@ impl Members {
     }
 }
 
-impl PickKey<'_> {
+impl<'k> PickKey<'k> {
+    /// The key of a request with this head, as it is sent to servers; empty for a raw connection. Looks into the head
+    /// only where the group wants something of it.
+    pub(crate) fn of(
+        group: &Group,
+        worker: usize,
+        now: Instant,
+        client: IpAddr,
+        head: &'k [u8],
+    ) -> Self {
+        let cookie = |name: &str| {
+            let mut headers = sticky::fields(head, "cookie");
+            headers.find_map(|header| sticky::find(header, name))
+        };
+        Self {
+            worker,
+            now,
+            client: Some(client),
+            hashed: match group.hash_by() {
+                None | Some(HashBy::Address) => None,
+                Some(HashBy::Cookie(name)) => cookie(name),
+                Some(HashBy::Header(name)) => sticky::fields(head, name).next(),
+            },
+            sticky: group.sticky_cookie().and_then(cookie),
+        }
+    }
+
     /// The cookie or header, or else the client's address. A client of IPv6 changes the lower half of its address
     /// as it likes; the upper half is its network.
     fn hash(&self) -> u64 {

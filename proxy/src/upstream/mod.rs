@@ -7,19 +7,28 @@
 
 mod address;
 mod balance;
+mod care;
+mod connect;
 mod directory;
 mod eject;
 mod group;
 mod health;
 mod moment;
+mod resolve;
 mod server;
+mod sites;
+mod status;
 mod sticky;
 #[cfg(test)]
 mod tests;
 
 pub use address::{Address, Endpoint};
+pub(crate) use care::Care;
+pub(crate) use connect::connect;
 pub(crate) use directory::Directory;
 pub(crate) use eject::Outcome;
 pub(crate) use group::{Group, PickKey};
+pub(crate) use server::Picked;
 pub use server::ServerId;
-pub(crate) use server::{Picked, State};
+pub(crate) use sites::{Chosen, Sites};
+pub(crate) use status::write_metrics;

@@ -10,6 +10,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use cutover_protocol::hold::ServerState;
+
 use super::address::Endpoint;
 use super::eject::{Ejections, Outcome, Rows, Window};
 use super::health::CheckRecord;
@@ -70,19 +72,6 @@ pub(crate) struct Shard {
     pub(super) window: Window,
 }
 
-/// A server as this instant sees it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum State {
-    /// Takes requests.
-    Up,
-    /// Takes fewer requests than its weight says; it came back a moment ago.
-    SlowStart,
-    /// Failed its checks.
-    Down,
-    /// Failed its requests, and is spared some.
-    Ejected,
-}
-
 /// Sums over all workers.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct Counts {
@@ -133,6 +122,7 @@ impl Server {
         Picked {
             shard: Arc::clone(shard),
             sticks: false,
+            untested: false,
         }
     }
 
@@ -204,15 +194,15 @@ impl Core {
     }
 
     /// Whether and how it takes requests.
-    pub(crate) fn state(&self, now: Moment, slow_start: Duration) -> State {
+    pub(crate) fn state(&self, now: Moment, slow_start: Duration) -> ServerState {
         if !self.is_up() {
-            State::Down
+            ServerState::Down
         } else if self.is_ejected(now) {
-            State::Ejected
+            ServerState::Ejected
         } else if self.back_for(now) < slow_start {
-            State::SlowStart
+            ServerState::SlowStart
         } else {
-            State::Up
+            ServerState::Up
         }
     }
 
@@ -306,6 +296,8 @@ pub(crate) struct Picked {
     shard: Arc<Shard>,
     /// The client's sticky cookie led here.
     pub(super) sticks: bool,
+    /// It was not known to be usable.
+    pub(super) untested: bool,
 }
 
 impl Picked {

@@ -17,6 +17,18 @@ pub(super) fn value(group: &str, secret: &str, endpoint: &Endpoint) -> Box<str> 
     bytes.map(|byte| format!("{byte:02x}")).collect()
 }
 
+/// The values of a field in a head that begins with a request line, blanks around them gone.
+pub(super) fn fields<'h>(head: &'h [u8], name: &str) -> impl Iterator<Item = &'h [u8]> {
+    let lines = head.split(|byte| *byte == b'\n').skip(1);
+    lines.filter_map(move |line| {
+        let (field, value) = line.split_at_checked(name.len())?;
+        let value = value.strip_prefix(b":")?;
+        field
+            .eq_ignore_ascii_case(name.as_bytes())
+            .then(|| value.trim_ascii())
+    })
+}
+
 /// The value of one cookie in a `Cookie` header, without its quotes; the first if there are several.
 pub(crate) fn find<'h>(header: &'h [u8], name: &str) -> Option<&'h [u8]> {
     header.split(|byte| *byte == b';').find_map(|pair| {
@@ -41,6 +53,15 @@ mod tests {
         assert_eq!(find(header, "empty"), Some(&b""[..]));
         assert_eq!(find(header, "ho"), None);
         assert_eq!(find(b"", "hop"), None);
+    }
+
+    #[test]
+    fn a_field_is_found_in_a_head_whatever_its_case() {
+        let head =
+            b"GET /cookie: HTTP/1.1\r\nHost: h\r\nCOOKIE: a=1\r\nCookies: x\r\ncookie:b=2 \r\n\r\n";
+        let found: Vec<&[u8]> = fields(head, "cookie").collect();
+        assert_eq!(found, [&b"a=1"[..], b"b=2"]);
+        assert_eq!(fields(b"", "cookie").count(), 0);
     }
 
     #[test]

@@ -4,12 +4,14 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use cutover_protocol::hold::ServerState;
+
 use super::address::Address;
 use super::directory::Directory;
 use super::eject::Outcome;
 use super::group::{Group, PickKey, Place};
 use super::moment::Moment;
-use super::server::{Picked, State};
+use super::server::Picked;
 use crate::config::{
     Balance, Check, EjectConfig, HashBy, HealthConfig, ServerConfig, StickyConfig, UpstreamConfig,
 };
@@ -100,7 +102,7 @@ fn a_plain_server_is_always_usable_and_counts_what_is_active() {
     let first = group.pick(&key(now), &[]).unwrap();
     for _ in 0..100 {
         let picked = group.pick(&key(now), &[]).unwrap();
-        group.report(&picked, Outcome::Unreachable, now);
+        group.report(&picked, Outcome::Unreachable, || now);
     }
     let counts = group.members().list[0].server.counts();
     assert_eq!(
@@ -339,7 +341,10 @@ fn a_server_that_comes_back_starts_slowly_and_has_its_share_at_the_end() {
             group.slow_start(),
         )
     };
-    assert_eq!((state(9), state(10)), (State::SlowStart, State::Up));
+    assert_eq!(
+        (state(9), state(10)),
+        (ServerState::SlowStart, ServerState::Up)
+    );
 }
 
 #[test]
@@ -353,7 +358,7 @@ fn a_server_that_fails_is_ejected_and_returns_by_itself() {
         let picked = (0..2).filter_map(|_| group.pick(&key(now), &[]));
         let first = picked.into_iter().find(|picked| name(picked) == 1);
         if let Some(picked) = first {
-            group.report(&picked, Outcome::Unreachable, now);
+            group.report(&picked, Outcome::Unreachable, || now);
         }
     };
     (0..3).for_each(|_| fail(start));
@@ -361,7 +366,7 @@ fn a_server_that_fails_is_ejected_and_returns_by_itself() {
     let server = Arc::clone(&group.members().list[0].server);
     assert_eq!(
         server.state(Moment::of(start), Duration::ZERO),
-        State::Ejected
+        ServerState::Ejected
     );
     let later = start + Duration::from_secs(10);
     assert_eq!(counts(&group, 10, later), [5, 5]);
@@ -384,10 +389,10 @@ fn a_share_of_errors_over_all_workers_ejects_even_between_good_answers() {
         };
         let picked = group.pick(&key, &[]).unwrap();
         let status = if request % 3 == 0 { 200 } else { 500 };
-        group.report(&picked, Outcome::Answered(status), now);
+        group.report(&picked, Outcome::Answered(status), || now);
     }
     let picked = group.pick(&key(now), &[]).unwrap();
-    group.report(&picked, Outcome::Broken, now);
+    group.report(&picked, Outcome::Broken, || now);
     assert!(group.pick(&key(now), &[]).is_none());
 }
 
@@ -400,7 +405,7 @@ fn at_most_half_of_the_servers_are_ejected() {
     let now = Instant::now();
     for _ in 0..100 {
         let picked = group.pick(&key(now), &[]).unwrap();
-        group.report(&picked, Outcome::Unreachable, now);
+        group.report(&picked, Outcome::Unreachable, || now);
     }
     let members = group.members();
     let ejected = members

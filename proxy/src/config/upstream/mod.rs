@@ -10,9 +10,7 @@ use std::time::Duration;
 use super::tls::UpstreamTlsConfig;
 use crate::upstream::Address;
 
-#[allow(unused_imports)] // until services name groups
-pub(super) use read::reference;
-pub(super) use read::{RESOLVER_KEYS, resolver, upstreams};
+pub(super) use read::{RESOLVER_KEYS, reference, resolver, upstreams};
 
 /// What a service or a route names as its upstream.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -21,6 +19,12 @@ pub enum UpstreamRef {
     Group(String),
     /// An address: a group of one.
     Plain(Address),
+}
+
+impl std::fmt::Display for UpstreamRef {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.name())
+    }
 }
 
 impl UpstreamRef {

@@ -83,7 +83,6 @@ pub(in crate::config) fn upstreams(
 }
 
 /// What a service or route names under `key`: an address, or a group that exists.
-#[allow(dead_code)] // until services name groups
 pub(in crate::config) fn reference(
     section: &Section<'_>,
     key: &'static str,

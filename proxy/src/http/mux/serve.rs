@@ -19,7 +19,7 @@ use crate::http::connection::Served;
 use crate::http::exchange::Progress;
 use crate::http::head::{self, HeadError, Scan};
 use crate::http::request::{self, Method, Origin};
-use crate::listen::client::Client;
+use crate::listen::client::{Client, Scheme};
 use crate::listen::port::{Connected, Passage, Port, Presence, Visitor};
 
 /// What a header list asked for.
@@ -177,18 +177,26 @@ impl<A: AnswerSink> Forwarding<'_, A> {
     ) -> Result<(), RequestError> {
         let port = self.port;
         let mut unsent = Unsent::new(body);
-        let mut ticket = port.admit(&mut visitor(served, gone.as_mut())).await?;
+        let mut ticket = port
+            .admit(&mut visitor(served, self.client, gone.as_mut()))
+            .await?;
         let mut may_reuse = true;
         loop {
             let Connected {
                 ticket: current,
                 upstream,
                 kept,
+                chosen,
             } = port
-                .connect(ticket, may_reuse, &mut visitor(served, gone.as_mut()))
+                .connect(
+                    ticket,
+                    may_reuse,
+                    &mut visitor(served, self.client, gone.as_mut()),
+                )
                 .await?;
             ticket = current;
             served.passage.register = Some(ticket.register());
+            served.request.set_cookie = chosen.set_cookie(self.client.scheme == Scheme::Https);
             let what = &served.head[..served.request.line_bytes];
             let _row = port
                 .in_flight
@@ -200,6 +208,7 @@ impl<A: AnswerSink> Forwarding<'_, A> {
                 reason = gone.as_mut() => Err(RequestError::ClientLeft(reason)),
                 received = exchange => received,
             };
+            served.report(&chosen, kept, received.as_ref().err());
             match received {
                 Ok(true) => {
                     port.pool.put(upstream);
@@ -293,9 +302,10 @@ impl<A: AnswerSink> Forwarding<'_, A> {
     }
 }
 
-fn visitor<'v>(served: &'v mut Served, gone: Gone<'v>) -> Visitor<'v> {
+fn visitor<'v>(served: &'v mut Served, client: &Client, gone: Gone<'v>) -> Visitor<'v> {
     Visitor {
         presence: Presence::Stream(gone),
+        client: client.address.ip(),
         buffer: None,
         head: &mut served.head,
         passage: &mut served.passage,

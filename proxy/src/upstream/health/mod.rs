@@ -1,7 +1,8 @@
 //! Active checks: what they found so far, and when that brings a server up or down.
 //!
 //! One check never changes a server: so many in a row do. Checks run on the control thread; workers see nothing of
-//! them but whether a server is up.
+//! them but whether a server is up. While the gate of a service holds, the servers of its groups are left alone: a
+//! check is a connection, and a hold means that there is none.
 
 mod http;
 mod mysql;
@@ -9,7 +10,9 @@ mod probe;
 #[cfg(test)]
 mod tests;
 
+use std::future::poll_fn;
 use std::sync::Arc;
+use std::task::Poll;
 use std::time::{Duration, Instant};
 
 use tokio::task::JoinSet;
@@ -20,9 +23,14 @@ use super::group::Group;
 use super::moment::Moment;
 use super::server::{Server, ServerId};
 use crate::config::HealthConfig;
+use crate::service::pool::{Counted, close_politely};
+use crate::service::{Gate, Mode};
+use crate::stream::Stream;
 
 pub(crate) use probe::CheckError;
 
+/// For a server to close its end of a check's connection.
+const CLOSE_MAX: Duration = Duration::from_secs(1);
 /// An interval is longer or shorter by up to one part in so many.
 const JITTER_PARTS: u32 = 10;
 
@@ -47,6 +55,11 @@ pub(crate) struct CheckResult {
 }
 
 impl CheckRecord {
+    /// Begins anew.
+    pub(super) const fn forget(&mut self) {
+        self.against = 0;
+    }
+
     /// Takes note; says what the server is from now on, if that changes.
     fn note(&mut self, result: CheckResult, is_up: bool, config: &HealthConfig) -> Option<bool> {
         let good = result.good;
@@ -69,7 +82,7 @@ impl CheckRecord {
 ///
 /// # Cancel safety
 /// Dropping the future ends all checks; what they found stays with the servers.
-pub(super) async fn watch(group: Arc<Group>) {
+pub(super) async fn watch(group: Arc<Group>, gates: Vec<Arc<Gate>>) {
     if group.config().health.is_none() {
         return;
     }
@@ -91,7 +104,8 @@ pub(super) async fn watch(group: Arc<Group>) {
             let id = member.server.id();
             if watched.iter().all(|(other, _)| *other != id) {
                 let (group, server) = (Arc::clone(&group), Arc::clone(&member.server));
-                watched.push((id, tasks.spawn_local(check_for_ever(group, server))));
+                let task = check_for_ever(group, server, gates.clone());
+                watched.push((id, tasks.spawn_local(task)));
             }
         }
         while tasks.try_join_next().is_some() {}
@@ -101,7 +115,7 @@ pub(super) async fn watch(group: Arc<Group>) {
     }
 }
 
-async fn check_for_ever(group: Arc<Group>, server: Arc<Server>) {
+async fn check_for_ever(group: Arc<Group>, server: Arc<Server>, gates: Vec<Arc<Gate>>) {
     let Some(config) = &group.config().health else {
         return;
     };
@@ -112,23 +126,63 @@ async fn check_for_ever(group: Arc<Group>, server: Arc<Server>) {
         sleep(config.interval.mul_f64(share_of(random)) / JITTER_PARTS).await;
     }
     loop {
-        let found = check(&group, &server).await;
-        settle(&group, &server, found, Instant::now());
+        check_unless_held(&group, &server, &gates).await;
         random = mix(random.wrapping_add(1));
         sleep(jittered(config.interval, random)).await;
     }
 }
 
-/// One check, within its time.
-pub(super) async fn check(group: &Group, server: &Server) -> Result<String, CheckError> {
+/// One check, or none: the gates count its connection, and it ends as soon as one of them holds.
+async fn check_unless_held(group: &Group, server: &Server, gates: &[Arc<Gate>]) {
+    // Counted before the look at the gates: either a hold sees the connection, or we see the hold.
+    let _counted: Vec<Counted> = gates.iter().map(|gate| Counted::new(gate, 0)).collect();
+    if gates.iter().any(|gate| gate.word().mode == Mode::Holding) {
+        return;
+    }
+    let checked = async {
+        let (found, stream) = check(group, server).await;
+        settle(group, server, found, Instant::now());
+        if let Some(stream) = stream {
+            close_politely(&stream, CLOSE_MAX).await;
+        }
+    };
+    tokio::select! {
+        biased;
+        () = any_holds(gates) => {}
+        () = checked => {}
+    }
+}
+
+async fn any_holds(gates: &[Arc<Gate>]) {
+    let mut holds: Vec<_> = gates
+        .iter()
+        .map(|gate| {
+            let mut words = gate.subscribe();
+            // A gate that is gone holds nobody, and its service is gone with it.
+            Box::pin(async move { drop(words.wait_for(|word| word.mode == Mode::Holding).await) })
+        })
+        .collect();
+    poll_fn(|context| {
+        let held = holds
+            .iter_mut()
+            .any(|hold| hold.as_mut().poll(context).is_ready());
+        if held { Poll::Ready(()) } else { Poll::Pending }
+    })
+    .await;
+}
+
+/// One check, within its time, and the connection it leaves.
+pub(super) async fn check(
+    group: &Group,
+    server: &Server,
+) -> (Result<String, CheckError>, Option<Stream>) {
     let Some(config) = &group.config().health else {
-        return Ok(String::new());
+        return (Ok(String::new()), None);
     };
     let probe = probe::probe(group.config(), &config.check, server.endpoint());
     let timed_out = CheckError::TimedOut(config.timeout.as_millis());
-    timeout(config.timeout, probe)
-        .await
-        .unwrap_or(Err(timed_out))
+    let found = timeout(config.timeout, probe).await;
+    found.unwrap_or((Err(timed_out), None))
 }
 
 /// Takes note of a check; brings the server up or down if that is due.

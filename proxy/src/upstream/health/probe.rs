@@ -2,14 +2,16 @@
 //!
 //! Never longer than the check's timeout, never more than the bytes it has to see, and no state between two checks.
 
+use std::borrow::Cow;
 use std::io;
 
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt as _};
 
 use super::{http, mysql};
-use crate::config::{Check, ProxyVersion, UpstreamConfig, UpstreamProtocol};
-use crate::stream::{Socket, Stream};
+use crate::config::{Check, HttpCheck, ProxyVersion, UpstreamConfig, UpstreamProtocol};
+use crate::stream::Stream;
 use crate::upstream::address::Endpoint;
+use crate::upstream::connect::connect;
 
 /// What begins a connection to a server that expects the PROXY protocol, when no client stands behind it: version 1
 /// with an unknown sender, version 2 with the command LOCAL.
@@ -61,7 +63,7 @@ pub(super) trait Wire: AsyncRead + AsyncWrite + Unpin {}
 
 impl<T: AsyncRead + AsyncWrite + Unpin> Wire for T {}
 
-/// Checks once; says what was found when that was good.
+/// Checks once; says what was found when that was good, and leaves the connection to be closed.
 ///
 /// # Cancel safety
 /// Dropping the future drops the connection.
@@ -69,33 +71,40 @@ pub(super) async fn probe(
     config: &UpstreamConfig,
     check: &Check,
     endpoint: &Endpoint,
-) -> Result<String, CheckError> {
-    let socket = match endpoint {
-        Endpoint::Tcp(address) => Socket::connect(*address).await,
-        Endpoint::Unix(path) => Socket::connect_unix(path).await,
+) -> (Result<String, CheckError>, Option<Stream>) {
+    let mut stream = match connect(endpoint).await {
+        Ok(stream) => stream,
+        Err(error) => return (Err(CheckError::Connect(error)), None),
     };
-    let mut stream = Stream::Plain(socket.map_err(CheckError::Connect)?);
     let greeting: &[u8] = match config.proxy_protocol {
         None => &[],
         Some(ProxyVersion::V1) => PROXY_V1,
         Some(ProxyVersion::V2) => PROXY_V2,
     };
-    if !greeting.is_empty() {
-        send(&mut stream, greeting).await?;
+    if !greeting.is_empty()
+        && let Err(error) = send(&mut stream, greeting).await
+    {
+        return (Err(error), Some(stream));
     }
-    match check {
-        Check::Tcp => Ok("connected".to_owned()),
-        Check::Mysql { user } => mysql::greet(&mut stream, user.as_deref()).await,
-        Check::Http(check) => {
-            let host = check.host.clone().unwrap_or_else(|| match endpoint {
-                Endpoint::Tcp(address) => address.to_string(),
-                Endpoint::Unix(_) => "localhost".to_owned(),
-            });
-            match config.protocol {
-                UpstreamProtocol::Http1 => http::ask_http1(&mut stream, check, &host).await,
-                UpstreamProtocol::Http2 => http::ask_http2(stream, check, &host).await,
-            }
+    let found = match (check, config.protocol) {
+        (Check::Tcp, _) => Ok("connected".to_owned()),
+        (Check::Mysql { user }, _) => mysql::greet(&mut stream, user.as_deref()).await,
+        (Check::Http(check), UpstreamProtocol::Http1) => {
+            http::ask_http1(&mut stream, check, &host(check, endpoint)).await
         }
+        (Check::Http(check), UpstreamProtocol::Http2) => {
+            let found = http::ask_http2(stream, check, &host(check, endpoint)).await;
+            return (found, None);
+        }
+    };
+    (found, Some(stream))
+}
+
+fn host<'h>(check: &'h HttpCheck, endpoint: &Endpoint) -> Cow<'h, str> {
+    match (&check.host, endpoint) {
+        (Some(host), _) => Cow::Borrowed(host),
+        (None, Endpoint::Tcp(address)) => Cow::Owned(address.to_string()),
+        (None, Endpoint::Unix(_)) => Cow::Borrowed("localhost"),
     }
 }
 

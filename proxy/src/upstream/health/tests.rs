@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use cutover_protocol::hold::ServerState;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream, UnixListener};
 use tokio::task::LocalSet;
@@ -15,7 +16,6 @@ use crate::config::{
 use crate::upstream::address::Address;
 use crate::upstream::group::Group;
 use crate::upstream::moment::Moment;
-use crate::upstream::server::State;
 
 /// Longer than anything takes that works.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -52,7 +52,8 @@ fn group(config: UpstreamConfig) -> Group {
 async fn found(config: UpstreamConfig) -> Result<String, String> {
     let group = group(config);
     let server = Arc::clone(&group.members().list[0].server);
-    let found = timeout(PATIENCE, check(&group, &server)).await.unwrap();
+    let (found, stream) = timeout(PATIENCE, check(&group, &server)).await.unwrap();
+    drop(stream);
     found.map_err(|error| error.to_string())
 }
 
@@ -373,7 +374,7 @@ fn three_bad_checks_in_a_row_bring_a_server_down_and_two_good_ones_up() {
     assert_eq!(seen, [false, false, false, true, true]);
     assert_eq!(
         server.state(Moment::of(now), Duration::from_secs(1)),
-        State::SlowStart
+        ServerState::SlowStart
     );
 }
 
@@ -400,7 +401,7 @@ async fn a_watched_server_goes_down_with_its_listener_and_comes_back_with_it() {
         }
     };
     let test = local.run_until(async {
-        let task = tokio::task::spawn_local(watch(Arc::clone(&group)));
+        let task = tokio::task::spawn_local(watch(Arc::clone(&group), Vec::new()));
         drop(listener);
         until(false).await;
         let reason = server.checks().last.clone().unwrap().reason;
