@@ -81,6 +81,7 @@ impl Peer {
             Setup::Tcp => origin.raw,
             Setup::Clear | Setup::Tls => origin.http,
         };
+        // These names are all a template may use; a test fills every one of them in.
         let values = [
             ("listen", address.to_string()),
             ("origin", origin.to_string()),
@@ -149,4 +150,35 @@ fn free_address() -> std::io::Result<SocketAddr> {
 fn is_port_taken(message: &str) -> bool {
     let message = message.to_lowercase();
     message.contains("address already in use") || message.contains("cannot bind")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const NAMES: [&str; 5] = ["listen", "origin", "folder", "run", "user"];
+
+    #[test]
+    fn every_proxy_has_a_template_for_every_setup_and_the_lab_knows_its_words() {
+        let templates = Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs/lab/bench");
+        for proxy in Proxy::ALL {
+            for setup in [Setup::Clear, Setup::Tls, Setup::Tcp] {
+                let name = format!("{}-{}.{}", proxy.as_str(), setup.as_str(), extension(proxy));
+                let text = fs::read_to_string(templates.join(&name)).unwrap();
+                let filled = template::fill(&text, &NAMES.map(|name| (name, "value")));
+                assert!(filled.is_ok_and(|text| !text.contains("{{")), "{name}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_port_that_was_taken_meanwhile_is_told_from_other_failures() {
+        for said in [
+            "bind() to 127.0.0.1:80 failed (98: Address already in use)",
+            "cannot bind socket (Address already in use) for [127.0.0.1:80]",
+        ] {
+            assert!(is_port_taken(said), "{said}");
+        }
+        assert!(!is_port_taken("unknown key \"tls\""));
+    }
 }

@@ -1,8 +1,10 @@
 //! The one test command: every test of the workspace, then hops of real containers from end to end.
 
 use std::process::Stdio;
+use std::thread;
 use std::time::Duration;
 
+use crate::bench::{self, case};
 use crate::command::{Shell, kill_group};
 use crate::interrupt;
 use crate::lab::app::App;
@@ -105,6 +107,8 @@ const WORKSPACE: &str = "the workspace's own tests";
 const BAD_INPUT: &str = "bad input gets one clear line and an exit code, and changes nothing";
 const CAN_FAIL: &str = "the harness can fail: a lost and a doubled id turn a verdict red";
 
+const BENCHMARK: &str = "the benchmark measures all three proxies without an error";
+
 /// Runs the tests whose name contains `filter` and prints one line of sums at the very end. True when all of them
 /// passed, and there was one.
 ///
@@ -161,6 +165,10 @@ pub fn run(filter: &str, folders: &Folders, progress: &Progress) -> Result<bool>
             outcome => count(BAD_INPUT, outcome.map_err(|error| error.to_string())),
         }
     }
+    if wanted(BENCHMARK) {
+        progress.say(format!("end to end: {BENCHMARK}"));
+        count(BENCHMARK, benchmark(folders, progress));
+    }
     if wanted(CAN_FAIL) {
         count(CAN_FAIL, harness_can_fail());
     }
@@ -175,6 +183,51 @@ pub fn run(filter: &str, folders: &Folders, progress: &Progress) -> Result<bool>
     }
     println!("{passed} passed, {failed} failed");
     Ok(failed == 0 && passed > 0)
+}
+
+/// One case, a fraction of a second for each proxy: enough to see that figures come out, too little to judge them.
+fn benchmark(folders: &Folders, progress: &Progress) -> std::result::Result<(), String> {
+    let cases = case::chosen(&["get-64".to_owned()]).map_err(str::to_owned)?;
+    let options = bench::run::Options {
+        cases,
+        length: Duration::from_millis(200),
+        rounds: 1,
+        hopgate: None,
+    };
+    // A thread of its own, for the benchmark keeps to one core and the tests after it should not.
+    let report = thread::scope(|scope| {
+        let run = scope.spawn(|| {
+            bench::run::run(&options, folders, progress, |case| {
+                progress.aside(|| println!("{}", case.table()));
+            })
+        });
+        run.join()
+    });
+    let report = report
+        .map_err(|_| "the benchmark's thread ended".to_owned())?
+        .map_err(|error| error.to_string())?;
+    let rows: Vec<serde_json::Value> = report
+        .json()
+        .and_then(|text| serde_json::from_str(&text))
+        .map_err(|error| error.to_string())?;
+    let positive =
+        |row: &serde_json::Value, key: &str| row[key].as_f64().is_some_and(|value| value > 0.0);
+    let whole = rows.iter().all(|row| {
+        [
+            "cpu_us_per_request",
+            "requests_per_s",
+            "p50_ms",
+            "p99_ms",
+            "rss_bytes",
+        ]
+        .iter()
+        .all(|key| positive(row, key))
+    });
+    if rows.len() == 3 && whole && report.is_clean() {
+        Ok(())
+    } else {
+        Err(format!("{rows:?}"))
+    }
 }
 
 /// Spoils a faithful run on purpose: a harness that stays green then proves nothing.
