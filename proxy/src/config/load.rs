@@ -86,7 +86,7 @@ const SERVICE_KEYS: &[&str] = &[
     "rate",
     "route",
 ];
-const LISTEN_KEYS: &[&str] = &["address", "tls"];
+const LISTEN_KEYS: &[&str] = &["address", "tls", "proxy_protocol_from"];
 
 /// Files the process needs for itself: listeners, epolls, control and metrics clients, logs, libraries.
 const FILES_RESERVED: u64 = 200;
@@ -255,7 +255,7 @@ fn service(section: &Section<'_>, around: Around<'_>) -> Result<ServiceConfig, P
         protocol,
         source,
         target,
-        trusted_from: route::trusted_from(section)?,
+        trusted_from: route::networks(section, "trusted_from")?,
         rate: route::rate(section)?,
         routes: route::routes(section, around.limits)?,
     })
@@ -271,7 +271,11 @@ fn listeners(
     if section.holds_text("listen") {
         let text = section.required_text("listen", EXAMPLE)?;
         let address = listen_address(section, "listen", text, folder)?;
-        return Ok(vec![ListenConfig { address, tls: None }]);
+        return Ok(vec![ListenConfig {
+            address,
+            tls: None,
+            proxy_protocol_from: crate::forwarded::TrustedFrom::default(),
+        }]);
     }
     let mut listeners = Vec::new();
     let place = |index: usize, _: &Table| format!("listener {} of {}", index + 1, section.place());
@@ -286,7 +290,11 @@ fn listeners(
             return Err(listener.no_such("tls", "profile", name, known));
         }
         let tls = tls.map(Box::from);
-        listeners.push(ListenConfig { address, tls });
+        listeners.push(ListenConfig {
+            address,
+            tls,
+            proxy_protocol_from: route::networks(&listener, "proxy_protocol_from")?,
+        });
     }
     if listeners.is_empty() {
         return Err(section.missing("listen", EXAMPLE));

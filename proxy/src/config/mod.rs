@@ -104,6 +104,8 @@ impl std::fmt::Display for ListenAddress {
 pub struct ListenConfig {
     /// Where.
     pub address: ListenAddress,
+    /// Who has to say by the PROXY protocol for whom it connects.
+    pub(crate) proxy_protocol_from: TrustedFrom,
     /// The TLS profile that clients meet, if they speak TLS.
     pub tls: Option<Box<str>>,
 }

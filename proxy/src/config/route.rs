@@ -56,14 +56,14 @@ const REGEX_TEXT_BYTES_MAX: usize = 4096;
 /// Places for addresses in a rate limit, 16 bytes each: one megabyte.
 const ADDRESSES_DEFAULT: usize = 65_536;
 
-/// `trusted_from` of a service.
-pub(super) fn trusted_from(service: &Section<'_>) -> Result<TrustedFrom, Problem> {
+/// A list of networks.
+pub(super) fn networks(section: &Section<'_>, key: &'static str) -> Result<TrustedFrom, Problem> {
     const WANTED: &str = "a network such as 10.0.0.0/8, or an address";
-    let texts = service.text_or_texts("trusted_from")?.unwrap_or_default();
+    let texts = section.text_or_texts(key)?.unwrap_or_default();
     let networks = texts.into_iter().map(|text| {
         let network = text.parse::<IpNet>();
         let network = network.or_else(|_| text.parse::<IpAddr>().map(IpNet::from));
-        network.map_err(|_| service.bad_text("trusted_from", text, WANTED))
+        network.map_err(|_| section.bad_text(key, text, WANTED))
     });
     networks.collect::<Result<_, _>>().map(TrustedFrom::new)
 }

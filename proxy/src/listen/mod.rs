@@ -4,7 +4,9 @@
 pub(crate) mod bound;
 pub(crate) mod client;
 pub(crate) mod hangup;
+pub(crate) mod hello;
 pub(crate) mod port;
+pub(crate) mod proxy_protocol;
 
 use std::cell::{Cell, RefCell};
 use std::io;
@@ -242,6 +244,16 @@ fn start(
 
 /// What comes before the listener's protocol is done here.
 async fn greet(port: Rc<Port>, door: &Door, socket: Socket, mut client: Client) {
+    if door
+        .config
+        .proxy_protocol_from
+        .believes(client.address.ip())
+    {
+        match introduced(&port, &socket, client).await {
+            Some(introduced) => client = introduced,
+            None => return,
+        }
+    }
     let stream = match &door.tls {
         None => Stream::Plain(socket),
         Some(profile) => match shake(&port, door, profile, socket).await {
@@ -256,6 +268,22 @@ async fn greet(port: Rc<Port>, door: &Door, socket: Socket, mut client: Client) 
         Protocol::Http => crate::http::connection::serve(port, stream, client).await,
         // Its future is larger than an idle HTTP connection's, which would have to have room for it.
         Protocol::Tcp => Box::pin(crate::tcp::serve(port, stream, client)).await,
+    }
+}
+
+/// Reads who the client is from the balancer in front of us, within the time a client has for its head.
+async fn introduced(port: &Port, socket: &Socket, balancer: Client) -> Option<Client> {
+    let sender = balancer.address;
+    let limit = port.settings().limits.client_head_max;
+    let read = tokio::time::timeout(limit, proxy_protocol::read(socket, balancer)).await;
+    match read.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())) {
+        Ok(client) => Some(client),
+        // A check that only connects ends here, as it should.
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => None,
+        Err(error) => {
+            tracing::warn!(service = %port.service.name(), %sender, "no PROXY protocol header, though this sender must send one: {error}");
+            None
+        }
     }
 }
 

@@ -19,7 +19,7 @@ use tokio::time::timeout;
 use crate::buffer::{Buffer, Buffers};
 use crate::tls::stream::{Mark, TlsStream};
 
-pub(crate) use socket::Socket;
+pub(crate) use socket::{Look, Socket};
 
 /// A connection's bytes.
 #[derive(Debug)]

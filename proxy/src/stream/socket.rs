@@ -5,6 +5,7 @@
 //! at once instead of being shown an EAGAIN first (epoll(7), "Questions and answers", 9). Writes go straight to the
 //! kernel and ask the reactor only after an EAGAIN. Reads and writes share `&self`: one task serves both ways.
 
+use std::future::poll_fn;
 use std::io::{self, IoSlice};
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -17,6 +18,15 @@ use rustix::net::{
 };
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
+
+/// How much a look at what has arrived has shown.
+#[derive(Debug)]
+pub(crate) enum Look<T> {
+    /// Enough.
+    Seen(T),
+    /// Not enough yet.
+    Further,
+}
 
 /// A connected stream socket.
 #[derive(Debug)]
@@ -68,7 +78,7 @@ impl Socket {
         };
         let socket = Self::new(fd)?;
         if waits {
-            std::future::poll_fn(|context| socket.poll_writable(context)).await?;
+            poll_fn(|context| socket.poll_writable(context)).await?;
             rustix::net::sockopt::socket_error(&socket)??;
         }
         Ok(socket)
@@ -96,6 +106,51 @@ impl Socket {
         operation: impl FnOnce(&OwnedFd) -> io::Result<T>,
     ) -> io::Result<T> {
         self.fd.try_io(Interest::READABLE, operation)
+    }
+
+    /// Shows what has arrived to `examine`, again after each arrival, until it has seen enough; nothing is taken off
+    /// the connection. It must have seen enough by the time the room is full.
+    ///
+    /// # Errors
+    /// What the socket says; `UnexpectedEof` when the peer finishes first.
+    ///
+    /// # Cancel safety
+    /// Yes.
+    pub(crate) async fn look<T>(
+        &self,
+        room: &mut [u8],
+        mut examine: impl FnMut(&[u8]) -> Look<T>,
+    ) -> io::Result<T> {
+        let mut seen = 0;
+        loop {
+            poll_fn(|context| self.poll_readable(context)).await?;
+            let looked = self.fd.try_io(Interest::READABLE, |fd| {
+                let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
+                let (count, _) = rustix::net::recv(fd, &mut *room, flags)?;
+                // The same bytes again: the next edge brings more. An end brings none, and stays.
+                if count == seen && count > 0 {
+                    return Err(io::ErrorKind::WouldBlock.into());
+                }
+                Ok(count)
+            });
+            match looked {
+                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok(count) => {
+                    seen = count;
+                    if let Look::Seen(done) = examine(&room[..count]) {
+                        return Ok(done);
+                    }
+                }
+                // Nothing new, and still something to read: the end.
+                Err(error)
+                    if error.kind() == io::ErrorKind::WouldBlock && self.seems_readable() =>
+                {
+                    return Err(io::ErrorKind::UnexpectedEof.into());
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(error) => return Err(error),
+            }
+        }
     }
 
     /// Reads what is there without asking the reactor first: right for a socket so new that the reactor cannot know.

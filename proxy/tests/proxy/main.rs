@@ -8,6 +8,7 @@ mod deciding;
 mod forwarding;
 mod holding;
 mod http2;
+mod listening;
 mod process;
 mod refusals;
 mod reload;
