@@ -275,7 +275,7 @@ async fn greet(port: Rc<Port>, door: &Door, socket: Socket, mut client: Client) 
 async fn introduced(port: &Port, socket: &Socket, balancer: Client) -> Option<Client> {
     let sender = balancer.address;
     let limit = port.settings().limits.client_head_max;
-    let read = tokio::time::timeout(limit, proxy_protocol::read(socket, balancer)).await;
+    let read = timeout(limit, proxy_protocol::read(socket, balancer)).await;
     match read.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())) {
         Ok(client) => Some(client),
         // A check that only connects ends here, as it should.
