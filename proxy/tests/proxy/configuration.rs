@@ -45,7 +45,9 @@ fn the_full_file_shows_every_default() {
         format!("{:?}", minimal.release)
     );
     assert_eq!(full.workers, minimal.workers);
-    assert_eq!(full.services.last().unwrap().protocol, Protocol::Tcp);
+    let mut services = full.services.iter();
+    let database = services.find(|service| service.name.as_str() == "database");
+    assert_eq!(database.unwrap().protocol, Protocol::Tcp);
     let lines = std::fs::read_to_string(configs().join("proxy/minimal.toml")).unwrap();
     assert!(lines.lines().count() <= 10);
 }
