@@ -19,6 +19,7 @@ use crate::listen::bound::{Asker, Bound, Kind, Place};
 use crate::listen::port::Settings;
 use crate::proxy::StartError;
 use crate::service::{Service, StateDir};
+use crate::tls::TlsError;
 use crate::tls::profile::Profile;
 use crate::upstream::{Directory, Sites};
 
@@ -109,7 +110,7 @@ impl Snapshot {
         });
         let metrics = metrics.transpose()?;
         let access_log = open_log(config.access_log.as_ref(), before, &ground.logs)?;
-        let directory = directory(&config, before);
+        let directory = directory(&config, before).map_err(StartError::Tls)?;
         let mut services = Vec::new();
         for (config_of, listeners) in config.services.iter().zip(listeners) {
             let known = before.and_then(|before| before.known(&config_of.name));
@@ -209,7 +210,7 @@ impl Serving {
 }
 
 /// All groups that are configured, and those of one server that services name by its address.
-fn directory(config: &Config, before: Option<&Snapshot>) -> Directory {
+fn directory(config: &Config, before: Option<&Snapshot>) -> Result<Directory, TlsError> {
     let named = config
         .services
         .iter()

@@ -322,7 +322,7 @@ impl Connection<'_> {
     fn visitor<'v>(&'v mut self, served: &'v mut Served) -> Visitor<'v> {
         Visitor {
             presence: Presence::Connection(self.stream),
-            client: self.client.address.ip(),
+            client: self.client.address,
             buffer: Some(&mut self.buffer),
             head: &mut served.head,
             passage: &mut served.passage,

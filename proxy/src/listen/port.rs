@@ -3,7 +3,7 @@
 //! The way from a request to a ticket and an upstream connection is the same for HTTP and raw TCP, and is here.
 
 use std::cell::{Cell, RefCell};
-use std::net::IpAddr;
+use std::net::SocketAddr;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -24,7 +24,7 @@ use crate::service::inflight::InFlightTable;
 use crate::service::pool::{NoConnection, Pool, Upstream};
 use crate::service::{Admission, Parked, Service, Ticket};
 use crate::stream::Stream;
-use crate::upstream::{Chosen, Endpoint, Outcome, PickKey, Picked, Sites};
+use crate::upstream::{Chosen, Endpoint, Outcome, PickKey, Picked, Sender, Sites};
 
 /// What a reload may change under a running connection; taken anew for each request.
 #[derive(Debug)]
@@ -169,11 +169,26 @@ impl std::fmt::Debug for Presence<'_> {
 #[derive(Debug)]
 pub(crate) struct Visitor<'v> {
     pub(crate) presence: Presence<'v>,
-    pub(crate) client: IpAddr,
+    /// Who it is.
+    pub(crate) client: SocketAddr,
     /// Its connection's buffer, if it has one of its own.
     pub(crate) buffer: Option<&'v mut Buffer>,
     pub(crate) head: &'v mut Vec<u8>,
     pub(crate) passage: &'v mut Passage,
+}
+
+impl Visitor<'_> {
+    /// As servers are told by the PROXY protocol.
+    fn sender(&self) -> Sender {
+        let listener = match &self.presence {
+            Presence::Connection(stream) => rustix::net::getsockname(stream).ok(),
+            Presence::Stream(_) => None,
+        };
+        Sender {
+            client: self.client,
+            listener: listener.and_then(|address| SocketAddr::try_from(address).ok()),
+        }
+    }
 }
 
 /// A ticket and the connection it is good for.
@@ -288,7 +303,7 @@ impl Port {
         now: Instant,
     ) -> Result<(Upstream, bool, Picked), RequestError> {
         let group = sites.of(ticket.register().owner);
-        let key = PickKey::of(group, self.worker, now, visitor.client, visitor.head);
+        let key = PickKey::of(group, self.worker, now, visitor.client.ip(), visitor.head);
         let connect_max = self.settings().limits.connect_max;
         let (mut tried, mut waited) = (Vec::new(), false);
         let mut error = RequestError::NoServer;
@@ -300,7 +315,7 @@ impl Port {
                     .then(|| group.pick_untested(&key, &tried))
                     .flatten()
             });
-            let Some(picked) = picked else {
+            let Some(mut picked) = picked else {
                 if waited || !tried.is_empty() {
                     break;
                 }
@@ -311,6 +326,9 @@ impl Port {
                 waited = true;
                 continue;
             };
+            if group.config().proxy_protocol.is_some() {
+                picked.name_sender(visitor.sender());
+            }
             if may_reuse && let Some(upstream) = self.pool.take(ticket, picked.id()) {
                 return Ok((upstream, true, picked));
             }

@@ -27,6 +27,8 @@ const TURN_MAX: Duration = Duration::from_millis(5);
 pub(crate) struct Upstream {
     pub(crate) stream: Stream,
     server: ServerId,
+    /// It began by naming its client, and is no other's.
+    is_personal: bool,
     /// For whom, and in which epoch it was made.
     register: Register,
     /// Dropped after the stream: the count must not say zero while the socket is open.
@@ -127,7 +129,7 @@ impl Pool {
         let counted = Counted::new(gate, self.worker);
         let moved = words.wait_for(|word| word.mode == Mode::Holding || word.register != register);
         let connect_max = self.current.settings().limits.connect_max;
-        let attempt = timeout(connect_max, connect(server.endpoint()));
+        let attempt = timeout(connect_max, connect(server, server.sender(), connect_max));
         let stream = tokio::select! {
             biased;
             _ = moved => return Err(NoConnection::GateMoved),
@@ -136,6 +138,7 @@ impl Pool {
         Ok(Upstream {
             stream: stream.map_err(NoConnection::Failed)?,
             server: server.id(),
+            is_personal: server.sender().is_some(),
             register,
             _counted: counted,
         })
@@ -144,7 +147,8 @@ impl Pool {
     /// Keeps a connection for the next request, or closes it if no later request may use it.
     pub(crate) fn put(&self, upstream: Upstream) {
         let word = self.service.gate.word();
-        if word.mode == Mode::Holding || word.register != upstream.register {
+        let moved = word.mode == Mode::Holding || word.register != upstream.register;
+        if moved || upstream.is_personal {
             self.part(upstream);
         } else if self.idle_count.get() < self.current.settings().limits.upstream_idle_count_max {
             self.idle_count.set(self.idle_count.get() + 1);

@@ -34,7 +34,7 @@ async fn forward(
     let mut head = Vec::new();
     let mut visitor = Visitor {
         presence: Presence::Connection(stream),
-        client: client.address.ip(),
+        client: client.address,
         buffer: None,
         head: &mut head,
         passage,

@@ -11,6 +11,7 @@ use super::address::Address;
 use super::group::Group;
 use super::sites::Sites;
 use crate::config::{UpstreamConfig, UpstreamRef};
+use crate::tls::TlsError;
 
 /// All groups of one configuration.
 #[derive(Debug, Default)]
@@ -20,12 +21,15 @@ pub(crate) struct Directory {
 
 impl Directory {
     /// The groups that are configured, and one for each plain address that a service names.
+    ///
+    /// # Errors
+    /// Files for TLS cannot be used.
     pub(crate) fn new(
         upstreams: &[UpstreamConfig],
         plain: impl IntoIterator<Item = Address>,
         workers: usize,
         before: Option<&Self>,
-    ) -> Self {
+    ) -> Result<Self, TlsError> {
         let mut directory = Self::default();
         let seed = RandomState::new();
         let of_one = plain.into_iter().map(UpstreamConfig::of_one);
@@ -35,10 +39,10 @@ impl Directory {
             }
             let before = before.and_then(|before| before.group(&config.name));
             let seed = seed.hash_one(&config.name);
-            let group = Group::new(config, workers, seed, before.map(Arc::as_ref));
+            let group = Group::new(config, workers, seed, before.map(Arc::as_ref))?;
             directory.groups.push(Arc::new(group));
         }
-        directory
+        Ok(directory)
     }
 
     /// A group by its name, or by its plain address.

@@ -12,11 +12,14 @@ use tokio::sync::watch;
 
 use super::address::Endpoint;
 use super::balance::{self, Seat};
+use super::connect::Way;
 use super::eject::{self, Outcome, Window};
 use super::moment::Moment;
 use super::server::{Picked, Server, ServerId};
 use super::sticky;
-use crate::config::{Balance, EjectConfig, HashBy, UpstreamConfig};
+use crate::config::{Balance, EjectConfig, HashBy, ServerConfig, UpstreamConfig};
+use crate::tls::TlsError;
+use crate::tls::client::UpstreamTls;
 
 /// Most servers of a group: a name that resolves to more is somebody's mistake, and choosing looks at each.
 pub(super) const SERVERS_MAX: usize = 1024;
@@ -41,6 +44,8 @@ pub(crate) struct PickKey<'k> {
 pub(crate) struct Group {
     config: UpstreamConfig,
     members: ArcSwap<Members>,
+    /// By entry of the configuration's `servers`.
+    ways: Box<[Arc<Way>]>,
     /// Taken by whoever changes `members` or ejects one of them.
     changing: Mutex<()>,
     /// Counts changes of `members`.
@@ -85,8 +90,9 @@ impl Group {
         workers: usize,
         seed: u64,
         before: Option<&Self>,
-    ) -> Self {
+    ) -> Result<Self, TlsError> {
         let group = Self {
+            ways: ways(&config)?,
             members: ArcSwap::from_pointee(Members::new(Vec::new(), workers, seed)),
             changing: Mutex::new(()),
             changed: watch::Sender::new(0),
@@ -122,7 +128,7 @@ impl Group {
         let unresolved = servers.filter(is_empty).count();
         group.unresolved.send_replace(unresolved);
         group.swap(list);
-        group
+        Ok(group)
     }
 
     /// Its name; a plain address if the configuration gave it none.
@@ -372,9 +378,17 @@ impl Group {
             if there || list.len() >= SERVERS_MAX {
                 continue;
             }
-            let before = known.and_then(|known| known.find(&place.endpoint));
+            let way = &self.ways[entry];
+            let before = known.and_then(|known| known.find(&place.endpoint, way));
+            let server = match before {
+                Some(server) => {
+                    server.set_way(Arc::clone(way));
+                    server
+                }
+                None => Arc::new(self.new_server(place.endpoint, Arc::clone(way))),
+            };
             list.push(Member {
-                server: before.unwrap_or_else(|| Arc::new(self.new_server(place.endpoint))),
+                server,
                 weight: place.weight,
                 backup: place.backup,
                 entry,
@@ -382,7 +396,7 @@ impl Group {
         }
     }
 
-    fn new_server(&self, endpoint: Endpoint) -> Server {
+    fn new_server(&self, endpoint: Endpoint, way: Arc<Way>) -> Server {
         let cookie = self
             .config
             .sticky
@@ -391,7 +405,7 @@ impl Group {
                 sticky::value(&self.config.name, &config.secret, &endpoint)
             });
         let hash_seed = balance::stable_hash(endpoint.to_string().as_bytes());
-        let server = Server::new(endpoint, cookie, hash_seed, self.workers);
+        let server = Server::new(endpoint, way, cookie, hash_seed, self.workers);
         if let Some(health) = &self.config.health {
             server.assume(health.initially_up);
         }
@@ -427,6 +441,20 @@ impl Group {
     }
 }
 
+/// How the servers of each entry are spoken to.
+fn ways(config: &UpstreamConfig) -> Result<Box<[Arc<Way>]>, TlsError> {
+    let load = |tls| UpstreamTls::load(&config.name, tls, config.protocol);
+    let tls = config.tls.as_ref().map(load).transpose()?;
+    let of_entry = |server: &ServerConfig| {
+        Arc::new(Way {
+            address: server.address.clone(),
+            tls: tls.clone(),
+            proxy_protocol: config.proxy_protocol,
+        })
+    };
+    Ok(config.servers.iter().map(of_entry).collect())
+}
+
 impl Members {
     fn new(list: Vec<Member>, workers: usize, seed: u64) -> Self {
         let seats = (0..workers.max(1)).map(|worker| {
@@ -443,9 +471,13 @@ impl Members {
         }
     }
 
-    fn find(&self, endpoint: &Endpoint) -> Option<Arc<Server>> {
+    /// The server at an endpoint, if connections to it are made for the same name.
+    fn find(&self, endpoint: &Endpoint, way: &Way) -> Option<Arc<Server>> {
         let mut members = self.list.iter();
-        let found = members.find(|member| member.server.endpoint() == endpoint)?;
+        let found = members.find(|member| {
+            let server = &member.server;
+            server.endpoint() == endpoint && server.way().address == way.address
+        })?;
         Some(Arc::clone(&found.server))
     }
 

@@ -24,7 +24,7 @@ mod tests;
 
 pub use address::{Address, Endpoint};
 pub(crate) use care::Care;
-pub(crate) use connect::connect;
+pub(crate) use connect::{Sender, connect};
 pub(crate) use directory::Directory;
 pub(crate) use eject::Outcome;
 pub(crate) use group::{Group, PickKey};

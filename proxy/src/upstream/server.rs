@@ -10,9 +10,11 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use arc_swap::ArcSwap;
 use cutover_protocol::hold::ServerState;
 
 use super::address::Endpoint;
+use super::connect::{Sender, Way};
 use super::eject::{Ejections, Outcome, Rows, Window};
 use super::health::CheckRecord;
 use super::moment::Moment;
@@ -44,6 +46,8 @@ pub(crate) struct Server {
 pub(crate) struct Core {
     id: ServerId,
     endpoint: Endpoint,
+    /// A reload may bring another, with certificates that were renewed.
+    way: ArcSwap<Way>,
     /// Where rendezvous hashing starts: the same in every process and on every machine.
     pub(super) hash_seed: u64,
     /// Value of the sticky cookie.
@@ -91,6 +95,7 @@ impl Server {
     /// A server that takes requests.
     pub(super) fn new(
         endpoint: Endpoint,
+        way: Arc<Way>,
         cookie: Box<str>,
         hash_seed: u64,
         workers: usize,
@@ -99,6 +104,7 @@ impl Server {
         let core = Arc::new(Core {
             id: ServerId(NEXT.fetch_add(1, Relaxed)),
             endpoint,
+            way: ArcSwap::new(way),
             hash_seed,
             cookie,
             up: AtomicBool::new(true),
@@ -123,6 +129,7 @@ impl Server {
             shard: Arc::clone(shard),
             sticks: false,
             untested: false,
+            sender: None,
         }
     }
 
@@ -173,6 +180,15 @@ impl Core {
     /// Where it accepts connections.
     pub(crate) const fn endpoint(&self) -> &Endpoint {
         &self.endpoint
+    }
+
+    /// How connections to it begin.
+    pub(super) fn way(&self) -> Arc<Way> {
+        self.way.load_full()
+    }
+
+    pub(super) fn set_way(&self, way: Arc<Way>) {
+        self.way.store(way);
     }
 
     /// What the sticky cookie says of it.
@@ -298,6 +314,8 @@ pub(crate) struct Picked {
     pub(super) sticks: bool,
     /// It was not known to be usable.
     pub(super) untested: bool,
+    /// Who is to be named to it, if it wants to know.
+    sender: Option<Sender>,
 }
 
 impl Picked {
@@ -308,6 +326,16 @@ impl Picked {
             Outcome::Unreachable => bump(&self.shard.connect_errors),
             Outcome::Broken => bump(&self.shard.broken),
         }
+    }
+
+    /// Notes for whom it was picked; only where the server wants to know.
+    pub(crate) const fn name_sender(&mut self, sender: Sender) {
+        self.sender = Some(sender);
+    }
+
+    /// For whom a connection is made that is this one client's only.
+    pub(crate) const fn sender(&self) -> Option<Sender> {
+        self.sender
     }
 
     pub(super) fn window(&self) -> &Window {

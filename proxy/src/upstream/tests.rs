@@ -41,7 +41,7 @@ fn config(weights: &[u32]) -> UpstreamConfig {
 }
 
 fn group(config: UpstreamConfig) -> Group {
-    Group::new(config, 2, 1, None)
+    Group::new(config, 2, 1, None).unwrap()
 }
 
 fn health(initially_up: bool) -> HealthConfig {
@@ -96,7 +96,7 @@ fn counts(group: &Group, picks: usize, now: Instant) -> Vec<usize> {
 
 #[test]
 fn a_plain_server_is_always_usable_and_counts_what_is_active() {
-    let directory = Directory::new(&[], [Address::parse("10.0.0.1:80").unwrap()], 2, None);
+    let directory = Directory::new(&[], [Address::parse("10.0.0.1:80").unwrap()], 2, None).unwrap();
     let group = directory.group("10.0.0.1:80").unwrap();
     let now = Instant::now();
     let first = group.pick(&key(now), &[]).unwrap();
@@ -455,14 +455,14 @@ fn a_reload_keeps_what_is_known_of_servers_that_stay() {
         health: Some(health(true)),
         ..config(&[1, 1])
     };
-    let before = Directory::new(std::slice::from_ref(&checked), [], 2, None);
+    let before = Directory::new(std::slice::from_ref(&checked), [], 2, None).unwrap();
     let now = Instant::now();
     let old = before.group("web").unwrap();
     old.members().list[0].server.set_up(false, Moment::of(now));
     let mut more = checked.clone();
     more.servers.push(server("10.0.0.3:80"));
     more.servers[1].weight = 7;
-    let after = Directory::new(std::slice::from_ref(&more), [], 2, Some(&before));
+    let after = Directory::new(std::slice::from_ref(&more), [], 2, Some(&before)).unwrap();
     let new = after.group("web").unwrap();
     let ids = |group: &Group| -> Vec<_> {
         let members = group.members();
@@ -480,6 +480,6 @@ fn a_reload_keeps_what_is_known_of_servers_that_stay() {
         protocol: crate::config::UpstreamProtocol::Http2,
         ..checked
     };
-    let changed = Directory::new(&[other], [], 2, Some(&after));
+    let changed = Directory::new(&[other], [], 2, Some(&after)).unwrap();
     assert_ne!(ids(changed.group("web").unwrap()), ids(old));
 }

@@ -241,5 +241,6 @@ impl UpstreamConfig {
         self.protocol == other.protocol
             && self.proxy_protocol == other.proxy_protocol
             && self.sticky == other.sticky
+            && self.tls == other.tls
     }
 }

@@ -305,7 +305,7 @@ impl<A: AnswerSink> Forwarding<'_, A> {
 fn visitor<'v>(served: &'v mut Served, client: &Client, gone: Gone<'v>) -> Visitor<'v> {
     Visitor {
         presence: Presence::Stream(gone),
-        client: client.address.ip(),
+        client: client.address,
         buffer: None,
         head: &mut served.head,
         passage: &mut served.passage,

@@ -179,7 +179,7 @@ pub(super) async fn check(
     let Some(config) = &group.config().health else {
         return (Ok(String::new()), None);
     };
-    let probe = probe::probe(group.config(), &config.check, server.endpoint());
+    let probe = probe::probe(group.config(), &config.check, server, config.timeout);
     let timed_out = CheckError::TimedOut(config.timeout.as_millis());
     let found = timeout(config.timeout, probe).await;
     found.unwrap_or((Err(timed_out), None))

@@ -4,19 +4,16 @@
 
 use std::borrow::Cow;
 use std::io;
+use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt as _};
 
 use super::{http, mysql};
-use crate::config::{Check, HttpCheck, ProxyVersion, UpstreamConfig, UpstreamProtocol};
+use crate::config::{Check, HttpCheck, UpstreamConfig, UpstreamProtocol};
 use crate::stream::Stream;
 use crate::upstream::address::Endpoint;
 use crate::upstream::connect::connect;
-
-/// What begins a connection to a server that expects the PROXY protocol, when no client stands behind it: version 1
-/// with an unknown sender, version 2 with the command LOCAL.
-const PROXY_V1: &[u8] = b"PROXY UNKNOWN\r\n";
-const PROXY_V2: &[u8] = b"\r\n\r\n\0\r\nQUIT\n\x20\0\0\0";
+use crate::upstream::server::Core;
 
 /// Why a check was bad.
 #[derive(Debug, thiserror::Error)]
@@ -70,22 +67,14 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Wire for T {}
 pub(super) async fn probe(
     config: &UpstreamConfig,
     check: &Check,
-    endpoint: &Endpoint,
+    server: &Core,
+    limit: Duration,
 ) -> (Result<String, CheckError>, Option<Stream>) {
-    let mut stream = match connect(endpoint).await {
+    let mut stream = match connect(server, None, limit).await {
         Ok(stream) => stream,
         Err(error) => return (Err(CheckError::Connect(error)), None),
     };
-    let greeting: &[u8] = match config.proxy_protocol {
-        None => &[],
-        Some(ProxyVersion::V1) => PROXY_V1,
-        Some(ProxyVersion::V2) => PROXY_V2,
-    };
-    if !greeting.is_empty()
-        && let Err(error) = send(&mut stream, greeting).await
-    {
-        return (Err(error), Some(stream));
-    }
+    let endpoint = server.endpoint();
     let found = match (check, config.protocol) {
         (Check::Tcp, _) => Ok("connected".to_owned()),
         (Check::Mysql { user }, _) => mysql::greet(&mut stream, user.as_deref()).await,

@@ -45,7 +45,7 @@ fn config(address: &str, check: Check) -> UpstreamConfig {
 }
 
 fn group(config: UpstreamConfig) -> Group {
-    Group::new(config, 1, 0, None)
+    Group::new(config, 1, 0, None).unwrap()
 }
 
 /// One check of the only server.

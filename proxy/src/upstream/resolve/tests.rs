@@ -121,7 +121,7 @@ impl World {
 
 fn group(address: &str) -> Group {
     let address = Address::parse(address).unwrap();
-    Group::new(UpstreamConfig::of_one(address), 1, 0, None)
+    Group::new(UpstreamConfig::of_one(address), 1, 0, None).unwrap()
 }
 
 /// Endpoint, weight and whether it stands by, of each server.
@@ -337,7 +337,7 @@ fn only_the_entry_that_was_resolved_changes() {
         weight: 3,
         backup: true,
     });
-    let group = Group::new(config, 1, 0, None);
+    let group = Group::new(config, 1, 0, None).unwrap();
     let place = super::Place {
         endpoint: Address::parse("10.0.0.2:80").unwrap().endpoint().unwrap(),
         weight: 3,
