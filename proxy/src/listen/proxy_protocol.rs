@@ -116,10 +116,6 @@ fn told_by_v2(header: &v2::Header<'_>) -> Told {
 }
 
 /// The header that tells an upstream of a client. Both addresses are written in one family, as the protocol wants.
-#[cfg_attr(
-    not(test),
-    expect(dead_code, reason = "connections to upstreams take it up")
-)]
 pub(crate) fn header(
     version: ProxyVersion,
     client: SocketAddr,

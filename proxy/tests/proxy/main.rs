@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, reason = "helpers of tests are tests too")]
 
+mod balancing;
 mod client2;
 mod configuration;
 mod deciding;

@@ -34,6 +34,8 @@ pub(crate) struct Plan {
     pub(crate) source: SocketAddr,
     pub(crate) target: SocketAddr,
     pub(crate) protocol: &'static str,
+    /// Names of groups that stand for the two sites' addresses.
+    pub(crate) groups: Option<(&'static str, &'static str)>,
     pub(crate) workers: usize,
     pub(crate) more: String,
 }
@@ -44,6 +46,7 @@ impl Plan {
             source,
             target,
             protocol: "http",
+            groups: None,
             workers: 2,
             more: String::new(),
         }
@@ -52,6 +55,13 @@ impl Plan {
     pub(crate) fn tcp(self) -> Self {
         Self {
             protocol: "tcp",
+            ..self
+        }
+    }
+
+    pub(crate) fn named(self, source: &'static str, target: &'static str) -> Self {
+        Self {
+            groups: Some((source, target)),
             ..self
         }
     }
@@ -72,9 +82,14 @@ impl Plan {
             source,
             target,
             protocol,
+            groups,
             workers,
             more,
         } = self;
+        let (source, target) = match groups {
+            Some((source, target)) => ((*source).to_owned(), (*target).to_owned()),
+            None => (source.to_string(), target.to_string()),
+        };
         let path = folder.path().join("proxy.toml");
         let text = format!(
             "state_dir = \"state\"\ncontrol = \"control.sock\"\nworkers = {workers}\n{more}\n[[service]]\n\
