@@ -150,7 +150,10 @@ fn without_a_server_that_is_up_the_answer_is_503_and_says_when_to_come_back() {
     let answer = world.client().get("/").message();
     assert_eq!(answer.status(), 503);
     assert_eq!(answer.field("Retry-After"), Some("5"));
-    assert_eq!(answer.body, "Service Unavailable: no server of the upstream is up\n");
+    assert_eq!(
+        answer.body,
+        "Service Unavailable: no server of the upstream is up\n"
+    );
 }
 
 fn cookie_of(answer: &Message) -> String {
