@@ -39,6 +39,12 @@ enum Verb {
     },
     /// Read the configuration again and go by it, if it is valid; no connection is dropped.
     Reload,
+    /// Start a new process in the place of this one, without losing a connection.
+    Upgrade {
+        /// The program; the running one's, as it is on disk now, if absent.
+        #[arg(long)]
+        binary: Option<PathBuf>,
+    },
     /// Hold new requests and wait until nothing is in flight.
     Hold {
         /// The service.
@@ -72,6 +78,11 @@ pub(crate) fn execute(arguments: &Arguments) -> anyhow::Result<ExitCode> {
         Verb::Status { service: None } => return process::status(&mut client, arguments.json),
         Verb::Reload => {
             return process::execute(&mut client, &ProcessCommand::Reload, arguments.json);
+        }
+        Verb::Upgrade { binary } => {
+            let binary = binary.as_deref().map(std::path::absolute).transpose()?;
+            let command = ProcessCommand::Upgrade { binary };
+            return process::execute(&mut client, &command, arguments.json);
         }
         Verb::Status { service } => client.command(&Command::Status {
             service: service.clone(),

@@ -33,6 +33,8 @@ mod worker;
 
 pub use control::server::ControlError;
 pub use life::reload::ReloadError;
-pub use proxy::{Proxy, StartError};
+pub use life::successor::SuccessionError;
+pub use life::upgrade::UpgradeError;
+pub use proxy::{Proxy, StartError, TakeOverError};
 pub use service::StateError;
 pub use tls::TlsError;

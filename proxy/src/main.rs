@@ -23,11 +23,14 @@ struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Subcommands {
-    /// Serve until SIGTERM or SIGINT; read the configuration again on SIGHUP.
+    /// Serve until SIGTERM or SIGINT; read the configuration again on SIGHUP, give way to a new process on SIGUSR2.
     Run {
         /// The configuration, TOML.
         #[arg(long)]
         config: PathBuf,
+        /// Take over from the proxy that runs with this configuration's control socket, without losing a connection.
+        #[arg(long)]
+        upgrade: bool,
     },
     /// Read a configuration and say what is wrong with it.
     Check {
@@ -42,7 +45,7 @@ enum Subcommands {
 /// Exit codes: 0 done, 1 failed or refused, 2 usage or configuration, 3 not drained.
 fn main() -> ExitCode {
     let outcome = match Arguments::parse().command {
-        Subcommands::Run { config } => run(&config),
+        Subcommands::Run { config, upgrade } => run(&config, upgrade),
         Subcommands::Check { config } => check(&config),
         Subcommands::Ctl(arguments) => ctl::execute(&arguments),
     };
@@ -69,7 +72,7 @@ fn check(path: &std::path::Path) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn run(path: &std::path::Path) -> anyhow::Result<ExitCode> {
+fn run(path: &std::path::Path, upgrade: bool) -> anyhow::Result<ExitCode> {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
     tracing_subscriber::fmt()
         .with_env_filter(filter)
@@ -84,28 +87,47 @@ fn run(path: &std::path::Path) -> anyhow::Result<ExitCode> {
     runtime.block_on(async {
         // Listening for signals begins before serving does: no early signal is lost.
         let mut signals = Signals::new().context("cannot wait for signals")?;
-        let proxy = Proxy::start(&config)?;
+        let proxy = if upgrade {
+            Proxy::take_over(&config)?
+        } else {
+            Proxy::start(&config)?
+        };
         say_ready(&proxy, &config);
-        while signals.next().await == Wanted::Reload {
-            proxy.reload();
+        loop {
+            let wanted = tokio::select! {
+                wanted = signals.next() => wanted,
+                // Another process has taken over.
+                () = proxy.ended() => break,
+            };
+            match wanted {
+                Wanted::Reload => proxy.reload(),
+                Wanted::Upgrade => proxy.upgrade(),
+                Wanted::End => break,
+            }
         }
-        let limit = proxy.shutdown_max();
+        finish(proxy, &mut signals).await;
+        Ok(ExitCode::SUCCESS)
+    })
+}
+
+async fn finish(proxy: Proxy, signals: &mut Signals) {
+    let limit = proxy.shutdown_max();
+    if !proxy.has_ended() {
         tracing::info!(
             limit_ms = limit.as_millis(),
             "stopping: no new clients, finishing what runs; a second signal ends it now"
         );
         proxy.begin_stop(limit);
-        tokio::select! {
-            () = proxy.ended() => {}
-            () = signals.end() => {
-                tracing::warn!("a second signal: ending now");
-                proxy.cut();
-            }
+    }
+    tokio::select! {
+        () = proxy.ended() => {}
+        () = signals.end() => {
+            tracing::warn!("a second signal: ending now");
+            proxy.cut();
         }
-        drop(proxy);
-        tracing::info!("stopped");
-        Ok(ExitCode::SUCCESS)
-    })
+    }
+    drop(proxy);
+    tracing::info!("stopped");
 }
 
 fn say_ready(proxy: &Proxy, config: &Config) {
@@ -133,6 +155,7 @@ fn say_ready(proxy: &Proxy, config: &Config) {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Wanted {
     Reload,
+    Upgrade,
     End,
 }
 
@@ -141,6 +164,7 @@ struct Signals {
     terminate: Signal,
     interrupt: Signal,
     hangup: Signal,
+    user2: Signal,
 }
 
 impl Signals {
@@ -149,6 +173,7 @@ impl Signals {
             terminate: signal(SignalKind::terminate())?,
             interrupt: signal(SignalKind::interrupt())?,
             hangup: signal(SignalKind::hangup())?,
+            user2: signal(SignalKind::user_defined2())?,
         })
     }
 
@@ -157,6 +182,7 @@ impl Signals {
             _ = self.terminate.recv() => Wanted::End,
             _ = self.interrupt.recv() => Wanted::End,
             _ = self.hangup.recv() => Wanted::Reload,
+            _ = self.user2.recv() => Wanted::Upgrade,
         }
     }
 

@@ -22,15 +22,18 @@ use tokio::time::timeout;
 use crate::config::{Config, ListenAddress};
 use crate::control::commands::Commander;
 use crate::control::server::{ControlError, ControlSocket};
-use crate::life::Running;
-use crate::life::facts::Facts;
 use crate::life::inherited::Inherited;
 use crate::life::permits::Permits;
+use crate::life::successor::{self, Estate, Predecessor, SuccessionError};
+use crate::life::{self, Running, RunningSeed};
+use crate::listen::bound::Place;
 use crate::service::{Service, StateDir, StateError};
 use crate::snapshot::{Ground, Logs, Shared, Snapshot};
 use crate::tls::TlsError;
 use crate::worker::{Farewell, Phase, Question, WorkerSeed};
 
+/// How long the answer to an upgrade may take to be written.
+const ANSWER_MAX: Duration = Duration::from_secs(1);
 /// Orders of the main thread that may wait.
 const ORDERS_MAX: usize = 4;
 /// Questions that may wait for a worker.
@@ -86,6 +89,7 @@ pub struct Proxy {
     shared: Option<Shared>,
     orders: mpsc::Sender<Order>,
     wish: watch::Sender<Wish>,
+    phase: watch::Sender<Phase>,
     ended: watch::Receiver<bool>,
     threads: Vec<JoinHandle<()>>,
     logs: Logs,
@@ -94,6 +98,8 @@ pub struct Proxy {
 /// How long it is to go on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Wish {
+    /// Not to begin yet: another process serves.
+    Wait,
     GoOn,
     /// Finish what runs, within this time.
     End(Duration),
@@ -105,20 +111,45 @@ enum Wish {
 #[derive(Debug)]
 enum Order {
     Reload,
+    Upgrade,
+    Outlive(Predecessor),
+}
+
+/// What ties a new process to the one before it.
+struct Heirloom {
+    predecessor: Predecessor,
+    /// Places of the old configuration that the new one does not have.
+    unused: Vec<Place>,
+}
+
+/// Why nothing was taken over.
+#[derive(Debug, thiserror::Error)]
+pub enum TakeOverError {
+    /// The old process did not hand over.
+    #[error(transparent)]
+    Succession(#[from] SuccessionError),
+    /// This one could not have served.
+    #[error(transparent)]
+    Start(#[from] StartError),
 }
 
 /// What the control thread needs; made on the main thread.
 struct ControlSeed {
+    running: RunningSeed,
     socket: ControlSocket,
-    shared: Shared,
-    workers: Vec<mpsc::Sender<Question>>,
-    permits: Permits,
-    ground: Ground,
     phase: watch::Sender<Phase>,
     over: mpsc::Receiver<Vec<InFlight>>,
     orders: mpsc::Receiver<Order>,
     wish: watch::Receiver<Wish>,
     ended: watch::Sender<bool>,
+}
+
+/// Where a proxy's open files come from.
+enum Origin {
+    /// Made, or given by a supervisor.
+    Fresh(Inherited),
+    /// Handed over by the process before this one.
+    Estate(Estate),
 }
 
 impl Proxy {
@@ -127,20 +158,94 @@ impl Proxy {
     /// # Errors
     /// Anything the configuration names that is not usable; nothing keeps running then.
     pub fn start(config: &Config) -> Result<Self, StartError> {
+        let (proxy, _) = Self::prepare(config, Origin::Fresh(Inherited::default()))?;
+        proxy.begin();
+        Ok(proxy)
+    }
+
+    /// Takes over from the proxy that runs with the same state folder and control socket: its listening sockets
+    /// with everybody who waits in their queues, its registers, its commands. Blocks until this is done.
+    ///
+    /// # Errors
+    /// The running proxy goes on as if nothing had happened.
+    pub fn take_over(config: &Config) -> Result<Self, TakeOverError> {
+        let limit = config.limits.upgrade_max;
+        let estate = successor::ask(config, limit)?;
+        let (proxy, predecessor) = match Self::prepare(config, Origin::Estate(estate)) {
+            Ok((proxy, Some(estate))) => (proxy, estate),
+            Ok((proxy, None)) => return Ok(proxy),
+            Err(error) => return Err(error.into()),
+        };
+        let Heirloom {
+            predecessor,
+            unused,
+        } = predecessor;
+        predecessor.wait_for_our_turn(unused)?;
+        // Clients first: those who are in the queues wait for nothing but this.
+        proxy.phase.send_replace(Phase::Running);
+        if let Err(error) = predecessor.say_serving() {
+            tracing::warn!("the process before this one went away without a farewell: {error}");
+        }
+        // It waits for room for one, and there is room for four.
+        proxy.orders.try_send(Order::Outlive(predecessor)).ok();
+        proxy.begin();
+        Ok(proxy)
+    }
+
+    /// Lets workers and commands begin.
+    fn begin(&self) {
+        self.phase.send_replace(Phase::Running);
+        self.wish.send_replace(Wish::GoOn);
+    }
+
+    /// Makes everything, serves nobody.
+    fn prepare(config: &Config, origin: Origin) -> Result<(Self, Option<Heirloom>), StartError> {
+        let (state, mut inherited, control, predecessor) = match origin {
+            Origin::Fresh(inherited) => (StateDir::open(&config.state_dir)?, inherited, None, None),
+            Origin::Estate(estate) => (
+                StateDir::inherit(&config.state_dir, estate.lock)?,
+                estate.inherited,
+                Some(estate.control),
+                Some(estate.predecessor),
+            ),
+        };
+        let declined = |error: StartError| {
+            if let Some(predecessor) = &predecessor {
+                successor::decline(&predecessor.channel, &life::chain(&error));
+            }
+            error
+        };
         let ground = Ground {
-            state: StateDir::open(&config.state_dir)?,
+            state,
             logs: Logs::default(),
         };
         let logs = ground.logs.clone();
-        let inherited = &mut Inherited::default();
-        let snapshot = Snapshot::make(config.clone(), None, &ground, inherited)?;
-        let snapshot = Arc::new(snapshot);
-        let socket = ControlSocket::bind(&config.control)?;
-        let permits = Permits::new(config.limits.connections_max);
-        let (phase, _) = watch::channel(Phase::Running);
-        let (over, ended) = mpsc::channel(config.workers);
+        let snapshot = Snapshot::make(config.clone(), None, &ground, &mut inherited);
+        let snapshot = Arc::new(snapshot.map_err(&declined)?);
+        let socket = match control {
+            Some(socket) => ControlSocket::inherit(&config.control, socket),
+            None => ControlSocket::bind(&config.control)?,
+        };
+        let heirloom = predecessor.map(|predecessor| Heirloom {
+            predecessor,
+            unused: inherited.left(),
+        });
+        let proxy = Self::spawn(snapshot, ground, logs, socket)?;
+        Ok((proxy, heirloom))
+    }
+
+    fn spawn(
+        snapshot: Arc<Snapshot>,
+        ground: Ground,
+        logs: Logs,
+        socket: ControlSocket,
+    ) -> Result<Self, StartError> {
+        let count = snapshot.config.workers;
+        let permits = Permits::new(snapshot.config.limits.connections_max);
+        let phase = watch::Sender::new(Phase::Waiting);
+        let (over, ended) = mpsc::channel(count);
         let (mut workers, mut threads) = (Vec::new(), Vec::new());
-        for index in 0..config.workers {
+        for index in 0..count {
             let (questions, inbox) = mpsc::channel::<Question>(QUESTIONS_MAX);
             workers.push(questions);
             let seed = WorkerSeed {
@@ -155,15 +260,19 @@ impl Proxy {
         }
         let shared = Shared::new(ArcSwap::new(snapshot));
         let (orders, ordered) = mpsc::channel(ORDERS_MAX);
-        let (wish, wished) = watch::channel(Wish::GoOn);
+        let (wish, wished) = watch::channel(Wish::Wait);
         let (has_ended, is_over) = watch::channel(false);
         let seed = ControlSeed {
+            running: RunningSeed {
+                shared: Arc::clone(&shared),
+                workers,
+                permits,
+                ground,
+                binary: this_program(),
+                control: socket.share().map_err(StartError::Thread)?,
+            },
             socket,
-            shared: Arc::clone(&shared),
-            workers,
-            permits,
-            ground,
-            phase,
+            phase: phase.clone(),
             over: ended,
             orders: ordered,
             wish: wished,
@@ -174,6 +283,7 @@ impl Proxy {
             shared: Some(shared),
             orders,
             wish,
+            phase,
             ended: is_over,
             threads,
             logs,
@@ -263,6 +373,14 @@ impl Proxy {
         }
     }
 
+    /// Asks for a new process in the place of this one; what comes of it is in the log, and at the end of this
+    /// proxy.
+    pub fn upgrade(&self) {
+        if self.orders.try_send(Order::Upgrade).is_err() {
+            tracing::warn!("not upgrading: enough is waiting to be done already");
+        }
+    }
+
     /// Stops accepting, lets requests in flight finish within `limit`, refuses whoever is still held then, cuts off
     /// the rest. Returns at once; [`Proxy::ended`] says when it is over.
     pub fn begin_stop(&self, limit: Duration) {
@@ -274,11 +392,17 @@ impl Proxy {
         self.wish.send_replace(Wish::Cut);
     }
 
-    /// Completes when the last connection has ended.
+    /// Completes when the last connection has ended, after a stop or because another process has taken over.
     pub async fn ended(&self) {
         let mut ended = self.ended.clone();
         // A sender that is gone has ended, too.
         drop(ended.wait_for(|ended| *ended).await);
+    }
+
+    /// Whether it is over already.
+    #[must_use]
+    pub fn has_ended(&self) -> bool {
+        *self.ended.borrow()
     }
 
     /// [`Proxy::begin_stop`], and waits for the end.
@@ -298,7 +422,7 @@ impl Proxy {
 impl Drop for Proxy {
     fn drop(&mut self) {
         self.wish.send_if_modified(|wish| {
-            let goes_on = *wish == Wish::GoOn;
+            let goes_on = matches!(*wish, Wish::Wait | Wish::GoOn);
             if goes_on {
                 *wish = Wish::Cut;
             }
@@ -338,42 +462,33 @@ impl ControlSeed {
     }
 
     async fn work(mut self) {
-        let running = Rc::new(Running::new(
-            Arc::clone(&self.shared),
-            self.workers,
-            self.permits,
-            Arc::new(Facts::new()),
-            self.ground,
-        ));
-        running.tend(&self.shared.load());
+        let mut wish = self.wish.clone();
+        // The sender is gone with the main thread, which ends us.
+        drop(wish.wait_for(|wish| *wish != Wish::Wait).await);
+        let running = Rc::new(Running::new(self.running));
         let mut tasks = JoinSet::new();
-        let commander = Rc::new(Commander {
-            running: Rc::clone(&running),
-        });
-        let socket = self.socket;
-        tasks.spawn_local(async move {
-            if let Err(error) = socket.serve(commander).await {
-                tracing::error!("the control socket no longer works, leases go on: {error}");
+        let socket = Rc::new(self.socket);
+        if *wish.borrow() == Wish::GoOn {
+            running.tend(&running.shared.load());
+            socket.own_file(true);
+            let commander = Rc::new(Commander {
+                running: Rc::clone(&running),
+            });
+            // Known before the first command: whom this process has taken over from.
+            while let Ok(order) = self.orders.try_recv() {
+                tasks.spawn_local(obey(Rc::clone(&running), order));
             }
-        });
-        let mut wish = self.wish;
-        let limit = loop {
-            tokio::select! {
-                changed = wish.wait_for(|wish| *wish != Wish::GoOn) => break match changed.as_deref() {
-                    Ok(Wish::End(limit)) => Some(*limit),
-                    _ => None,
-                },
-                Some(order) = self.orders.recv() => {
-                    let running = Rc::clone(&running);
-                    tasks.spawn_local(async move {
-                        match order {
-                            // It says itself what came of it.
-                            Order::Reload => drop(running.reload().await),
-                        }
-                    });
+            let socket = Rc::clone(&socket);
+            tasks.spawn_local(async move {
+                if let Err(error) = socket.serve(commander).await {
+                    tracing::error!("the control socket no longer works, leases go on: {error}");
                 }
-            }
-        };
+            });
+        }
+        let (limit, farewell) = until_end(&running, &mut self.orders, &mut wish, &mut tasks).await;
+        running.ending.set(true);
+        let replaced = farewell != Farewell::Stop;
+        socket.own_file(!replaced);
         // Commands are obeyed to the end: a hold may be released while we wait for its held.
         let mut closing = Closing {
             running: &running,
@@ -382,9 +497,57 @@ impl ControlSeed {
             wish,
             ended: 0,
         };
-        closing.run(limit).await;
+        closing.run(limit, farewell).await;
+        if replaced {
+            drop(timeout(ANSWER_MAX, running.answering.lock()).await);
+        }
         self.ended.send_replace(true);
     }
+}
+
+/// Does what is asked until somebody wants an end, or another process has taken over; within what time to end, and
+/// how.
+async fn until_end(
+    running: &Rc<Running>,
+    orders: &mut mpsc::Receiver<Order>,
+    wish: &mut watch::Receiver<Wish>,
+    tasks: &mut JoinSet<()>,
+) -> (Option<Duration>, Farewell) {
+    let mut handed = running.handed.subscribe();
+    loop {
+        tokio::select! {
+            changed = wish.wait_for(|wish| *wish != Wish::GoOn) => return match changed.as_deref() {
+                Ok(Wish::End(limit)) => (Some(*limit), Farewell::Stop),
+                _ => (None, Farewell::Stop),
+            },
+            Ok(handed) = handed.wait_for(Option::is_some) => {
+                running.stop_scrapes();
+                let unused = handed.iter().flat_map(|handed| handed.unused.clone()).collect();
+                let limit = running.shared.load().config.limits.shutdown_max;
+                return (Some(limit), Farewell::HandOver { unused });
+            }
+            Some(order) = orders.recv() => {
+                tasks.spawn_local(obey(Rc::clone(running), order));
+            }
+        }
+    }
+}
+
+/// Each order says itself what came of it.
+async fn obey(running: Rc<Running>, order: Order) {
+    match order {
+        Order::Reload => drop(running.reload().await),
+        Order::Upgrade => drop(running.upgrade(None).await),
+        Order::Outlive(predecessor) => running.outlive(predecessor).await,
+    }
+}
+
+/// What an upgrade starts: the program as it was called, which may be a link that has moved on since; or else as
+/// the system found it.
+fn this_program() -> PathBuf {
+    let called = std::env::args_os().next().map(PathBuf::from);
+    let absolute = called.filter(|path| path.is_absolute());
+    absolute.unwrap_or_else(|| std::env::current_exe().unwrap_or_default())
 }
 
 /// The end of a proxy.
@@ -400,9 +563,15 @@ struct Closing<'r> {
 impl Closing<'_> {
     /// Workers finish by themselves; whoever is still held at the end of the limit is refused with 503, and gets a
     /// moment to read it. Without a limit everybody is cut off at once.
-    async fn run(&mut self, limit: Option<Duration>) {
-        self.phase.send_replace(Phase::Closing(Farewell::Stop));
+    async fn run(&mut self, limit: Option<Duration>, farewell: Farewell) {
         let snapshot = self.running.shared.load_full();
+        if let Farewell::HandOver { unused } = &farewell {
+            // What the new process has is its own now, to close as it likes.
+            let theirs = snapshot.sockets();
+            let theirs = theirs.filter(|bound| !unused.contains(&bound.place));
+            theirs.for_each(|bound| bound.release());
+        }
+        self.phase.send_replace(Phase::Closing(farewell));
         if let Some(limit) = limit {
             if self.workers_end_within(limit).await {
                 return;

@@ -59,7 +59,6 @@ pub(crate) enum Farewell {
     /// Nobody comes after it.
     Stop,
     /// Another process has the sockets and goes on, except for those of these places.
-    #[allow(dead_code)] // until a new process takes over
     HandOver { unused: Arc<[Place]> },
 }
 
@@ -97,8 +96,11 @@ impl WorkerSeed {
             ports_made: 0,
         };
         // A dropped sender means that the main thread is gone; that ends us like a word from it.
-        drop(self.phase.wait_for(|phase| *phase != Phase::Waiting).await);
-        worker.apply(&self.snapshot);
+        let begun = self.phase.wait_for(|phase| *phase != Phase::Waiting).await;
+        // Another process serves: not even a look at its sockets.
+        if begun.is_ok_and(|phase| *phase != Phase::Cut) {
+            worker.apply(&self.snapshot);
+        }
         drop(self.snapshot);
         let farewell = worker.run(&mut self.questions, &mut self.phase).await;
         worker.close(&farewell);

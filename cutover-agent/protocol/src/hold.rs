@@ -116,6 +116,8 @@ pub enum Refusal {
     NotHolding,
     /// The state could not be made durable, so nothing was changed.
     NotDurable,
+    /// The proxy is being replaced by another process, or the one before it has not ended; repeat it shortly.
+    Busy,
     /// The line was not a command.
     BadCommand,
 }

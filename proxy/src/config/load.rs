@@ -68,6 +68,7 @@ const LIMITS_KEYS: &[&str] = &[
     "upstream_close_ms_max",
     "linger_ms_max",
     "shutdown_ms_max",
+    "upgrade_ms_max",
 ];
 const RELEASE_KEYS: &[&str] = &[
     "window_first",
@@ -368,6 +369,7 @@ fn limits(section: Option<Section<'_>>, http2: Http2) -> Result<Limits, Problem>
         upstream_close_max: ms("upstream_close_ms_max", 1_000)?,
         linger_max: ms("linger_ms_max", 1_000)?,
         shutdown_max: ms("shutdown_ms_max", 30_000)?,
+        upgrade_max: ms("upgrade_ms_max", 30_000)?,
         http2,
     })
 }

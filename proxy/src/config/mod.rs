@@ -196,6 +196,8 @@ pub struct Limits {
     pub linger_max: Duration,
     /// How long requests in flight may take to finish at shutdown.
     pub shutdown_max: Duration,
+    /// How long a new process may take to take over.
+    pub upgrade_max: Duration,
     /// Of HTTP/2 connections.
     pub http2: Http2,
 }

@@ -33,6 +33,13 @@ impl Commander {
     /// # Cancel safety
     /// Dropped while a drain is waited for, the hold stands and its lease runs.
     pub(crate) async fn execute(&self, command: Command) -> Answer {
+        if let Some(message) = self.running.refuses(&command) {
+            return Answer::Refused {
+                reason: Refusal::Busy,
+                message,
+                register: None,
+            };
+        }
         match command {
             Command::Status { service: None } => Answer::Status {
                 services: self
@@ -89,8 +96,18 @@ impl Commander {
         match command {
             ProcessCommand::Process => {
                 let snapshot = self.running.shared.load();
-                ProcessAnswer::Process(Box::new(self.running.facts.status(&snapshot)))
+                let before = self.running.predecessor();
+                ProcessAnswer::Process(Box::new(self.running.facts.status(&snapshot, before)))
             }
+            ProcessCommand::Upgrade { binary } => match self.running.upgrade(binary).await {
+                Ok(pid) => ProcessAnswer::Upgraded { pid },
+                Err(error) => ProcessAnswer::Refused {
+                    reason: error.reason(),
+                    message: life::chain(&error),
+                },
+            },
+            // It needs the connection itself, and never comes here.
+            ProcessCommand::Handover => ProcessAnswer::HandingOver,
             ProcessCommand::Reload => match self.running.reload().await {
                 Ok(done) => ProcessAnswer::Reloaded(done),
                 Err(error) => ProcessAnswer::Refused {

@@ -3,10 +3,12 @@
 
 use std::fs::Permissions;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::net::{UnixListener as StdListener, UnixStream as StdStream};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use cutover_protocol::hold::{Answer, Command, LINE_BYTES_MAX, Refusal};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
@@ -25,6 +27,8 @@ const COMMANDERS_MAX: usize = 64;
 pub(crate) struct ControlSocket {
     listener: StdListener,
     path: PathBuf,
+    /// Whether the file is ours: another process may have it now, or still.
+    owns_file: AtomicBool,
 }
 
 /// Why there is no control socket.
@@ -77,7 +81,27 @@ impl ControlSocket {
         Ok(Self {
             listener,
             path: path.to_owned(),
+            owns_file: AtomicBool::new(true),
         })
+    }
+
+    /// Takes over the socket of the process before this one. Its file stays that process' until we own it.
+    pub(crate) fn inherit(path: &Path, socket: OwnedFd) -> Self {
+        Self {
+            listener: socket.into(),
+            path: path.to_owned(),
+            owns_file: AtomicBool::new(false),
+        }
+    }
+
+    /// Removes the file at the end, or leaves it to another process.
+    pub(crate) fn own_file(&self, owns: bool) {
+        self.owns_file.store(owns, Ordering::Relaxed);
+    }
+
+    /// The socket, for the process that comes after this one.
+    pub(crate) fn share(&self) -> io::Result<OwnedFd> {
+        Ok(self.listener.try_clone()?.into())
     }
 
     /// Serves for ever.
@@ -87,12 +111,21 @@ impl ControlSocket {
     pub(crate) async fn serve(&self, commander: Rc<Commander>) -> io::Result<()> {
         let listener = UnixListener::from_std(self.listener.try_clone()?)?;
         let mut commanders = JoinSet::new();
+        let mut commands = commander.running.commands.subscribe();
         loop {
+            // While a new process is about to take over, nobody is taken from its queue.
+            if commands.wait_for(|obeys| *obeys).await.is_err() {
+                return Ok(());
+            }
             while commanders.try_join_next().is_some() {}
             if commanders.len() >= COMMANDERS_MAX {
                 commanders.join_next().await;
             }
-            let (stream, _) = listener.accept().await?;
+            let stream = tokio::select! {
+                biased;
+                _ = commands.wait_for(|obeys| !*obeys) => continue,
+                accepted = listener.accept() => accepted?.0,
+            };
             commanders.spawn_local(talk(stream, Rc::clone(&commander)));
         }
     }
@@ -100,8 +133,10 @@ impl ControlSocket {
 
 impl Drop for ControlSocket {
     fn drop(&mut self) {
-        // Gone already is as good.
-        drop(std::fs::remove_file(&self.path));
+        if *self.owns_file.get_mut() {
+            // Gone already is as good.
+            drop(std::fs::remove_file(&self.path));
+        }
     }
 }
 
@@ -117,6 +152,21 @@ async fn talk(stream: UnixStream, commander: Rc<Commander>) {
             Ok(0) | Err(_) => return,
         }
         let complete = line.ends_with(b"\n");
+        if matches!(serde_json::from_slice(&line), Ok(ProcessCommand::Handover)) {
+            audit(peer.as_ref(), "handover", "begun");
+            // What came of it is in the log.
+            commander.running.hand_over(stream.get_ref()).await;
+            return;
+        }
+        let upgrades = matches!(
+            serde_json::from_slice(&line),
+            Ok(ProcessCommand::Upgrade { .. })
+        );
+        // An upgrade ends this process; it waits for this answer.
+        let _answering = match upgrades {
+            true => Some(commander.running.answering.lock().await),
+            false => None,
+        };
         let answer = if complete {
             obey(&line, &commander, peer.as_ref()).await
         } else {

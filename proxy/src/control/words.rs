@@ -17,6 +17,14 @@ pub enum ProcessCommand {
     Process,
     /// Read the configuration again and go by it.
     Reload,
+    /// Start a new process in the place of this one.
+    Upgrade {
+        /// The program; the one that runs now, as it is on disk, if absent.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        binary: Option<PathBuf>,
+    },
+    /// Said by the new process: hand everything over to me.
+    Handover,
 }
 
 /// What came of it.
@@ -27,6 +35,13 @@ pub enum ProcessAnswer {
     Process(Box<ProcessStatus>),
     /// Answer to `reload`: the new configuration is in force.
     Reloaded(Reloaded),
+    /// Answer to `upgrade`: another process serves now.
+    Upgraded {
+        /// Its number for the kernel.
+        pid: u32,
+    },
+    /// Answer to `handover`; beside its first byte comes one end of the channel for everything else.
+    HandingOver,
     /// Nothing was changed.
     Refused {
         /// Why, for a program.
@@ -87,6 +102,9 @@ pub struct ProcessStatus {
     /// Why the last reload was refused, if it was.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last_refusal: Option<String>,
+    /// The process before the last upgrade, while it still finishes what it began; zero if its number is unknown.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub predecessor: Option<i32>,
     /// Where clients connect.
     pub listeners: Vec<ListenerStatus>,
 }
@@ -111,7 +129,7 @@ impl ProcessCommand {
         struct Word {
             command: String,
         }
-        const WORDS: [&str; 2] = ["process", "reload"];
+        const WORDS: [&str; 4] = ["process", "reload", "upgrade", "handover"];
         serde_json::from_slice::<Word>(line)
             .is_ok_and(|word| WORDS.contains(&word.command.as_str()))
     }

@@ -44,6 +44,7 @@ pub(super) fn execute(
     match answer {
         ProcessAnswer::Process(status) if !json => print_process(&status),
         ProcessAnswer::Reloaded(done) if !json => print_reloaded(&done),
+        ProcessAnswer::Upgraded { pid } if !json => println!("upgraded: process {pid} serves"),
         ProcessAnswer::Refused { reason, message } => {
             if !json {
                 eprintln!("refused: {message}");
@@ -91,6 +92,9 @@ fn print_process(process: &ProcessStatus) {
     );
     if let Some(why) = &process.last_refusal {
         println!("  the last reload was refused: {why}");
+    }
+    if let Some(pid) = process.predecessor {
+        println!("  process {pid} still finishes what it began before the last upgrade");
     }
     for listener in &process.listeners {
         let whose = match &listener.service {

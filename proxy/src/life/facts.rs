@@ -96,7 +96,7 @@ impl Facts {
     }
 
     /// Everything a person may want to know of the process.
-    pub(crate) fn status(&self, snapshot: &Snapshot) -> ProcessStatus {
+    pub(crate) fn status(&self, snapshot: &Snapshot, predecessor: Option<i32>) -> ProcessStatus {
         let mut listeners = Vec::new();
         for serving in &snapshot.services {
             let service = serving.service.name();
@@ -121,6 +121,7 @@ impl Facts {
             reloads_done: self.reloads_done(),
             reloads_refused: self.reloads_refused(),
             last_refusal: self.last_refusal(),
+            predecessor,
             listeners,
         }
     }

@@ -1,19 +1,26 @@
 //! A proxy's life beyond its requests: reading its configuration anew, passing its sockets on to a new process,
 //! and what it says to the supervisor that started it. Nothing here touches a request; clients notice nothing.
 
+pub(crate) mod channel;
 pub(crate) mod facts;
-#[allow(dead_code)] // until a new process takes over
 pub(crate) mod inherited;
 pub(crate) mod permits;
 pub(crate) mod reload;
+pub(crate) mod successor;
+pub(crate) mod upgrade;
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::error::Error;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use cutover_protocol::id::ServiceName;
-use tokio::sync::{Mutex, mpsc, oneshot};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+use tokio::sync::{Mutex, mpsc, oneshot, watch};
 use tokio::task::AbortHandle;
 use tokio::time::timeout;
 
@@ -24,8 +31,11 @@ use crate::snapshot::{Ground, Shared, Snapshot};
 use crate::tls::profile;
 use crate::upstream::{Care, Group};
 use crate::worker::Question;
+use channel::Channel;
 use facts::Facts;
 use permits::Permits;
+use successor::Predecessor;
+use upgrade::{Handed, Passing};
 
 /// How long a worker may take to go by a new snapshot; it does so between two polls of its tasks.
 const APPLY_MAX: Duration = Duration::from_secs(5);
@@ -37,10 +47,39 @@ pub(crate) struct Running {
     pub(crate) workers: Vec<mpsc::Sender<Question>>,
     pub(crate) permits: Permits,
     pub(crate) facts: Arc<Facts>,
+    /// False while a new process is about to obey in our place.
+    pub(crate) commands: watch::Sender<bool>,
+    /// Once another process serves.
+    pub(crate) handed: watch::Sender<Option<Handed>>,
+    /// Taken while somebody is owed the answer to an upgrade.
+    pub(crate) answering: Mutex<()>,
+    /// No new work is begun any more.
+    pub(crate) ending: Cell<bool>,
     ground: Ground,
+    /// What an upgrade starts where it is not told otherwise.
+    binary: PathBuf,
+    /// The control socket.
+    control: OwnedFd,
     tended: RefCell<Tended>,
     /// One reload or upgrade at a time.
-    turn: Mutex<()>,
+    turn: Arc<Mutex<()>>,
+    passing: Cell<Passing>,
+    /// Why the last handover came to nothing.
+    failure: watch::Sender<Option<String>>,
+    /// The process before this one, while it still finishes what it began.
+    predecessor: RefCell<Option<Option<i32>>>,
+    /// The process after this one.
+    successor: RefCell<Option<AsyncFd<Channel>>>,
+}
+
+/// What a [`Running`] is made of.
+pub(crate) struct RunningSeed {
+    pub(crate) shared: Shared,
+    pub(crate) workers: Vec<mpsc::Sender<Question>>,
+    pub(crate) permits: Permits,
+    pub(crate) ground: Ground,
+    pub(crate) binary: PathBuf,
+    pub(crate) control: OwnedFd,
 }
 
 /// What runs on the control thread for the snapshot in force.
@@ -55,22 +94,43 @@ struct Tended {
 }
 
 impl Running {
-    pub(crate) fn new(
-        shared: Shared,
-        workers: Vec<mpsc::Sender<Question>>,
-        permits: Permits,
-        facts: Arc<Facts>,
-        ground: Ground,
-    ) -> Self {
+    pub(crate) fn new(seed: RunningSeed) -> Self {
         Self {
-            shared,
-            workers,
-            permits,
-            facts,
-            ground,
+            shared: seed.shared,
+            workers: seed.workers,
+            permits: seed.permits,
+            facts: Arc::new(Facts::new()),
+            commands: watch::Sender::new(true),
+            handed: watch::Sender::new(None),
+            answering: Mutex::new(()),
+            ending: Cell::new(false),
+            ground: seed.ground,
+            binary: seed.binary,
+            control: seed.control,
             tended: RefCell::default(),
-            turn: Mutex::new(()),
+            turn: Arc::default(),
+            passing: Cell::default(),
+            failure: watch::Sender::new(None),
+            predecessor: RefCell::default(),
+            successor: RefCell::default(),
         }
+    }
+
+    /// Remembers the process before this one until it has ended. Until then nothing is held here: what it still
+    /// does would not be.
+    pub(crate) async fn outlive(&self, predecessor: Predecessor) {
+        let Predecessor { channel, pid } = predecessor;
+        *self.predecessor.borrow_mut() = Some(pid);
+        if let Err(error) = wait_for_end(channel).await {
+            tracing::warn!("cannot tell whether the process before this one has ended: {error}");
+        }
+        *self.predecessor.borrow_mut() = None;
+        tracing::info!(pid, "the process before this one has ended");
+    }
+
+    /// The process before this one, while it is there; zero if its number is unknown.
+    pub(crate) fn predecessor(&self) -> Option<i32> {
+        self.predecessor.borrow().map(Option::unwrap_or_default)
     }
 
     /// Keeps exactly the services of this snapshot, and serves its metrics. Must be called within a local set.
@@ -123,6 +183,13 @@ impl Running {
         }
     }
 
+    /// Metrics are the new process' now.
+    pub(crate) fn stop_scrapes(&self) {
+        if let Some((_, task)) = self.tended.borrow_mut().metrics.take() {
+            task.abort();
+        }
+    }
+
     fn scrape(&self, bound: Arc<Bound>) -> impl Future<Output = ()> + 'static {
         let metrics = Metrics {
             shared: Arc::clone(&self.shared),
@@ -157,6 +224,16 @@ impl Running {
                 );
             }
         }
+    }
+}
+
+async fn wait_for_end(channel: Channel) -> io::Result<()> {
+    let channel = channel.watch()?;
+    // Nothing more is said on it.
+    match channel.async_io(Interest::READABLE, Channel::receive).await {
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::ConnectionReset => Ok(()),
+        other => other.map(drop),
     }
 }
 

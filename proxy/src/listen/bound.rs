@@ -59,7 +59,8 @@ impl Place {
 }
 
 /// Who else keeps a socket, and with it the clients that wait in its queue.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub(crate) enum Keeper {
     /// Nobody but the proxy.
     Us,
@@ -141,7 +142,6 @@ impl Bound {
     }
 
     /// Descriptors of all sockets, for another process.
-    #[allow(dead_code)] // until a new process takes over
     pub(crate) fn all(&self) -> io::Result<Vec<OwnedFd>> {
         self.lock().iter().map(OwnedFd::try_clone).collect()
     }

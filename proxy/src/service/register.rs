@@ -6,6 +6,7 @@
 
 use std::fs::File;
 use std::io::{self, Write};
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use cutover_protocol::id::{Epoch, Register, ServiceName, Site};
@@ -102,7 +103,7 @@ pub enum StateError {
 pub(crate) struct StateDir {
     path: PathBuf,
     /// Holds the lock; the kernel lets go of it when we die, however that happens.
-    _lock: File,
+    lock: File,
 }
 
 impl StateDir {
@@ -122,13 +123,37 @@ impl StateDir {
         match rustix::fs::flock(&lock, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => Ok(Self {
                 path: path.to_owned(),
-                _lock: lock,
+                lock,
             }),
             Err(rustix::io::Errno::WOULDBLOCK) => Err(StateError::InUse {
                 path: path.to_owned(),
             }),
             Err(errno) => Err(failed(errno.into())),
         }
+    }
+
+    /// Takes over the lock that another process holds on this folder, as one of its two holders.
+    pub(crate) fn inherit(path: &Path, lock: OwnedFd) -> Result<Self, StateError> {
+        let failed = |errno: rustix::io::Errno| StateError::Folder {
+            path: path.to_owned(),
+            source: errno.into(),
+        };
+        let given = rustix::fs::fstat(&lock).map_err(failed)?;
+        let there = rustix::fs::stat(path.join("lock")).map_err(failed)?;
+        if (given.st_dev, given.st_ino) != (there.st_dev, there.st_ino) {
+            return Err(StateError::InUse {
+                path: path.to_owned(),
+            });
+        }
+        Ok(Self {
+            path: path.to_owned(),
+            lock: lock.into(),
+        })
+    }
+
+    /// The lock, for the process that comes after this one. It holds until both have let go.
+    pub(crate) fn share_lock(&self) -> io::Result<OwnedFd> {
+        Ok(self.lock.try_clone()?.into())
     }
 
     /// The file of one service.

@@ -16,4 +16,5 @@ mod reload;
 mod restart;
 mod smuggling;
 mod tls;
+mod upgrade;
 mod world;

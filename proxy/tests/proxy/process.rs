@@ -2,11 +2,14 @@
 
 use std::io::{BufRead, BufReader};
 use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStderr, Command as Process, Output, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 
+use hopgate_proxy::control::client::ControlClient;
+use hopgate_proxy::control::words::{ProcessAnswer, ProcessCommand};
 use tempfile::TempDir;
 
 use crate::world::Peer;
@@ -17,23 +20,30 @@ pub(crate) const BINARY: &str = env!("CARGO_BIN_EXE_hopgate-proxy");
 pub(crate) struct Running {
     pub(crate) child: Child,
     pub(crate) address: SocketAddr,
+    control: PathBuf,
     /// Kept open: a proxy that cannot write its log is another test.
     log: BufReader<ChildStderr>,
 }
 
 impl Running {
     pub(crate) fn start(folder: &TempDir) -> Self {
+        Self::start_with(folder, &[])
+    }
+
+    pub(crate) fn start_with(folder: &TempDir, more: &[&str]) -> Self {
         let config = folder.path().join("proxy.toml");
         let mut command = Process::new(BINARY);
         command
             .args(["run", "--config"])
             .arg(config)
+            .args(more)
             .stderr(Stdio::piped());
         let mut child = command.spawn().unwrap();
         let log = BufReader::new(child.stderr.take().unwrap());
         let address = SocketAddr::from(([127, 0, 0, 1], 0));
         let mut running = Self {
             child,
+            control: folder.path().join("control.sock"),
             address,
             log,
         };
@@ -80,6 +90,13 @@ impl Running {
 
 impl Drop for Running {
     fn drop(&mut self) {
+        // After an upgrade somebody else serves, who is no child of ours.
+        if let Some(pid) = serving(&self.control).filter(|pid| *pid != self.child.id()) {
+            let pid = i32::try_from(pid)
+                .ok()
+                .and_then(rustix::process::Pid::from_raw);
+            rustix::process::kill_process(pid.unwrap(), rustix::process::Signal::KILL).ok();
+        }
         self.child.kill().ok();
         self.child.wait().unwrap();
     }
@@ -97,6 +114,22 @@ pub(crate) fn text(bytes: &[u8]) -> String {
     String::from_utf8(bytes.to_vec()).unwrap()
 }
 
+/// The number of the process that answers on a control socket.
+pub(crate) fn serving(control: &Path) -> Option<u32> {
+    let mut client = ControlClient::connect(control).ok()?;
+    match client.process(&ProcessCommand::Process).ok()? {
+        ProcessAnswer::Process(process) => Some(process.pid),
+        other => panic!("{other:?}"),
+    }
+}
+
+/// What a client does after an answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Habit {
+    Stays,
+    Leaves,
+}
+
 /// Clients on connections they keep, asking without pause. Any answer but a good one, or none, is a failure.
 pub(crate) struct Crowd {
     enough: Arc<AtomicBool>,
@@ -106,10 +139,19 @@ pub(crate) struct Crowd {
 
 impl Crowd {
     pub(crate) fn gather(count: usize, address: SocketAddr) -> Self {
+        Self::of(count, address, Habit::Stays)
+    }
+
+    /// The same with a connection for each request.
+    pub(crate) fn coming_and_going(count: usize, address: SocketAddr) -> Self {
+        Self::of(count, address, Habit::Leaves)
+    }
+
+    fn of(count: usize, address: SocketAddr, habit: Habit) -> Self {
         let (enough, answered) = (Arc::new(AtomicBool::new(false)), Arc::default());
         let client = |number: usize| {
             let (enough, answered) = (Arc::clone(&enough), Arc::clone(&answered));
-            std::thread::spawn(move || ask_on(number, address, &enough, &answered))
+            std::thread::spawn(move || ask_on(number, address, habit, &enough, &answered))
         };
         Self {
             clients: (0..count).map(client).collect(),
@@ -140,7 +182,13 @@ impl Crowd {
     }
 }
 
-fn ask_on(number: usize, address: SocketAddr, enough: &AtomicBool, answered: &AtomicU64) {
+fn ask_on(
+    number: usize,
+    address: SocketAddr,
+    habit: Habit,
+    enough: &AtomicBool,
+    answered: &AtomicU64,
+) {
     let mut peer = Peer::connect(address);
     let mut asked = 0;
     while !enough.load(Ordering::Relaxed) {
@@ -154,7 +202,7 @@ fn ask_on(number: usize, address: SocketAddr, enough: &AtomicBool, answered: &At
         assert_eq!(message.status(), 200, "{message:?}");
         assert!(message.body.contains(&path), "{message:?}");
         answered.fetch_add(1, Ordering::Relaxed);
-        if message.field("Connection") == Some("close") {
+        if habit == Habit::Leaves || message.field("Connection") == Some("close") {
             peer = Peer::connect(address);
         }
     }
