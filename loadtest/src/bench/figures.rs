@@ -86,6 +86,9 @@ pub struct Figures {
     /// Distance of the highest from the lowest processor time for a request, as a part of the median.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cpu_spread: Option<f64>,
+    /// How much of its core the proxy used; well below 1 it was not the bottleneck, and rates say little about it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub core_share: Option<f64>,
     /// Why there are no figures, or what the first failed exchange was.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub failure: Option<String>,
@@ -115,6 +118,7 @@ impl Figures {
         let of = |value: fn(&Sample) -> Option<f64>| median(samples().filter_map(value));
         figures.cpu_us_per_request = of(cpu_us);
         figures.cpu_spread = spread(samples().filter_map(cpu_us));
+        figures.core_share = of(core_share);
         figures.requests_per_s = of(rate);
         figures.p50_ms = of(|sample| latency_ms(sample, sample.p50_ns));
         figures.p99_ms = of(|sample| latency_ms(sample, sample.p99_ns));
@@ -179,6 +183,10 @@ fn cpu_us(sample: &Sample) -> Option<f64> {
 
 fn rate(sample: &Sample) -> Option<f64> {
     (sample.elapsed_ns > 0).then(|| sample.requests as f64 * 1e9 / sample.elapsed_ns as f64)
+}
+
+fn core_share(sample: &Sample) -> Option<f64> {
+    (sample.elapsed_ns > 0).then(|| sample.processor_ns as f64 / sample.elapsed_ns as f64)
 }
 
 fn latency_ms(sample: &Sample, nanoseconds: u64) -> Option<f64> {
@@ -247,6 +255,7 @@ mod tests {
         let figures = Figures::of(&measured, Some(1 << 21));
         assert_eq!(figures.cpu_us_per_request, Some(11.0));
         assert_eq!(figures.requests_per_s, Some(100.0));
+        assert_eq!(figures.core_share, Some(0.0011));
         assert_eq!((figures.p50_ms, figures.p99_ms), (Some(1.0), Some(2.0)));
         assert_eq!(figures.mib_per_s, Some(200.0));
         assert_eq!((figures.errors, figures.rss_bytes), (Some(0), Some(4096)));

@@ -80,8 +80,7 @@ impl Report {
     }
 }
 
-const HEAD: &str =
-    "  proxy      CPU µs   ratio  spread      req/s    MiB/s    p50 ms    p99 ms  RSS MiB  errors";
+const HEAD: &str = "  proxy      CPU µs   ratio  spread    core      req/s    MiB/s    p50 ms    p99 ms  RSS MiB  errors";
 const HEAD_IDLE: &str = "  proxy     bytes per connection   ratio  RSS MiB  errors";
 
 impl CaseReport {
@@ -128,12 +127,11 @@ impl CaseReport {
 
 fn load_line(figures: &Figures, ratio: Option<f64>) -> String {
     format!(
-        "{:>9} {:>7} {:>7} {:>10} {:>8} {:>9} {:>9} {:>8} {:>7}",
+        "{:>9} {:>7} {:>7} {:>7} {:>10} {:>8} {:>9} {:>9} {:>8} {:>7}",
         number(figures.cpu_us_per_request, 2),
         times(ratio),
-        figures
-            .cpu_spread
-            .map_or_else(|| "-".into(), |part| format!("{:.0} %", part * 100.0)),
+        percent(figures.cpu_spread),
+        percent(figures.core_share),
         number(
             figures.requests_per_s,
             if figures.mib_per_s.is_some() { 1 } else { 0 }
@@ -164,6 +162,10 @@ fn mebibytes(figures: &Figures) -> Option<f64> {
 
 fn number(value: Option<f64>, digits: usize) -> String {
     value.map_or_else(|| "-".into(), |value| format!("{value:.digits$}"))
+}
+
+fn percent(part: Option<f64>) -> String {
+    part.map_or_else(|| "-".into(), |part| format!("{:.0} %", part * 100.0))
 }
 
 fn times(ratio: Option<f64>) -> String {

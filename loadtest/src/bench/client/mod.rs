@@ -137,7 +137,7 @@ impl Crowd {
             script: Script::of(plan.exchange),
             plan: plan.clone(),
             tls,
-            content: Content::new().map_err(system("make its content"))?,
+            content: Content::default(),
             queue: epoll::create(CreateFlags::CLOEXEC).map_err(system("make an event queue"))?,
             buffer: vec![0; BUFFER_BYTES],
             latencies,

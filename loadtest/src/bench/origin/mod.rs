@@ -70,7 +70,7 @@ pub fn serve() -> io::Result<()> {
         listeners[1].local_addr()?
     )?;
     out.flush()?;
-    let (content, mut buffer) = (Content::new()?, vec![0; BUFFER_BYTES]);
+    let (content, mut buffer) = (Content::default(), vec![0; BUFFER_BYTES]);
     let mut sessions: Vec<Option<Session>> = Vec::new();
     let mut free: Vec<usize> = Vec::new();
     let mut events: Vec<Event> = Vec::with_capacity(EVENTS);
