@@ -205,6 +205,7 @@ impl Serving {
             service: self.config.clone(),
             sites: Rc::new(self.sites.clone()),
             access_log: snapshot.access_log.clone(),
+            acme: snapshot.config.acme(),
         }
     }
 }

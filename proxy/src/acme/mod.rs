@@ -4,9 +4,10 @@
 //! whoever orders. Any proxy that sees the folder answers any challenge, so it does not matter which of them the
 //! authority reaches, nor whether a gate holds meanwhile.
 
-#![allow(dead_code, reason = "ordering follows")]
-
 mod folder;
+mod keep;
+mod lease;
+mod order;
 mod proof;
 
 use std::sync::Arc;
@@ -15,7 +16,9 @@ use rustls::server::ResolvesServerCert;
 
 use crate::config::{AcmeConfig, CertificateConfig};
 use folder::Folder;
+pub(crate) use keep::keep;
 use proof::Proofs;
+pub(crate) use proof::answer;
 
 /// The application protocol by which an authority asks for a proof (RFC 8737).
 pub(crate) const ALPN: &[u8] = b"acme-tls/1";

@@ -15,8 +15,8 @@ use rustls::sign::CertifiedKey;
 use super::folder::{Folder, is_token, read_small};
 use crate::config::AcmeConfig;
 
-/// Where an authority looks for a text (RFC 8555, section 8.3).
-const HTTP_PREFIX: &[u8] = b"/.well-known/acme-challenge/";
+/// How an authority's question begins (RFC 8555, section 8.3).
+const HTTP_QUESTION: &[u8] = b"GET /.well-known/acme-challenge/";
 /// SHA-256 of the key authorization.
 const DIGEST_BYTES: usize = 32;
 
@@ -57,14 +57,62 @@ impl ResolvesServerCert for Proofs {
     }
 }
 
-/// The text that proves control, if `path` asks for one and a challenge with that token is open in one of the
-/// folders.
-pub(crate) fn answer(configs: &[AcmeConfig], path: &[u8]) -> Option<Vec<u8>> {
-    let token = path.strip_prefix(HTTP_PREFIX)?;
+/// The text that proves control, if the head asks for one and a challenge with that token is open in one of the
+/// folders. Anything else is none of our business.
+pub(crate) fn answer(configs: &[AcmeConfig], head: &[u8]) -> Option<Vec<u8>> {
+    if configs.is_empty() {
+        return None;
+    }
+    let rest = head.strip_prefix(HTTP_QUESTION)?;
+    let token = rest.split(|byte| *byte == b' ').next()?;
     let token = std::str::from_utf8(token)
         .ok()
         .filter(|token| is_token(token))?;
-    configs
-        .iter()
-        .find_map(|config| read_small(&Folder::new(config).http_answer(token)))
+    let mut folders = configs.iter().map(Folder::new);
+    folders.find_map(|folder| read_small(&folder.http_answer(token)))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn only_an_open_challenge_is_answered_and_no_path_leads_out_of_the_folder() {
+        let shared = tempfile::tempdir().unwrap();
+        std::fs::write(shared.path().join("secret"), "s").unwrap();
+        std::fs::create_dir(shared.path().join("challenges")).unwrap();
+        std::fs::write(shared.path().join("challenges/To-k_en1"), "proof").unwrap();
+        let config = config(shared.path());
+        let ask = |head: &str| answer(std::slice::from_ref(&config), head.as_bytes());
+        let known = "GET /.well-known/acme-challenge/To-k_en1 HTTP/1.1\r\n\r\n";
+        assert_eq!(ask(known).unwrap(), b"proof");
+        for other in [
+            "other",
+            "../secret",
+            "..%2fsecret",
+            "",
+            "To-k_en1?x",
+            "/etc/passwd",
+        ] {
+            let head = format!("GET /.well-known/acme-challenge/{other} HTTP/1.1\r\n\r\n");
+            assert_eq!(ask(&head), None, "{other}");
+        }
+        assert_eq!(ask(&known.replace("GET", "POST")), None);
+        assert_eq!(answer(&[], known.as_bytes()), None);
+    }
+
+    fn config(folder: &Path) -> AcmeConfig {
+        AcmeConfig {
+            directory: "https://ca.example/".into(),
+            contact: Vec::new(),
+            names: vec!["site.example".into()],
+            folder: folder.to_owned(),
+            ca: None,
+            renew_before: Duration::from_secs(1),
+            challenges: Vec::new(),
+        }
+    }
 }

@@ -62,6 +62,15 @@ pub struct Config {
     pub services: Vec<ServiceConfig>,
 }
 
+impl Config {
+    /// What is ordered from authorities.
+    #[must_use]
+    pub fn acme(&self) -> Vec<AcmeConfig> {
+        let orders = self.tls.iter().filter_map(|profile| profile.acme.clone());
+        orders.collect()
+    }
+}
+
 /// Where access lines go.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum LogTarget {

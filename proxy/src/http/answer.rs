@@ -43,6 +43,17 @@ pub(crate) fn write(
     }
 }
 
+/// Appends what an authority reads to be sure that we control a name (RFC 8555, section 8.3).
+pub(crate) fn write_proof(out: &mut Vec<u8>, proof: &[u8]) {
+    // Writing to a vector cannot fail.
+    drop(write!(
+        out,
+        "HTTP/1.1 200 OK\r\nContent-Type: application/octet-stream\r\nContent-Length: {}\r\nConnection: close\r\n\r\n",
+        proof.len(),
+    ));
+    out.extend_from_slice(proof);
+}
+
 const fn reason(status: u16) -> &'static str {
     match status {
         400 => "Bad Request",

@@ -24,6 +24,8 @@ use tokio::sync::{Mutex, mpsc, oneshot, watch};
 use tokio::task::AbortHandle;
 use tokio::time::timeout;
 
+use crate::acme;
+use crate::config::AcmeConfig;
 use crate::listen::bound::Bound;
 use crate::metrics::Metrics;
 use crate::service::keep;
@@ -91,6 +93,8 @@ struct Tended {
     profiles: Option<AbortHandle>,
     /// Checks servers, and resolves their names.
     care: Option<Care>,
+    /// Orders certificates. A reload that changes nothing about that does not disturb it.
+    orders: Option<(Vec<AcmeConfig>, AbortHandle)>,
 }
 
 impl Running {
@@ -165,6 +169,13 @@ impl Running {
         tended.care = None;
         let resolver = &snapshot.config.resolver;
         tended.care = Some(Care::begin(&snapshot.directory, resolver, gates_of));
+        let wanted = snapshot.config.acme();
+        if tended.orders.as_ref().map(|(configs, _)| configs) != Some(&wanted) {
+            let task = tokio::task::spawn_local(acme::keep(wanted.clone())).abort_handle();
+            if let Some((_, before)) = tended.orders.replace((wanted, task)) {
+                before.abort();
+            }
+        }
         let serves = tended.metrics.as_ref().map(|(bound, _)| bound);
         let unchanged = match (serves, &snapshot.metrics) {
             (Some(serves), Some(wanted)) => Arc::ptr_eq(serves, wanted),

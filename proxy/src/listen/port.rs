@@ -17,7 +17,7 @@ use tokio::time::timeout;
 use super::hangup::HangupWatch;
 use crate::access_log::{AccessLog, Line};
 use crate::buffer::{Buffer, Buffers};
-use crate::config::{Limits, ServiceConfig};
+use crate::config::{AcmeConfig, Limits, ServiceConfig};
 use crate::error::RequestError;
 use crate::http::request::RequestId;
 use crate::service::inflight::InFlightTable;
@@ -34,6 +34,8 @@ pub(crate) struct Settings {
     /// Who serves, where no route says otherwise.
     pub(crate) sites: Rc<Sites>,
     pub(crate) access_log: Option<AccessLog>,
+    /// Whose proofs are shown to authorities.
+    pub(crate) acme: Vec<AcmeConfig>,
 }
 
 /// The settings in force for one service on one worker.

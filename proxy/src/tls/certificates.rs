@@ -26,8 +26,6 @@ pub(super) struct Certificate {
     pub(super) key: Arc<CertifiedKey>,
     /// In lower case; wildcards with their star.
     names: Vec<String>,
-    /// Seconds since 1970.
-    pub(super) not_after: i64,
 }
 
 /// Certificates by name.
@@ -241,7 +239,7 @@ fn load(files: &CertificateConfig) -> Result<Certificate, TlsError> {
         path: files.chain.clone(),
         why,
     };
-    let (names, not_after) = facts(&chain[0]).map_err(bad)?;
+    let Facts { names, .. } = facts(&chain[0]).map_err(bad)?;
     let mut certified = CertifiedKey::new(chain, key);
     certified.keys_match().map_err(|error| match error {
         rustls::Error::InconsistentKeys(_) => TlsError::Mismatch {
@@ -256,12 +254,29 @@ fn load(files: &CertificateConfig) -> Result<Certificate, TlsError> {
     Ok(Certificate {
         key: Arc::new(certified),
         names,
-        not_after,
     })
 }
 
-/// The host names of a certificate and the second it ends.
-pub(crate) fn facts(der: &[u8]) -> Result<(Vec<String>, i64), String> {
+/// What a certificate says about itself.
+#[derive(Debug)]
+pub(crate) struct Facts {
+    /// Host names, in lower case.
+    pub(crate) names: Vec<String>,
+    /// When it ends, in seconds since 1970.
+    pub(crate) not_after_s: i64,
+}
+
+impl Facts {
+    /// Whether it is for all of these names.
+    pub(crate) fn is_for(&self, names: &[Box<str>]) -> bool {
+        names
+            .iter()
+            .all(|name| self.names.iter().any(|own| **own == **name))
+    }
+}
+
+/// Reads what a certificate says about itself.
+pub(crate) fn facts(der: &[u8]) -> Result<Facts, String> {
     let (_, parsed) = X509Certificate::from_der(der).map_err(|error| error.to_string())?;
     let alternatives = parsed
         .subject_alternative_name()
@@ -271,7 +286,10 @@ pub(crate) fn facts(der: &[u8]) -> Result<(Vec<String>, i64), String> {
         GeneralName::DNSName(name) => Some(name.to_ascii_lowercase()),
         _ => None,
     });
-    Ok((names.collect(), parsed.validity().not_after.timestamp()))
+    Ok(Facts {
+        names: names.collect(),
+        not_after_s: parsed.validity().not_after.timestamp(),
+    })
 }
 
 /// Whom a certificate was issued to, as `CN=alice, O=Example`, without characters that a header may not hold.

@@ -17,7 +17,7 @@ pub(crate) mod stream;
 mod tickets;
 mod watch;
 
-pub(crate) use certificates::subject;
+pub(crate) use certificates::{facts, subject};
 pub use files::TlsError;
 pub(crate) use session::SessionError;
 
