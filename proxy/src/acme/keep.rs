@@ -86,7 +86,8 @@ async fn attempt(config: &AcmeConfig) -> Outcome {
     match order(config).await {
         Ok(()) => {
             tracing::info!(name, "certificate ordered");
-            Outcome::NotDue(time_left(config).unwrap_or_default())
+            // One that has to be replaced at once is as bad as none: no haste with the next.
+            time_left(config).map_or(Outcome::Failed, Outcome::NotDue)
         }
         Err(error) => {
             tracing::error!(name, "no certificate: {}", with_causes(&error));
@@ -100,7 +101,12 @@ fn time_left(config: &AcmeConfig) -> Option<Duration> {
     let bytes = std::fs::read(Folder::new(config).certificate()).ok()?;
     let own = CertificateDer::from_pem_slice(&bytes).ok()?;
     let facts = tls::facts(&own).ok()?;
-    let renewed_at = facts.not_after_s - i64::try_from(config.renew_before.as_secs()).ok()?;
+    // One that lives for six days cannot be renewed thirty days before its end.
+    let third = (facts.not_after_s - facts.not_before_s) / 3;
+    let before = i64::try_from(config.renew_before.as_secs())
+        .ok()?
+        .min(third);
+    let renewed_at = facts.not_after_s - before;
     let left = renewed_at - i64::try_from(now_s()).ok()?;
     let left = u64::try_from(left).ok().filter(|left| *left > 0)?;
     facts

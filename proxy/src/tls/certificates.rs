@@ -262,7 +262,8 @@ fn load(files: &CertificateConfig) -> Result<Certificate, TlsError> {
 pub(crate) struct Facts {
     /// Host names, in lower case.
     pub(crate) names: Vec<String>,
-    /// When it ends, in seconds since 1970.
+    /// When it begins and ends, in seconds since 1970.
+    pub(crate) not_before_s: i64,
     pub(crate) not_after_s: i64,
 }
 
@@ -288,6 +289,7 @@ pub(crate) fn facts(der: &[u8]) -> Result<Facts, String> {
     });
     Ok(Facts {
         names: names.collect(),
+        not_before_s: parsed.validity().not_before.timestamp(),
         not_after_s: parsed.validity().not_after.timestamp(),
     })
 }

@@ -3,6 +3,8 @@
 #![allow(clippy::unwrap_used, reason = "helpers of tests are tests too")]
 
 mod balancing;
+mod acme;
+mod authority;
 mod client2;
 mod configuration;
 mod deciding;

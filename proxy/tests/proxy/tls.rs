@@ -4,10 +4,14 @@ use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::path::Path;
 use std::sync::{Arc, Mutex};
+use std::time::{Duration, SystemTime};
 
 use hopgate_proxy::Proxy;
 use hopgate_proxy::config::Config;
-use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, KeyPair};
+use rcgen::{
+    BasicConstraints, CertificateParams, CertificateSigningRequestParams, CertifiedIssuer, DnType,
+    IsCa, KeyPair,
+};
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::client::{Resumption, WebPkiServerVerifier};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
@@ -46,6 +50,28 @@ impl Authority {
         let key = KeyPair::generate().unwrap();
         let certificate = params.signed_by(&key, &self.0).unwrap();
         (certificate.pem(), key.serialize_pem())
+    }
+
+    /// The same, begun a while ago and good for a while.
+    pub(crate) fn signs_until(
+        &self,
+        names: &[&str],
+        age: Duration,
+        left: Duration,
+    ) -> (String, String) {
+        let names: Vec<String> = names.iter().map(|name| (*name).to_owned()).collect();
+        let mut params = CertificateParams::new(names).unwrap();
+        let now = SystemTime::now();
+        params.not_before = (now - age).into();
+        params.not_after = (now + left).into();
+        let key = KeyPair::generate().unwrap();
+        let certificate = params.signed_by(&key, &self.0).unwrap();
+        (certificate.pem(), key.serialize_pem())
+    }
+
+    /// What was asked for, as it was asked for.
+    pub(crate) fn signs_request(&self, request: CertificateSigningRequestParams) -> String {
+        request.signed_by(&self.0).unwrap().pem()
     }
 
     pub(crate) fn writes(&self, folder: &Path, name: &str, names: &[&str]) {
@@ -139,16 +165,16 @@ impl ServerCertVerifier for Witness {
 }
 
 /// A browser, as far as TLS goes.
-struct Browser {
+pub(crate) struct Browser {
     config: Arc<ClientConfig>,
     witness: Arc<Witness>,
 }
 
 /// One of its connections.
-struct Visit(BufReader<StreamOwned<ClientConnection, TcpStream>>);
+pub(crate) struct Visit(BufReader<StreamOwned<ClientConnection, TcpStream>>);
 
 impl Browser {
-    fn trusting(authority: &Authority) -> Self {
+    pub(crate) fn trusting(authority: &Authority) -> Self {
         Self::with(authority, rustls::ALL_VERSIONS, None)
     }
 
@@ -187,7 +213,7 @@ impl Browser {
     }
 
     /// A connection on which one request has been answered, or why there is none.
-    fn visit(&self, address: SocketAddr, host: &str) -> Result<Visit, String> {
+    pub(crate) fn visit(&self, address: SocketAddr, host: &str) -> Result<Visit, String> {
         let name = ServerName::try_from(host.to_owned()).unwrap();
         let session = ClientConnection::new(Arc::clone(&self.config), name).unwrap();
         let socket = TcpStream::connect(address).unwrap();
