@@ -2,9 +2,9 @@
 
 #![allow(clippy::unwrap_used, reason = "helpers of tests are tests too")]
 
-mod balancing;
 mod acme;
 mod authority;
+mod balancing;
 mod client2;
 mod configuration;
 mod deciding;
