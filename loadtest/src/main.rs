@@ -1,6 +1,7 @@
 //! `lab`: moves a real application under load and prints a verdict. This file only reads the command line and
 //! turns outcomes into exit codes.
 
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
@@ -238,7 +239,7 @@ fn run(arguments: Arguments, progress: &Progress) -> anyhow::Result<ExitCode> {
             });
         }
         Command::BenchClient { plan, hold } => bench_client(&plan, hold)?,
-        Command::BenchOrigin => bench::origin::serve()?,
+        Command::BenchOrigin => bench::origin::run()?,
         Command::World { app, link } => {
             interrupt::listen()?;
             lab::by_hand::world(app, link, progress)?;
@@ -274,9 +275,11 @@ fn bench_proxy(options: &ProxyOptions, progress: &Progress) -> anyhow::Result<Ex
     let cases = bench::case::chosen(&options.cases)
         .map_err(|vain| anyhow!("--case {vain}: no case has that in its name; see --list"))?;
     if options.list {
-        for case in cases {
-            println!("{:<24}{}", case.name, case.title);
-        }
+        let lines = cases
+            .iter()
+            .map(|case| format!("{:<24}{}\n", case.name, case.title));
+        // Whoever reads may have seen enough.
+        let _ = std::io::stdout().write_all(lines.collect::<String>().as_bytes());
         return Ok(ExitCode::SUCCESS);
     }
     interrupt::listen()?;

@@ -295,3 +295,109 @@ impl Crowd {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+    use std::net::{SocketAddr, TcpListener};
+    use std::thread;
+
+    use super::*;
+    use crate::bench::origin::Origin;
+    use crate::bench::plan::Exchange;
+
+    fn plan(address: SocketAddr, exchange: Exchange) -> Plan {
+        Plan {
+            address,
+            transport: Transport::Clear,
+            exchange,
+            connections: 4,
+            warm_up_ms: 1,
+            measured_ms: 10,
+            watched: vec![std::process::id()],
+        }
+    }
+
+    /// A server that gives each connection `answer` and closes it.
+    fn server(answer: &'static [u8]) -> SocketAddr {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        thread::spawn(move || {
+            for mut stream in listener.incoming().flatten() {
+                let _ = stream.read(&mut [0; 1024]);
+                let _ = stream.write_all(answer);
+            }
+        });
+        address
+    }
+
+    #[test]
+    fn every_exchange_with_the_origin_ends_well() {
+        let origin = Origin::bind().unwrap();
+        let addresses = origin.addresses;
+        thread::spawn(move || origin.serve());
+        let (kept, fresh) = (Connection::Kept, Connection::Fresh);
+        let get = |bytes, connection| Exchange::Get { bytes, connection };
+        let raw = |bytes, connection| Exchange::Raw { bytes, connection };
+        for (address, exchange) in [
+            (addresses.http, get(64, kept)),
+            (addresses.http, get(64, fresh)),
+            (addresses.http, get(3 << 20, kept)),
+            (addresses.http, Exchange::Post { bytes: 1024 }),
+            (addresses.http, Exchange::Post { bytes: 3 << 20 }),
+            (addresses.http, Exchange::Echo { bytes: 64 }),
+            (addresses.raw, raw(3 << 20, kept)),
+            (addresses.raw, raw(64, fresh)),
+        ] {
+            let sample = measure(&plan(address, exchange)).unwrap();
+            assert_eq!(
+                (sample.errors, sample.first_error),
+                (0, None),
+                "{exchange:?}"
+            );
+            assert!(sample.requests >= 4, "{exchange:?}");
+            assert!(sample.processor_ns > 0 && sample.p50_ns <= sample.p99_ns);
+        }
+    }
+
+    #[test]
+    fn held_connections_are_open_and_had_an_answer() {
+        let origin = Origin::bind().unwrap();
+        let get = Exchange::Get {
+            bytes: 64,
+            connection: Connection::Kept,
+        };
+        let plan = plan(origin.addresses.http, get);
+        thread::spawn(move || origin.serve());
+        let (held, opened) = hold(&plan, 2).unwrap();
+        assert_eq!((opened.errors, opened.first_error), (0, None));
+        assert_eq!(held._crowd.latencies.len(), 4);
+    }
+
+    #[test]
+    fn what_is_not_the_right_answer_is_an_error_with_its_reason() {
+        let get = Exchange::Get {
+            bytes: 5,
+            connection: Connection::Kept,
+        };
+        for (answer, why) in [
+            (
+                &b"HTTP/1.1 503 No\r\nContent-Length: 0\r\n\r\n"[..],
+                "status 503",
+            ),
+            (
+                b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhel",
+                "closed in the middle of an exchange",
+            ),
+            (
+                b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nhell",
+                "an answer of the wrong length",
+            ),
+        ] {
+            let sample = measure(&plan(server(answer), get)).unwrap();
+            assert_eq!(sample.requests, 0);
+            assert!(sample.errors >= 4, "{sample:?}");
+            assert_eq!(sample.first_error.as_deref(), Some(why));
+        }
+    }
+}

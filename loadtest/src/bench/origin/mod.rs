@@ -41,35 +41,70 @@ impl Addresses {
     }
 }
 
-/// Serves until the process is killed; prints where it listens as its first line.
+/// A server that listens.
+#[derive(Debug)]
+pub struct Origin {
+    listeners: [TcpListener; 2],
+    /// Where.
+    pub addresses: Addresses,
+}
+
+impl Origin {
+    /// Listens on ports of the kernel's choice.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn bind() -> io::Result<Self> {
+        let listeners = [
+            TcpListener::bind("127.0.0.1:0")?,
+            TcpListener::bind("127.0.0.1:0")?,
+        ];
+        for listener in &listeners {
+            // Again, with room for all the connections a proxy may open at once.
+            rustix::net::listen(listener, 4096)?;
+            listener.set_nonblocking(true)?;
+        }
+        let addresses = Addresses {
+            http: listeners[0].local_addr()?,
+            raw: listeners[1].local_addr()?,
+        };
+        Ok(Self {
+            listeners,
+            addresses,
+        })
+    }
+
+    /// Serves for ever.
+    ///
+    /// # Errors
+    /// When it cannot accept or wait for events.
+    pub fn serve(&self) -> io::Result<()> {
+        serve(&self.listeners)
+    }
+}
+
+/// Says where it listens, as its first line, and serves until the process is killed.
 ///
 /// # Errors
-/// When it cannot listen or wait for events.
-pub fn serve() -> io::Result<()> {
-    let listeners = [
-        TcpListener::bind("127.0.0.1:0")?,
-        TcpListener::bind("127.0.0.1:0")?,
-    ];
-    let queue = epoll::create(CreateFlags::CLOEXEC)?;
-    for (number, listener) in listeners.iter().enumerate() {
-        // Again, with room for all the connections a proxy may open at once.
-        rustix::net::listen(listener, 4096)?;
-        listener.set_nonblocking(true)?;
-        epoll::add(
-            &queue,
-            listener,
-            EventData::new_u64(number as u64),
-            EventFlags::IN,
-        )?;
-    }
+/// When it cannot listen, accept or wait for events.
+pub fn run() -> io::Result<()> {
+    let origin = Origin::bind()?;
     let mut out = io::stdout().lock();
     writeln!(
         out,
         "listening {} {}",
-        listeners[0].local_addr()?,
-        listeners[1].local_addr()?
+        origin.addresses.http, origin.addresses.raw
     )?;
     out.flush()?;
+    origin.serve()
+}
+
+fn serve(listeners: &[TcpListener; 2]) -> io::Result<()> {
+    let queue = epoll::create(CreateFlags::CLOEXEC)?;
+    for (number, listener) in listeners.iter().enumerate() {
+        let data = EventData::new_u64(number as u64);
+        epoll::add(&queue, listener, data, EventFlags::IN)?;
+    }
     let (content, mut buffer) = (Content::default(), vec![0; BUFFER_BYTES]);
     let mut sessions: Vec<Option<Session>> = Vec::new();
     let mut free: Vec<usize> = Vec::new();
