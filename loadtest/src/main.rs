@@ -12,6 +12,7 @@ use clap::{Parser, Subcommand};
 use loadtest::lab::app::App;
 use loadtest::lab::folders::Folders;
 use loadtest::lab::hop::{Again, Engine};
+use loadtest::lab::interop::Times;
 use loadtest::lab::kill::Victim;
 use loadtest::lab::link::Link;
 use loadtest::lab::place::{self, Place, Wish};
@@ -92,6 +93,12 @@ enum Command {
         /// Only the tests whose name contains this, such as "bad input"; all of them by default.
         #[arg(default_value = "")]
         filter: String,
+        /// Change the proxy under load as often as it promises to bear: 60 reloads and 10 upgrades, not a few.
+        #[arg(long)]
+        full: bool,
+        /// The program hopgate-proxy for other makers' clients; by default one is built.
+        #[arg(long, value_name = "FILE")]
+        hopgate: Option<PathBuf>,
     },
     /// The part of a hop that runs inside the guest.
     #[command(hide = true)]
@@ -248,9 +255,15 @@ fn run(arguments: Arguments, progress: &Progress) -> anyhow::Result<ExitCode> {
             interrupt::listen()?;
             lab::guest::inside(&options.wish(Place::Host), &out, progress)?;
         }
-        Command::Test { filter } => {
+        Command::Test {
+            filter,
+            full,
+            hopgate,
+        } => {
             interrupt::listen()?;
-            let green = lab::suite::run(&filter, &Folders::find()?, progress)?;
+            let times = if full { Times::FULL } else { Times::FEW };
+            let interop = lab::interop::Wish { times, hopgate };
+            let green = lab::suite::run(&filter, &interop, &Folders::find()?, progress)?;
             return Ok(if green {
                 ExitCode::SUCCESS
             } else {

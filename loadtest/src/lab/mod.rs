@@ -13,6 +13,7 @@ pub mod folders;
 pub mod guest;
 pub mod hop;
 pub mod initrd;
+pub mod interop;
 pub mod kill;
 pub mod link;
 pub mod netns;

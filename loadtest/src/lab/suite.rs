@@ -12,6 +12,7 @@ use crate::lab::bad_input;
 use crate::lab::error::{LabError, Result};
 use crate::lab::folders::Folders;
 use crate::lab::hop::{Again, Engine};
+use crate::lab::interop;
 use crate::lab::kill::Victim;
 use crate::lab::link::Link;
 use crate::lab::place::{self, Place, Wish};
@@ -114,7 +115,12 @@ const BENCHMARK: &str = "the benchmark measures all three proxies without an err
 ///
 /// # Errors
 /// When the lab was interrupted, or is not root.
-pub fn run(filter: &str, folders: &Folders, progress: &Progress) -> Result<bool> {
+pub fn run(
+    filter: &str,
+    interop: &interop::Wish,
+    folders: &Folders,
+    progress: &Progress,
+) -> Result<bool> {
     let wanted = |name: &str| name.contains(filter);
     setup::root()?;
     let (mut passed, mut failed) = (0, 0);
@@ -135,6 +141,7 @@ pub fn run(filter: &str, folders: &Folders, progress: &Progress) -> Result<bool>
     if wanted(WORKSPACE) {
         count(WORKSPACE, workspace(folders, progress));
     }
+    interop::run(interop, wanted, folders, progress, &mut count)?;
     let mut faithful = None;
     for case in cases().into_iter().filter(|case| wanted(case.name)) {
         if interrupt::requested() {
@@ -173,6 +180,12 @@ pub fn run(filter: &str, folders: &Folders, progress: &Progress) -> Result<bool>
         count(CAN_FAIL, harness_can_fail());
     }
     progress.done();
+    say_left_out(faithful, progress);
+    println!("{passed} passed, {failed} failed");
+    Ok(failed == 0 && passed > 0)
+}
+
+fn say_left_out(faithful: Option<Report>, progress: &Progress) {
     if let Some(report) =
         faithful.filter(|report| report.engine != Engine::Criu.as_str() || report.place != "host")
     {
@@ -181,8 +194,6 @@ pub fn run(filter: &str, folders: &Folders, progress: &Progress) -> Result<bool>
             report.place, report.engine
         ));
     }
-    println!("{passed} passed, {failed} failed");
-    Ok(failed == 0 && passed > 0)
 }
 
 /// One case, a fraction of a second for each proxy: enough to see that figures come out, too little to judge them.

@@ -1,0 +1,78 @@
+//! Clients and servers from Python's registry, in an environment of their own below `target/lab`.
+
+use std::fs;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use super::stage::{Service, Stage};
+use crate::command::Shell;
+use crate::lab::error::{OnFile, Result};
+use crate::lab::folders::Folders;
+use crate::lab::packages;
+use crate::progress::Progress;
+
+/// Longest the registry may take, in seconds.
+const INSTALL_S: u64 = 300;
+
+const TALKED: &str = "text hello\nbinary 1048576 True\nin order True\npong\nclosed 4001 bye\n";
+const TALKED_IN_A_STREAM: &str =
+    "extended connect 1\nstatus 200\ntext hello\nbinary 2 5000\nclosed 8 4001 bye\n";
+
+/// The Python program of the environment, which is made when it is missing or its list has changed.
+pub(super) fn environment(folders: &Folders, progress: &Progress) -> Result<PathBuf> {
+    let list = folders
+        .workspace
+        .join("loadtest/assets/interop/requirements.txt");
+    let recipe = fs::read_to_string(&list).on("read", &list)?;
+    let made = folders.cached("python", &recipe, |part| {
+        progress.now("installing clients from Python's registry");
+        let make = Shell::new("python3")
+            .args(["-m", "venv"])
+            .arg(part)
+            .within(Duration::from_secs(INSTALL_S));
+        if !make.succeeds() {
+            // Debian parts it from Python itself.
+            packages::apt_install(&["python3-venv"])?;
+            make.run()?;
+        }
+        Shell::new(part.join("bin/python"))
+            .args([
+                "-m",
+                "pip",
+                "install",
+                "--quiet",
+                "--disable-pip-version-check",
+                "--requirement",
+            ])
+            .arg(&list)
+            .within(Duration::from_secs(INSTALL_S))
+            .run()?;
+        Ok(())
+    })?;
+    Ok(made.join("bin/python"))
+}
+
+pub(super) fn websockets(stage: &mut Stage) -> Result<()> {
+    let (clear, tls) = (stage.clear(Service::Chat), stage.tls(Service::Chat));
+    let talk = stage
+        .python("talk_websocket.py")
+        .arg(format!("ws://127.0.0.1:{clear}/"));
+    stage.says("WebSocket over HTTP/1 clear", &talk, TALKED)?;
+    let talk = stage
+        .python("talk_websocket.py")
+        .arg(format!("wss://127.0.0.1:{tls}/"));
+    stage.says("WebSocket over HTTP/1 TLS", &talk.arg(stage.ca()), TALKED)?;
+    let talk = stage.python("talk_websocket_h2.py").arg(clear.to_string());
+    stage.says(
+        "WebSocket in a stream of HTTP/2 clear",
+        &talk,
+        TALKED_IN_A_STREAM,
+    )?;
+    let talk = stage.python("talk_websocket_h2.py").arg(tls.to_string());
+    let expected = format!("alpn h2\n{TALKED_IN_A_STREAM}");
+    stage.says(
+        "WebSocket in a stream of HTTP/2 TLS",
+        &talk.arg(stage.ca()),
+        &expected,
+    )
+}
