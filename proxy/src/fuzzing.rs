@@ -17,7 +17,9 @@ use crate::http::request::{
 };
 use crate::http::response;
 use crate::listen::client::Client;
+use crate::listen::{hello, proxy_protocol};
 use crate::route::Path;
+use crate::stream::Look;
 
 /// A request head: found alike however it is cut, and what we write of it is read the same way again.
 pub fn request_head(bytes: &[u8]) {
@@ -163,6 +165,30 @@ pub fn trace_parent(bytes: &[u8]) {
     }
 }
 
+/// The PROXY protocol: what is said of a connection does not depend on how its first bytes arrive.
+pub fn proxy_protocol(bytes: &[u8]) {
+    let said = |bytes: &[u8]| match proxy_protocol::parse(bytes) {
+        Look::Further => None,
+        Look::Seen(told) => Some(told.map_err(|error| error.kind())),
+    };
+    let whole = said(bytes);
+    let first = (0..=bytes.len()).find_map(|seen| Some((seen, said(&bytes[..seen])?)));
+    assert_eq!(first.as_ref().map(|(_, told)| told), whole.as_ref());
+    if let Some((seen, Ok((_, count)))) = first {
+        assert_eq!(
+            seen, count,
+            "the header is taken off whole, and nothing behind it"
+        );
+    }
+}
+
+/// A ClientHello: whatever it is, there is a name in it or none.
+pub fn client_hello(bytes: &[u8]) {
+    if let Look::Seen(Some(name)) = hello::parse(bytes) {
+        assert!(!name.is_empty() && name == name.to_ascii_lowercase());
+    }
+}
+
 /// The head at the beginning of `bytes`, if there is one that may be read.
 fn find(bytes: &[u8]) -> Option<&[u8]> {
     let whole = scan(bytes, 0);
@@ -298,7 +324,7 @@ mod tests {
 
     use super::*;
 
-    const TARGETS: [fn(&[u8]); 8] = [
+    const TARGETS: [fn(&[u8]); 10] = [
         request_head,
         response_head,
         chunks,
@@ -307,6 +333,8 @@ mod tests {
         header_list,
         route_path,
         trace_parent,
+        proxy_protocol,
+        client_hello,
     ];
 
     proptest! {

@@ -24,7 +24,7 @@ pub(crate) async fn server_name(socket: &Socket) -> io::Result<Option<String>> {
 }
 
 /// What the bytes so far say.
-fn parse(bytes: &[u8]) -> Look<Option<String>> {
+pub(crate) fn parse(bytes: &[u8]) -> Look<Option<String>> {
     let mut acceptor = Acceptor::default();
     let mut unread = bytes;
     while !unread.is_empty() {

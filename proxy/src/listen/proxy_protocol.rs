@@ -22,7 +22,7 @@ const V1_BYTES_MAX: usize = 107;
 
 /// What a header says of the client.
 #[derive(Debug, PartialEq, Eq)]
-enum Told {
+pub(crate) enum Told {
     /// This is its address.
     Address(SocketAddr),
     /// Nothing: the sender speaks for itself, as health checks do, or does not know.
@@ -51,7 +51,7 @@ pub(crate) async fn read(socket: &Socket, sender: Client) -> io::Result<Client> 
 }
 
 /// What the bytes so far say, and how many of them are the header.
-fn parse(bytes: &[u8]) -> Look<io::Result<(Told, usize)>> {
+pub(crate) fn parse(bytes: &[u8]) -> Look<io::Result<(Told, usize)>> {
     let told = match header_bytes(bytes) {
         Look::Further => return Look::Further,
         Look::Seen(None) => None,

@@ -12,6 +12,10 @@ use crate::lab::error::{OnFile, Result};
 /// Size of an upload, in bytes: more than every buffer on its way together.
 const UPLOAD_BYTES: usize = 20 << 20;
 
+/// siege's settings, so that those of the user do not matter.
+const SIEGE_RC: &str = "verbose = false\nquiet = false\njson_output = true\nlogging = false\nprotocol = HTTP/1.1\n\
+                        parser = false\nconnection = keep-alive\n";
+
 /// The ways curl may reach a service: what they are called, the scheme, and curl's option.
 const WAYS: [(&str, &str, &str); 4] = [
     ("HTTP/1.1 clear", "http", "--http1.1"),
@@ -94,85 +98,80 @@ pub(super) fn curl(stage: &mut Stage) -> Result<()> {
 }
 
 pub(super) fn loads(stage: &mut Stage) -> Result<()> {
-    let clear = format!("http://127.0.0.1:{}/bytes/1000", stage.clear(Service::Fast));
-    let tls = format!("https://127.0.0.1:{}/bytes/1000", stage.tls(Service::Fast));
+    let [clear, tls] = urls(stage);
     for (what, url, options) in [
         (
-            "h2load, HTTP/2 clear",
+            "HTTP/2 clear",
             &clear,
             &["-n", "20000", "-c", "8", "-m", "16"][..],
         ),
-        (
-            "h2load, HTTP/2 TLS",
-            &tls,
-            &["-n", "20000", "-c", "8", "-m", "16"],
-        ),
-        (
-            "h2load, HTTP/1.1 TLS",
-            &tls,
-            &["-n", "5000", "-c", "8", "--h1"],
-        ),
+        ("HTTP/2 TLS", &tls, &["-n", "20000", "-c", "8", "-m", "16"]),
+        ("HTTP/1.1 TLS", &tls, &["-n", "5000", "-c", "8", "--h1"]),
     ] {
         let said = run("h2load", options, url)?;
-        let wanted = options[1];
+        let all = options[1];
         let line = format!(
-            "requests: {wanted} total, {wanted} started, {wanted} done, {wanted} succeeded, 0 failed, 0 errored, 0 timeout"
+            "requests: {all} total, {all} started, {all} done, {all} succeeded, 0 failed, 0 errored, 0 timeout"
         );
         if !said.contains(&line) {
             return Err(differs(what, &line, &said));
         }
         stage
             .progress
-            .say(format!("  {what}: {wanted} of {wanted}"));
+            .say(format!("  h2load, {what}: {all} of {all}"));
     }
+    Ok(())
+}
+
+pub(super) fn generators(stage: &mut Stage) -> Result<()> {
+    let [clear, tls] = urls(stage);
     let rc = stage.folder.join("siegerc");
-    fs::write(&rc, "verbose = false\nquiet = false\njson_output = true\nlogging = false\nprotocol = HTTP/1.1\nparser = false\nconnection = keep-alive\n")
-        .on("write", &rc)?;
+    fs::write(&rc, SIEGE_RC).on("write", &rc)?;
     let rc = format!("--rc={}", rc.display());
-    let generators: [(&str, &str, Vec<&str>, fn(&str) -> Option<Tally>); 5] = [
-        (
-            "wrk, clear",
-            &clear,
-            vec!["wrk", "-t1", "-c32", "-d3s"],
-            tally::wrk,
-        ),
-        (
-            "wrk, TLS",
-            &tls,
-            vec!["wrk", "-t1", "-c32", "-d3s"],
-            tally::wrk,
-        ),
+    for (what, url, words) in [
+        ("wrk, clear", &clear, &["wrk", "-t1", "-c32", "-d3s"][..]),
+        ("wrk, TLS", &tls, &["wrk", "-t1", "-c32", "-d3s"]),
         (
             "ab, kept connections",
             &clear,
-            vec!["ab", "-q", "-k", "-n", "20000", "-c", "32"],
-            tally::ab,
+            &["ab", "-q", "-k", "-n", "20000", "-c", "32"],
         ),
         (
             "ab, a connection a request",
             &clear,
-            vec!["ab", "-q", "-n", "5000", "-c", "32"],
-            tally::ab,
+            &["ab", "-q", "-n", "5000", "-c", "32"],
         ),
         (
             "siege",
             &clear,
-            vec!["siege", &rc, "-b", "-c", "16", "-r", "200"],
-            tally::siege,
+            &["siege", &rc, "-b", "-c", "16", "-r", "200"],
         ),
-    ];
-    for (what, url, words, read) in generators {
+    ] {
         let said = run(words[0], &words[1..], url)?;
-        let tally = read(&said).unwrap_or_else(|| Tally::broken(said));
-        let error = tally.first_error.unwrap_or_default();
+        let tally = match words[0] {
+            "wrk" => tally::wrk(&said),
+            "ab" => tally::ab(&said),
+            _ => tally::siege(&said),
+        };
+        let tally = tally.unwrap_or_else(|| Tally::broken(said));
         if tally.errors > 0 || tally.requests == 0 {
-            return Err(differs(what, "no error", &error));
+            let found = tally.first_error.unwrap_or_default();
+            return Err(differs(what, "no error", &found));
         }
         stage
             .progress
             .say(format!("  {what}: {} answered, no error", tally.requests));
     }
     Ok(())
+}
+
+/// What the load asks for, clear and through TLS.
+fn urls(stage: &Stage) -> [String; 2] {
+    let (clear, tls) = (stage.clear(Service::Fast), stage.tls(Service::Fast));
+    [
+        format!("http://127.0.0.1:{clear}/bytes/1000"),
+        format!("https://127.0.0.1:{tls}/bytes/1000"),
+    ]
 }
 
 fn run(program: &str, options: &[&str], url: &str) -> Result<String> {

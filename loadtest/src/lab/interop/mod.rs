@@ -53,8 +53,12 @@ const CASES: &[Case] = &[
         run: clients::curl,
     },
     Case {
-        name: "h2load, wrk, ab and siege find no error",
+        name: "h2load loses no request over HTTP/2 and HTTP/1, clear and TLS",
         run: clients::loads,
+    },
+    Case {
+        name: "wrk, ab and siege find no error",
+        run: clients::generators,
     },
     Case {
         name: "WebSockets talk over HTTP/1 and HTTP/2, clear and TLS",
