@@ -90,7 +90,7 @@ fn run(path: &std::path::Path, upgrade: bool) -> anyhow::Result<ExitCode> {
         let proxy = if upgrade {
             Proxy::take_over(&config)?
         } else {
-            Proxy::start(&config)?
+            Proxy::start_supervised(&config)?
         };
         say_ready(&proxy, &config);
         loop {

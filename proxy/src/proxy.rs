@@ -25,7 +25,7 @@ use crate::control::server::{ControlError, ControlSocket};
 use crate::life::inherited::Inherited;
 use crate::life::permits::Permits;
 use crate::life::successor::{self, Estate, Predecessor, SuccessionError};
-use crate::life::{self, Running, RunningSeed};
+use crate::life::{self, Running, RunningSeed, supervisor};
 use crate::listen::bound::Place;
 use crate::service::{Service, StateDir, StateError};
 use crate::snapshot::{Ground, Logs, Shared, Snapshot};
@@ -163,6 +163,17 @@ impl Proxy {
         Ok(proxy)
     }
 
+    /// The same, with the sockets that a supervisor has bound for this process; those that no listener has are left
+    /// alone.
+    ///
+    /// # Errors
+    /// As [`Proxy::start`].
+    pub fn start_supervised(config: &Config) -> Result<Self, StartError> {
+        let (proxy, _) = Self::prepare(config, Origin::Fresh(supervisor::sockets()))?;
+        proxy.begin();
+        Ok(proxy)
+    }
+
     /// Takes over from the proxy that runs with the same state folder and control socket: its listening sockets
     /// with everybody who waits in their queues, its registers, its commands. Blocks until this is done.
     ///
@@ -226,6 +237,9 @@ impl Proxy {
             Some(socket) => ControlSocket::inherit(&config.control, socket),
             None => ControlSocket::bind(&config.control)?,
         };
+        if predecessor.is_none() {
+            supervisor::mention_unused(&inherited);
+        }
         let heirloom = predecessor.map(|predecessor| Heirloom {
             predecessor,
             unused: inherited.left(),
@@ -478,6 +492,9 @@ impl ControlSeed {
             while let Ok(order) = self.orders.try_recv() {
                 tasks.spawn_local(obey(Rc::clone(&running), order));
             }
+            supervisor::ready(&running.shared.load());
+            let workers = running.workers.clone();
+            tasks.spawn_local(supervisor::give_signs_of_life(workers));
             let socket = Rc::clone(&socket);
             tasks.spawn_local(async move {
                 if let Err(error) = socket.serve(commander).await {
@@ -488,6 +505,9 @@ impl ControlSeed {
         let (limit, farewell) = until_end(&running, &mut self.orders, &mut wish, &mut tasks).await;
         running.ending.set(true);
         let replaced = farewell != Farewell::Stop;
+        if !replaced {
+            supervisor::stopping();
+        }
         socket.own_file(!replaced);
         // Commands are obeyed to the end: a hold may be released while we wait for its held.
         let mut closing = Closing {

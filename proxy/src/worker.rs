@@ -33,6 +33,8 @@ pub(crate) enum Question {
         service: ServiceName,
         reply: oneshot::Sender<Vec<InFlight>>,
     },
+    /// Whether it still answers.
+    Alive { reply: oneshot::Sender<()> },
     /// Go by this snapshot from now on.
     Apply {
         snapshot: Arc<Snapshot>,
@@ -190,6 +192,9 @@ impl Worker {
                 let ports = self.ports().filter(|port| *port.service.name() == service);
                 let list = ports.flat_map(|port| port.in_flight.list()).collect();
                 drop(reply.send(list));
+            }
+            Question::Alive { reply } => {
+                reply.send(()).ok();
             }
             Question::Apply { snapshot, reply } => {
                 self.apply(&snapshot);

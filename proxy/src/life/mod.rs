@@ -7,6 +7,7 @@ pub(crate) mod inherited;
 pub(crate) mod permits;
 pub(crate) mod reload;
 pub(crate) mod successor;
+pub(crate) mod supervisor;
 pub(crate) mod upgrade;
 
 use std::cell::{Cell, RefCell};

@@ -11,6 +11,7 @@ use cutover_protocol::id::{Register, ServiceName};
 
 use super::Running;
 use super::inherited::Inherited;
+use super::supervisor;
 use crate::config::{Config, ConfigError, ListenAddress};
 use crate::control::words::{ProcessRefusal, Reloaded};
 
@@ -68,6 +69,7 @@ impl Running {
     /// Once the new snapshot is in force it stays so; some workers may then hear of it only with the next reload.
     pub(crate) async fn reload(&self) -> Result<Reloaded, ReloadError> {
         let _turn = self.turn.lock().await;
+        supervisor::reloading();
         let outcome = self.put_next_in_force();
         match &outcome {
             Ok((next, done)) => {
@@ -81,6 +83,7 @@ impl Running {
                 self.facts.refused(why);
             }
         }
+        supervisor::ready(&self.shared.load());
         outcome.map(|(_, done)| done)
     }
 

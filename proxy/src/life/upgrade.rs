@@ -23,8 +23,8 @@ use tokio::process::Command as Process;
 use tokio::sync::OwnedMutexGuard;
 use tokio::time::timeout;
 
-use super::Running;
 use super::channel::{Channel, FILES_MAX, Message, VERSION, send_with_files};
+use super::{Running, supervisor};
 use crate::control::words::{ProcessAnswer, ProcessRefusal};
 use crate::listen::bound::Place;
 use crate::service::Mode;
@@ -265,6 +265,8 @@ impl Running {
             Ok((channel, unused)) => {
                 turn.done.set(true);
                 self.passing.set(Passing::Over);
+                // First this word, then the new process' own: until it is named it may not be heard.
+                supervisor::replaced_by(pid);
                 say(&channel, &Message::Farewell, &[]).await.ok();
                 tracing::info!(target: "audit", pid, "handed over: finishing what runs");
                 self.handed.send_replace(Some(Handed { pid, unused }));
@@ -292,6 +294,7 @@ impl Running {
         match self.pass(&channel, successor).await {
             Ok(unused) => Ok((channel, unused)),
             Err(error) => {
+                let error = last_word(&channel).unwrap_or(error);
                 let why = super::chain(&error);
                 // Gone is told as well by the closed channel.
                 say(&channel, &Message::No { why }, &[]).await.ok();
@@ -383,6 +386,16 @@ async fn hear(channel: &AsyncFd<Channel>) -> Result<Message, UpgradeError> {
     match heard.map_err(UpgradeError::Gone)? {
         (Message::No { why }, _) => Err(UpgradeError::Declined(why)),
         (message, _) => Ok(message),
+    }
+}
+
+/// What the new process said before it closed its end while there was something to read: the kernel reports that
+/// first, once, and only then gives what is there.
+fn last_word(channel: &AsyncFd<Channel>) -> Option<UpgradeError> {
+    let heard = channel.get_ref().receive();
+    match heard.or_else(|_| channel.get_ref().receive()).ok()? {
+        (Message::No { why }, _) => Some(UpgradeError::Declined(why)),
+        _ => None,
     }
 }
 

@@ -17,6 +17,7 @@ mod refusals;
 mod reload;
 mod restart;
 mod smuggling;
+mod supervisor;
 mod tls;
 mod upgrade;
 mod world;

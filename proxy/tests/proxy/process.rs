@@ -21,6 +21,8 @@ pub(crate) struct Running {
     pub(crate) child: Child,
     pub(crate) address: SocketAddr,
     control: PathBuf,
+    /// Sockets of the supervisor that no listener has.
+    pub(crate) mentioned_unused: usize,
     /// Kept open: a proxy that cannot write its log is another test.
     log: BufReader<ChildStderr>,
 }
@@ -31,20 +33,41 @@ impl Running {
     }
 
     pub(crate) fn start_with(folder: &TempDir, more: &[&str]) -> Self {
-        let config = folder.path().join("proxy.toml");
-        let mut command = Process::new(BINARY);
+        Self::start_as(Path::new(BINARY), &[], folder, more, &[])
+    }
+
+    /// With these in its environment.
+    pub(crate) fn start_among(folder: &TempDir, variables: &[(&str, &str)]) -> Self {
+        Self::start_as(Path::new(BINARY), &[], folder, &[], variables)
+    }
+
+    /// By another program, which gets what the proxy is called with behind `first`.
+    pub(crate) fn start_by(program: &Path, first: &[&str], folder: &TempDir) -> Self {
+        Self::start_as(program, first, folder, &[], &[])
+    }
+
+    fn start_as(
+        program: &Path,
+        first: &[&str],
+        folder: &TempDir,
+        more: &[&str],
+        variables: &[(&str, &str)],
+    ) -> Self {
+        let mut command = Process::new(program);
         command
+            .args(first)
             .args(["run", "--config"])
-            .arg(config)
+            .arg(folder.path().join("proxy.toml"))
             .args(more)
+            .envs(variables.iter().copied())
             .stderr(Stdio::piped());
         let mut child = command.spawn().unwrap();
         let log = BufReader::new(child.stderr.take().unwrap());
-        let address = SocketAddr::from(([127, 0, 0, 1], 0));
         let mut running = Self {
             child,
+            address: SocketAddr::from(([127, 0, 0, 1], 0)),
             control: folder.path().join("control.sock"),
-            address,
+            mentioned_unused: 0,
             log,
         };
         running.until_ready();
@@ -56,7 +79,13 @@ impl Running {
             let line = self.line();
             assert!(!line.is_empty(), "ended before it was ready");
             if let Some((_, rest)) = line.split_once("serving service=web address=") {
-                self.address = rest.split(' ').next().unwrap().parse().unwrap();
+                // A unix socket has none.
+                if let Ok(address) = rest.split(' ').next().unwrap().parse() {
+                    self.address = address;
+                }
+            }
+            if line.contains("no listener of the configuration has") {
+                self.mentioned_unused += 1;
             }
             if line.contains(" ready ") {
                 return;

@@ -389,6 +389,10 @@ impl Stage {
         self.listener.local_addr().unwrap()
     }
 
+    pub(crate) fn listener(&self) -> &TcpListener {
+        &self.listener
+    }
+
     pub(crate) fn accept(&self) -> Peer {
         Peer::of(self.listener.accept().unwrap().0)
     }
