@@ -5,6 +5,9 @@ use std::io;
 
 use crate::http::chunked::ChunkError;
 use crate::http::head::HeadError;
+use crate::limit::Reason;
+use crate::limit::rate::TooMany;
+use crate::route::PathError;
 use crate::service::Eviction;
 use crate::upstream::Outcome;
 
@@ -34,6 +37,21 @@ pub enum RequestError {
     /// The request's head is not acceptable.
     #[error("the request has {0}")]
     Head(HeadError),
+    /// The request's path is not acceptable where routes look at paths.
+    #[error("the request has {0}")]
+    Path(PathError),
+    /// More requests than `rate` allows.
+    #[error("too many requests; come back in {after} s", after = .0.retry_after_s())]
+    Rate(TooMany),
+    /// The proxy uses as much memory as it may.
+    #[error("this proxy has no memory to spare")]
+    Memory,
+    /// The request's body is longer than `body_bytes_max`.
+    #[error("the request body is longer than allowed")]
+    BodyTooLong,
+    /// The request's body comes more slowly than `client_body_bytes_per_s_min`.
+    #[error("the request body comes too slowly")]
+    BodyTooSlow,
     /// The request's head is longer than `head_bytes_max`.
     #[error("the request head is longer than this proxy reads")]
     HeadTooLong,
@@ -111,6 +129,10 @@ impl RequestError {
     pub const fn fault(&self) -> Fault {
         match self {
             Self::Head(_)
+            | Self::Path(_)
+            | Self::Rate(_)
+            | Self::BodyTooLong
+            | Self::BodyTooSlow
             | Self::HeadTooLong
             | Self::HeadTimeout
             | Self::Chunk(_)
@@ -118,7 +140,7 @@ impl RequestError {
             | Self::Trailer(_)
             | Self::ClientLeft(_)
             | Self::ClientSilent => Fault::Client,
-            Self::HeldFull | Self::HeldTooLong | Self::Shutdown => Fault::Us,
+            Self::HeldFull | Self::HeldTooLong | Self::Shutdown | Self::Memory => Fault::Us,
             Self::NoServer
             | Self::Connect(_)
             | Self::NotSent
@@ -151,6 +173,9 @@ impl RequestError {
     pub const fn retry(&self) -> Retry {
         match self {
             Self::Head(_)
+            | Self::Path(_)
+            | Self::Rate(_)
+            | Self::Memory
             | Self::HeadTooLong
             | Self::HeadTimeout
             | Self::HeldFull
@@ -162,6 +187,8 @@ impl RequestError {
             | Self::NoTunnel
             | Self::NotSent => Retry::Safe,
             Self::Chunk(_)
+            | Self::BodyTooLong
+            | Self::BodyTooSlow
             | Self::BodyLength
             | Self::Trailer(_)
             | Self::AnswerKey
@@ -185,10 +212,18 @@ impl RequestError {
             Self::Head(HeadError::Connect) => Some(405),
             Self::Head(HeadError::Version) => Some(505),
             Self::Head(HeadError::TooManyFields) | Self::HeadTooLong => Some(431),
-            Self::Head(_) | Self::Chunk(_) | Self::BodyLength | Self::Trailer(_) => Some(400),
-            Self::HeadTimeout | Self::ClientSilent => Some(408),
+            Self::Head(_)
+            | Self::Path(_)
+            | Self::Chunk(_)
+            | Self::BodyLength
+            | Self::Trailer(_) => Some(400),
+            Self::HeadTimeout | Self::ClientSilent | Self::BodyTooSlow => Some(408),
+            Self::BodyTooLong => Some(413),
+            Self::Rate(_) => Some(429),
             Self::ClientLeft(_) => None,
-            Self::HeldFull | Self::HeldTooLong | Self::Shutdown | Self::NoServer => Some(503),
+            Self::HeldFull | Self::HeldTooLong | Self::Shutdown | Self::Memory | Self::NoServer => {
+                Some(503)
+            }
             Self::Connect(_)
             | Self::NotSent
             | Self::NoAnswer(_)
@@ -200,6 +235,50 @@ impl RequestError {
             | Self::AnswerChunk(_)
             | Self::AnswerCut(_) => Some(502),
             Self::UpstreamSilent | Self::TookTooLong => Some(504),
+        }
+    }
+
+    /// As what a refusal is counted; `None` for what the upstream is to blame for, and where nobody is left to be
+    /// refused.
+    pub(crate) const fn reason(&self) -> Option<Reason> {
+        Some(match self {
+            Self::Head(HeadError::TooManyFields) => Reason::HeadFields,
+            Self::Head(_) => Reason::Head,
+            Self::HeadTooLong => Reason::HeadBytes,
+            Self::HeadTimeout => Reason::HeadSlow,
+            Self::Path(_) => Reason::Path,
+            Self::Rate(_) => Reason::Rate,
+            Self::Memory => Reason::Memory,
+            Self::BodyTooLong => Reason::BodyBytes,
+            Self::BodyTooSlow | Self::ClientSilent => Reason::BodySlow,
+            Self::Chunk(_) | Self::BodyLength | Self::Trailer(_) => Reason::Body,
+            Self::HeldFull => Reason::HeldFull,
+            Self::HeldTooLong => Reason::HeldTooLong,
+            Self::Shutdown => Reason::Shutdown,
+            Self::ClientLeft(_)
+            | Self::NoServer
+            | Self::Connect(_)
+            | Self::NotSent
+            | Self::NotProcessed
+            | Self::NoTunnel
+            | Self::TookTooLong
+            | Self::NoAnswer(_)
+            | Self::AnswerHead(_)
+            | Self::AnswerHeadTooLong
+            | Self::AnswerKey
+            | Self::AnswerChunk(_)
+            | Self::AnswerCut(_)
+            | Self::UpstreamSilent => return None,
+        })
+    }
+
+    /// What `Retry-After` says, where the answer has one; `by_default` is `retry_after_s`.
+    #[must_use]
+    pub const fn retry_after_s(&self, by_default: u64) -> Option<u64> {
+        match self {
+            Self::Rate(too_many) => Some(too_many.retry_after_s()),
+            _ if matches!(self.status(), Some(503)) => Some(by_default),
+            _ => None,
         }
     }
 }

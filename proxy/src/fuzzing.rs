@@ -9,12 +9,11 @@ use cutover_protocol::hold::Command;
 
 use crate::config::Config;
 use crate::forwarded::TraceParent;
+use crate::forwarded::{Arrived, TrustedFrom};
 use crate::http::chunked::{ChunkError, Chunks};
 use crate::http::head::{Framing, HeadError, Scan, Version, same_field, scan};
 use crate::http::mux::head::{BodyFollows, HeadBuilder};
-use crate::http::request::{
-    Method, Origin, Parsed, Request, RequestId, Upgrade, field_room, parse,
-};
+use crate::http::request::{Method, Parsed, Request, RequestId, Told, Upgrade, field_room, parse};
 use crate::http::response;
 use crate::listen::client::Client;
 use crate::listen::{hello, proxy_protocol};
@@ -222,12 +221,9 @@ fn check_written(parsed: &Parsed<'_, '_>) {
         origin: 1,
         number: 2,
     };
-    let origin = Origin {
-        client: &client,
-        id,
-    };
+    let arrived = Arrived::by(&client, &TrustedFrom::default());
     let mut out = Vec::new();
-    let request = parsed.write(origin, &mut out);
+    let request = parsed.write(Told::plain(&arrived, id), &mut out);
     let said = out.escape_ascii();
     assert_eq!(scan(&out, 0), Ok(Scan::Complete(out.len())), "{said}");
     let mut room = field_room();
@@ -266,13 +262,13 @@ fn check_written(parsed: &Parsed<'_, '_>) {
 
 fn check_answer(head: &[u8], request: &Request) {
     let mut out = Vec::new();
-    let Ok(response) = response::rewrite(head, request, true, &mut out) else {
+    let Ok(response) = response::rewrite(head, request, true, None, &mut out) else {
         return;
     };
     let said = out.escape_ascii();
     assert_eq!(scan(&out, 0), Ok(Scan::Complete(out.len())), "{said}");
     let mut twice = Vec::new();
-    match response::rewrite(&out, request, true, &mut twice) {
+    match response::rewrite(&out, request, true, None, &mut twice) {
         Ok(again) => assert_eq!(
             (again.status, again.client_persists),
             (response.status, response.client_persists),

@@ -9,19 +9,16 @@ mod buffer;
 pub mod config;
 pub mod control;
 pub mod error;
-#[allow(dead_code, unused_imports)] // until requests lead here
 mod forwarded;
 #[cfg(any(test, feature = "fuzzing"))]
 #[doc(hidden)]
 pub mod fuzzing;
 pub mod http;
 mod life;
-#[allow(dead_code, unused_imports)] // until requests lead here
 mod limit;
 mod listen;
 mod metrics;
 mod proxy;
-#[allow(dead_code, unused_imports)] // until requests lead here
 mod route;
 mod service;
 mod snapshot;

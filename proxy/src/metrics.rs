@@ -17,6 +17,7 @@ use tokio::time::timeout;
 
 use crate::access_log::AccessLog;
 use crate::life::facts::Facts;
+use crate::limit::Reason;
 use crate::listen::bound::Bound;
 use crate::service::{HOLD_BUCKETS_MS, HeldCounts, HoldTimes, Mode, Service, Word};
 use crate::snapshot::Shared;
@@ -45,6 +46,7 @@ struct Reading<'s> {
     in_flight: u64,
     connections: u64,
     answered: [u64; 6],
+    refused: [u64; Reason::ALL.len()],
 }
 
 impl<'s> Reading<'s> {
@@ -52,7 +54,11 @@ impl<'s> Reading<'s> {
         let gate = &service.gate;
         let (counts, times) = gate.with_held(|held| (held.counts(), *held.times()));
         let mut answered = [0; 6];
+        let mut refused = [0; Reason::ALL.len()];
         for shard in gate.shards() {
+            for (sum, reason) in refused.iter_mut().zip(Reason::ALL) {
+                *sum += shard.refusals.total(reason);
+            }
             for (sum, counter) in answered.iter_mut().zip(&shard.answered) {
                 *sum += counter.load(Ordering::Relaxed);
             }
@@ -65,6 +71,7 @@ impl<'s> Reading<'s> {
             in_flight: gate.in_flight(),
             connections: gate.connections(),
             answered,
+            refused,
         }
     }
 }
@@ -235,6 +242,7 @@ fn write(
             )?;
         }
     }
+    write_refused(out, readings)?;
     write_hold_times(out, readings)?;
     if let Some(log) = access_log {
         let name = "hopgate_access_lines_dropped_total";
@@ -243,6 +251,24 @@ fn write(
             "# HELP {name} Access log lines lost to a slow disk.\n# TYPE {name} counter"
         )?;
         writeln!(out, "{name} {}", log.dropped())?;
+    }
+    Ok(())
+}
+
+fn write_refused(out: &mut String, readings: &[Reading<'_>]) -> std::fmt::Result {
+    let name = "hopgate_refused_total";
+    writeln!(
+        out,
+        "# HELP {name} Requests and connections refused by the proxy, by reason.\n# TYPE {name} counter"
+    )?;
+    for reading in readings {
+        for (reason, count) in Reason::ALL.into_iter().zip(reading.refused) {
+            let (service, reason) = (reading.name, reason.label());
+            writeln!(
+                out,
+                "{name}{{service=\"{service}\",reason=\"{reason}\"}} {count}"
+            )?;
+        }
     }
     Ok(())
 }

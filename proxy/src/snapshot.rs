@@ -202,7 +202,10 @@ impl Serving {
     pub(crate) fn settings(&self, snapshot: &Snapshot) -> Settings {
         Settings {
             limits: snapshot.config.limits.clone(),
-            service: self.config.clone(),
+            service: ServiceConfig {
+                routes: self.config.routes.for_worker(),
+                ..self.config.clone()
+            },
             sites: Rc::new(self.sites.clone()),
             access_log: snapshot.access_log.clone(),
             acme: snapshot.config.acme(),

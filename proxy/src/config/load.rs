@@ -414,7 +414,10 @@ pub(super) fn milliseconds_or(
 }
 
 /// Zero and absent mean no limit.
-fn optional_ms(section: &Section<'_>, key: &'static str) -> Result<Option<Duration>, Problem> {
+pub(super) fn optional_ms(
+    section: &Section<'_>,
+    key: &'static str,
+) -> Result<Option<Duration>, Problem> {
     let number = section.whole(key, 0..=MS_MAX)?.map(i64::unsigned_abs);
     Ok(number.filter(|ms| *ms > 0).map(Duration::from_millis))
 }

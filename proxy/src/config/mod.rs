@@ -133,13 +133,10 @@ pub struct ServiceConfig {
     /// Who serves at site `target`.
     pub target: UpstreamRef,
     /// Peers whose word about their clients is believed.
-    #[allow(dead_code)] // until requests lead here
     pub(crate) trusted_from: TrustedFrom,
     /// How many requests it takes, before any route is looked at.
-    #[allow(dead_code)] // until requests lead here
     pub(crate) rate: Option<Arc<RateLimit>>,
     /// What part of the requests needs other treatment.
-    #[allow(dead_code)] // until requests lead here
     pub(crate) routes: RouteTable,
 }
 

@@ -41,9 +41,17 @@ const ROUTE_KEYS: &[&str] = &[
     "connect_ms_max",
     "response_ms_max",
     "between_bytes_ms_max",
+    "request_ms_max",
     "client_silence_ms_max",
+    "client_body_bytes_per_s_min",
     "tunnel_idle_ms_max",
 ];
+/// Those from here on take the place of one in `[limits]`.
+const FIRST_LIMIT: usize = 15;
+const _: () = assert!(matches!(
+    ROUTE_KEYS[FIRST_LIMIT].as_bytes(),
+    b"body_bytes_max"
+));
 const HEADERS_KEYS: &[&str] = &["set", "remove"];
 const REDIRECT_KEYS: &[&str] = &["status", "to"];
 const REWRITE_KEYS: &[&str] = &["strip_prefix", "replace_prefix", "regex", "to"];
@@ -391,6 +399,12 @@ fn own_limits(section: &Section<'_>, limits: &Limits) -> Result<Option<Box<Limit
     let mut own = limits.clone();
     if let Some(bytes) = section.whole("body_bytes_max", 0..=i64::MAX)? {
         own.body_bytes_max = to_u64(bytes);
+    }
+    if let Some(bytes) = section.whole("client_body_bytes_per_s_min", 0..=i64::MAX)? {
+        own.client_body_bytes_per_s_min = to_u64(bytes);
+    }
+    if section.has("request_ms_max") {
+        own.request_max = super::load::optional_ms(section, "request_ms_max")?;
     }
     let times = [
         ("connect_ms_max", &mut own.connect_max),

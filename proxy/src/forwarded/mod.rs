@@ -16,7 +16,9 @@ use ipnet::IpNet;
 use crate::http::fields::Fields;
 use crate::http::head::same_field;
 use crate::http::request::RequestId;
+use crate::listen::client::Client;
 pub(crate) use node::AddressText;
+#[cfg(any(test, feature = "fuzzing"))]
 pub(crate) use trace::TraceParent;
 
 /// Longest X-Request-Id that is passed on, in bytes: four times a UUID.
@@ -31,7 +33,7 @@ impl TrustedFrom {
         Self(networks)
     }
 
-    /// Whether a peer at this address is believed. IPv4 inside IPv6 is the IPv4 address.
+    /// Whether a peer at this address is believed; without networks nobody is, at no cost. IPv4 inside IPv6 is the IPv4 address.
     pub(crate) fn believes(&self, address: IpAddr) -> bool {
         let address = address.to_canonical();
         self.0.iter().any(|network| network.contains(&address))
@@ -131,7 +133,19 @@ pub(crate) struct Said<'r> {
     pub(crate) host: &'r [u8],
 }
 
-impl Arrived<'_> {
+impl<'a> Arrived<'a> {
+    /// By the connection of this client.
+    pub(crate) fn by(client: &'a Client, trust: &TrustedFrom) -> Self {
+        let peer = client.address.ip();
+        Self {
+            peer,
+            peer_text: client.shown_address(),
+            scheme: client.scheme.name(),
+            trusted: trust.believes(peer),
+            tracing: Tracing::Off,
+        }
+    }
+
     /// The client a request is from: the last address in the chain that we do not trust, and the first of all if we
     /// trust every one. What stands before an entry that is no address is not believed.
     pub(crate) fn client(&self, said: Said<'_>, trust: &TrustedFrom) -> IpAddr {

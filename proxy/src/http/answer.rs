@@ -3,6 +3,7 @@
 use std::io::Write;
 
 use crate::error::RequestError;
+use crate::route::action::RedirectStatus;
 
 /// Whether the client's connection goes on after an answer of ours.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -28,7 +29,7 @@ pub(crate) fn write(
         reason(status),
         body.len(),
     ));
-    if status == 503 {
+    if let Some(retry_after_s) = error.retry_after_s(retry_after_s) {
         drop(write!(out, "Retry-After: {retry_after_s}\r\n"));
     }
     if status == 405 {
@@ -54,11 +55,36 @@ pub(crate) fn write_proof(out: &mut Vec<u8>, proof: &[u8]) {
     out.extend_from_slice(proof);
 }
 
+/// Appends the answer that sends a client elsewhere; `lines` are whole header lines.
+pub(crate) fn write_redirect(
+    out: &mut Vec<u8>,
+    status: RedirectStatus,
+    location: &[u8],
+    lines: &[u8],
+    after: After,
+) {
+    // Writing to a vector cannot fail.
+    drop(write!(
+        out,
+        "HTTP/1.1 {} {}\r\nContent-Length: 0\r\n",
+        status.code(),
+        status.reason()
+    ));
+    super::head::write_field(out, "Location", location);
+    out.extend_from_slice(lines);
+    if after == After::Close {
+        out.extend_from_slice(b"Connection: close\r\n");
+    }
+    out.extend_from_slice(b"\r\n");
+}
+
 const fn reason(status: u16) -> &'static str {
     match status {
         400 => "Bad Request",
         405 => "Method Not Allowed",
         408 => "Request Timeout",
+        413 => "Content Too Large",
+        429 => "Too Many Requests",
         431 => "Request Header Fields Too Large",
         501 => "Not Implemented",
         503 => "Service Unavailable",

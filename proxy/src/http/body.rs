@@ -5,12 +5,13 @@
 
 use std::cell::Cell;
 use std::io::{self, IoSlice, Write};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::chunked::{ChunkError, Chunks, Piece};
 use super::head::Framing;
 use super::response::Encoding;
 use crate::buffer::{Buffer, Buffers};
+use crate::limit::intake::Intake;
 use crate::stream::splice::{Silence, SpliceError};
 use crate::stream::{self, Stream, WriteFailed};
 
@@ -79,6 +80,8 @@ pub(crate) struct Route<'s> {
     pub(crate) buffers: &'s Buffers,
     pub(crate) read_silence: Duration,
     pub(crate) write_silence: Duration,
+    /// How much is taken and how slowly, where that is limited.
+    pub(crate) intake: Option<&'s Intake<'s>>,
 }
 
 /// Which end failed.
@@ -87,6 +90,10 @@ pub(crate) enum RelayError {
     Read(io::Error),
     Chunk(ChunkError),
     Write(WriteFailed),
+    /// More came than is taken.
+    TooLong,
+    /// It came more slowly than is borne with.
+    TooSlow,
 }
 
 /// Writes `prefix` and then the body. `moved` counts bytes written, framing included.
@@ -104,6 +111,9 @@ pub(crate) async fn relay(
     loop {
         let piece = body.take(buffer.filled_mut()).map_err(RelayError::Chunk)?;
         let data = &buffer.filled()[piece.start..piece.end];
+        if let Some(intake) = route.intake {
+            intake.take(data.len()).map_err(|_| RelayError::TooLong)?;
+        }
         if !prefix.is_empty() || !data.is_empty() || piece.last {
             let end = if piece.last {
                 End::Here(body.trailer())
@@ -126,9 +136,7 @@ pub(crate) async fn relay(
         {
             return Ok(());
         }
-        let count = stream::read(route.from, route.buffers, buffer, route.read_silence)
-            .await
-            .map_err(RelayError::Read)?;
+        let count = read(route, buffer).await?;
         if count == 0 {
             if !matches!(body, Body::UntilClose) {
                 return Err(RelayError::Read(io::ErrorKind::UnexpectedEof.into()));
@@ -138,6 +146,45 @@ pub(crate) async fn relay(
                 .map_err(RelayError::Write)?;
             moved.set(moved.get() + count);
             return Ok(());
+        }
+    }
+}
+
+impl Route<'_> {
+    /// How long to wait for the sender before its pace is looked at, or its silence is the end.
+    fn patience(&self) -> Duration {
+        let silence = self.read_silence;
+        self.intake
+            .map_or(silence, |intake| intake.wait_max(silence))
+    }
+
+    fn waited(&self, time: Duration, bytes: u64) -> Result<(), RelayError> {
+        self.intake.map_or(Ok(()), |intake| {
+            let in_time = intake.waited(time, bytes);
+            in_time.map_err(|_| RelayError::TooSlow)
+        })
+    }
+
+    /// Whether a wait ended only so that the pace could be looked at.
+    fn may_go_on(&self, error: &io::Error, patience: Duration) -> bool {
+        error.kind() == io::ErrorKind::TimedOut && patience < self.read_silence
+    }
+}
+
+/// Reads some more of a body.
+async fn read(route: Route<'_>, buffer: &mut Buffer) -> Result<usize, RelayError> {
+    if route.intake.is_none() {
+        let read = stream::read(route.from, route.buffers, buffer, route.read_silence);
+        return read.await.map_err(RelayError::Read);
+    }
+    loop {
+        let patience = route.patience();
+        let began = Instant::now();
+        let read = stream::read(route.from, route.buffers, buffer, patience).await;
+        route.waited(began.elapsed(), *read.as_ref().unwrap_or(&0) as u64)?;
+        match read {
+            Err(error) if route.may_go_on(&error, patience) => {}
+            read => return read.map_err(RelayError::Read),
         }
     }
 }
@@ -156,23 +203,25 @@ async fn splice_rest(
     if *left < SPLICE_BYTES_MIN {
         return Ok(false);
     }
-    let silence = Silence {
-        read: route.read_silence,
-        write: route.write_silence,
-    };
     while *left > 0 {
-        match route
-            .buffers
-            .pipes
-            .move_some(from, to, *left, silence)
-            .await
-        {
+        let waited = Cell::new(Duration::ZERO);
+        let patience = route.patience();
+        let silence = Silence {
+            read: patience,
+            write: route.write_silence,
+            waited: route.intake.map(|_| &waited),
+        };
+        let moving = route.buffers.pipes.move_some(from, to, *left, silence);
+        let outcome = moving.await;
+        route.waited(waited.get(), *outcome.as_ref().unwrap_or(&0))?;
+        match outcome {
             Ok(0) => return Err(RelayError::Read(io::ErrorKind::UnexpectedEof.into())),
             Ok(count) => {
                 *left -= count;
                 moved.set(moved.get() + count);
             }
             Err(SpliceError::NoPipe) => return Ok(false),
+            Err(SpliceError::Read(error)) if route.may_go_on(&error, patience) => {}
             Err(SpliceError::Read(error)) => return Err(RelayError::Read(error)),
             Err(SpliceError::Write(source)) => {
                 // Some of the piece may have gone.

@@ -9,13 +9,15 @@ use std::time::{Duration, Instant};
 use tokio::time::timeout;
 
 use super::answer::{self, After};
+use super::decide::{AnswerEdits, Decided, RedirectTo, Rules, Treatment, decide};
 use super::exchange::{Exchange, Progress, Received};
 use super::h2;
 use super::head::{self, Framing, Scan};
-use super::request::{self, Method, Origin, Request, RequestId, Upgrade};
+use super::request::{self, Method, Request, RequestId, Upgrade};
 use crate::access_log::Line;
 use crate::acme;
-use crate::buffer::Buffer;
+use crate::buffer::{Buffer, Buffers};
+use crate::config::Limits;
 use crate::error::RequestError;
 use crate::listen::client::{Client, Scheme};
 use crate::listen::port::{Connected, Passage, Port, Presence, Settings, Visitor};
@@ -174,6 +176,7 @@ impl Connection<'_> {
             return Next::Close;
         };
         self.port.count(status);
+        self.port.count_refusal(error);
         let mut out = self.port.buffers.take_output();
         answer::write(
             &mut out,
@@ -206,8 +209,8 @@ impl Connection<'_> {
         let id = self.port.next_id();
         let arrival = Instant::now();
         let mut head = self.port.buffers.take_output();
-        let request = match self.write_head(end, id, &mut head) {
-            Ok(request) => request,
+        let decided = match self.decide(end, id, arrival, &mut head) {
+            Ok(decided) => decided,
             Err(error) => {
                 self.port.buffers.give_output(head);
                 return self.refuse(&error).await;
@@ -223,12 +226,17 @@ impl Connection<'_> {
         let mut served = Served {
             id,
             arrival,
-            request,
+            request: decided.request,
+            treatment: decided.treatment,
             head,
             passage: Passage::new(arrival),
             progress: Progress::default(),
         };
-        let outcome = self.forward(&mut served).await;
+        let outcome = match (decided.refusal, served.redirect()) {
+            (Some(error), _) => Err(error),
+            (None, Some(_)) => Ok(self.redirect(&served).await),
+            (None, None) => self.forward(&mut served).await,
+        };
         let next = match outcome {
             Ok(next) => next,
             Err(error) => self.answer_failure(&served, &error).await,
@@ -251,20 +259,25 @@ impl Connection<'_> {
         Next::Linger
     }
 
-    /// Reads the head and writes the upstream's version of it. Nothing of the parsed form outlives this call.
-    fn write_head(
+    /// Reads the head, decides, and writes the upstream's version of it. Nothing of the parsed form outlives this
+    /// call.
+    fn decide(
         &self,
         end: usize,
         id: RequestId,
+        now: Instant,
         head: &mut Vec<u8>,
-    ) -> Result<Request, RequestError> {
+    ) -> Result<Decided, RequestError> {
         let mut room = request::field_room();
         let parsed = request::parse(&self.buffer.filled()[..end], &mut room);
-        let origin = Origin {
+        let by = Rules {
+            service: &self.settings.service,
+            limits: &self.settings.limits,
             client: self.client,
             id,
+            now,
         };
-        Ok(parsed.map_err(RequestError::Head)?.write(origin, head))
+        Ok(decide(by, &parsed.map_err(RequestError::Head)?, head))
     }
 
     /// Forwards until the answer is complete, on a second connection where the first was dead before it began.
@@ -290,6 +303,7 @@ impl Connection<'_> {
             let _row = port
                 .in_flight
                 .enter(self.client.address, what, served.arrival);
+            let limits = served.limits(&settings.limits);
             let mut upstream_buffer = Buffer::default();
             let mut scratch = port.buffers.take_output();
             let exchange = Exchange {
@@ -298,13 +312,14 @@ impl Connection<'_> {
                 ticket: &ticket,
                 request: &served.request,
                 head: &served.head,
-                limits: &settings.limits,
+                edits: served.answer_edits(),
+                limits,
                 buffers: &port.buffers,
                 may_persist: !port.closing.is_closed(),
                 progress: &served.progress,
             };
             let exchanged = exchange.run(&mut self.buffer, &mut upstream_buffer, &mut scratch);
-            let received = stream::within(settings.limits.request_max, exchanged)
+            let received = stream::within(limits.request_max, exchanged)
                 .await
                 .unwrap_or(Err(RequestError::TookTooLong));
             port.buffers.give_output(scratch);
@@ -326,7 +341,7 @@ impl Connection<'_> {
                 Err(error) => {
                     port.buffers.give(upstream_buffer);
                     port.pool.part(upstream);
-                    if !(kept && served.may_be_sent_again(&error)) {
+                    if !(may_reuse && served.may_be_sent_again(&error, kept)) {
                         return Err(error);
                     }
                     may_reuse = false;
@@ -369,7 +384,7 @@ impl Connection<'_> {
 
     async fn upgraded(&mut self, served: &Served, upstream: &Upstream, mut from_upstream: Buffer) {
         let port = self.port;
-        let limit = self.settings.limits.tunnel_idle_max;
+        let limit = served.limits(&self.settings.limits).tunnel_idle_max;
         let early = [
             (self.stream, from_upstream.filled()),
             (&upstream.stream, self.buffer.filled()),
@@ -391,6 +406,32 @@ impl Connection<'_> {
         answered.set(answered.get() + moved.to_client);
     }
 
+    /// Whether the connection goes on after an answer of ours.
+    fn after(&self, served: &Served) -> After {
+        let body_untouched = served.request.framing == Framing::Empty;
+        if served.request.persists && body_untouched && !self.port.closing.is_closed() {
+            After::KeepAlive
+        } else {
+            After::Close
+        }
+    }
+
+    /// Sends the client elsewhere.
+    async fn redirect(&self, served: &Served) -> Next {
+        let after = self.after(served);
+        let Some((status, out)) = served.write_redirect(&self.port.buffers, after) else {
+            return Next::Close;
+        };
+        served.progress.status.set(status);
+        served.progress.answered.set(out.len() as u64);
+        self.write(&out).await;
+        self.port.buffers.give_output(out);
+        match after {
+            After::KeepAlive => Next::Request,
+            After::Close => Next::Linger,
+        }
+    }
+
     async fn answer_failure(&mut self, served: &Served, error: &RequestError) -> Next {
         let progress = &served.progress;
         tracing::debug!(client = %self.client.address, id = %served.id, fault = ?error.fault(), "{error}");
@@ -401,13 +442,8 @@ impl Connection<'_> {
         let Some(status) = error.status() else {
             return Next::Close;
         };
-        let body_untouched = served.request.framing == Framing::Empty;
-        let keeps = served.request.persists && body_untouched && !self.port.closing.is_closed();
-        let after = if keeps {
-            After::KeepAlive
-        } else {
-            After::Close
-        };
+        self.port.count_refusal(error);
+        let after = self.after(served);
         let mut out = self.port.buffers.take_output();
         let is_head = served.request.method == Method::Head;
         let retry_after_s = self.settings.limits.retry_after_s;
@@ -429,6 +465,8 @@ pub(crate) struct Served {
     pub(crate) id: RequestId,
     pub(crate) arrival: Instant,
     pub(crate) request: Request,
+    /// What its route means for it, if it has one.
+    pub(crate) treatment: Option<Box<Treatment>>,
     /// As the upstream gets it; begins with method and target.
     pub(crate) head: Vec<u8>,
     pub(crate) passage: Passage,
@@ -436,9 +474,44 @@ pub(crate) struct Served {
 }
 
 impl Served {
-    /// Method and target.
+    /// Method and target, as the client sent them.
     pub(crate) fn line(&self) -> &[u8] {
-        &self.head[..self.request.line_bytes]
+        let asked = self
+            .treatment
+            .as_ref()
+            .and_then(|treatment| treatment.asked.as_deref());
+        asked.unwrap_or(&self.head[..self.request.line_bytes])
+    }
+
+    /// The limits in force for it: its route's, or these.
+    pub(crate) fn limits<'l>(&'l self, general: &'l Limits) -> &'l Limits {
+        let treatment = self.treatment.as_ref();
+        treatment
+            .and_then(|treatment| treatment.route.limits.as_deref())
+            .unwrap_or(general)
+    }
+
+    /// What its route changes in the answer.
+    pub(crate) fn answer_edits(&self) -> Option<AnswerEdits<'_>> {
+        self.treatment
+            .as_ref()
+            .and_then(|treatment| treatment.answer_edits())
+    }
+
+    /// Where its route sends the client, if it does.
+    pub(crate) fn redirect(&self) -> Option<&RedirectTo> {
+        self.treatment
+            .as_ref()
+            .and_then(|treatment| treatment.redirect.as_ref())
+    }
+
+    /// Status and text of the answer that does so.
+    pub(crate) fn write_redirect(&self, buffers: &Buffers, after: After) -> Option<(u16, Vec<u8>)> {
+        let RedirectTo { status, location } = self.redirect()?;
+        let lines = self.answer_edits().map_or(&[][..], |edits| edits.lines);
+        let mut out = buffers.take_output();
+        answer::write_redirect(&mut out, *status, location, lines, after);
+        Some((status.code(), out))
     }
 
     /// Since its arrival.
@@ -459,19 +532,28 @@ impl Served {
         }
     }
 
-    /// After a kept connection failed: yes if nothing left us, or if the upstream said nothing at all and asking
-    /// twice is asking once.
-    pub(super) fn may_be_sent_again(&self, error: &RequestError) -> bool {
+    /// After a connection failed: yes if nothing left us on one that was kept, or if the upstream said nothing at
+    /// all and asking twice is asking once. For that we take a safe request on a kept connection, which may just
+    /// have been closed, or whatever the route says.
+    pub(crate) fn may_be_sent_again(&self, error: &RequestError, kept: bool) -> bool {
         match error {
-            RequestError::NotSent | RequestError::NotProcessed => true,
+            RequestError::NotSent | RequestError::NotProcessed => kept,
             RequestError::NoAnswer(_) => {
                 let unheard = !self.progress.heard.get() && !self.progress.answering.get();
                 let safe = matches!(self.request.method, Method::Safe | Method::Head);
                 let plain =
                     self.request.framing == Framing::Empty && self.request.upgrade == Upgrade::None;
-                unheard && safe && plain
+                unheard && plain && self.route_lets_repeat(kept && safe)
             }
             _ => false,
         }
+    }
+
+    fn route_lets_repeat(&self, by_default: bool) -> bool {
+        let method = self.head.split(|byte| *byte == b' ').next();
+        self.treatment.as_ref().map_or(by_default, |treatment| {
+            let route = &treatment.route;
+            route.may_send_again(method.unwrap_or_default(), by_default)
+        })
     }
 }

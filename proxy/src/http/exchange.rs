@@ -4,12 +4,14 @@ use std::cell::Cell;
 use std::io::{self, IoSlice};
 
 use super::body::{Body, RelayError, Route, relay};
+use super::decide::AnswerEdits;
 use super::head::{self, Framing, Scan};
 use super::request::{Request, Upgrade};
 use super::response::{self, Encoding, Response};
 use crate::buffer::{Buffer, Buffers};
 use crate::config::Limits;
 use crate::error::RequestError;
+use crate::limit::intake::Intake;
 use crate::service::Ticket;
 use crate::stream::{self, Stream};
 
@@ -26,6 +28,8 @@ pub(crate) struct Exchange<'e> {
     pub(crate) request: &'e Request,
     /// The request's head as the upstream gets it.
     pub(crate) head: &'e [u8],
+    /// What the route changes in the answer.
+    pub(crate) edits: Option<AnswerEdits<'e>>,
     pub(crate) limits: &'e Limits,
     pub(crate) buffers: &'e Buffers,
     /// Whether we would go on with the client afterwards.
@@ -119,7 +123,9 @@ impl Exchange<'_> {
     }
 
     async fn send(&self, buffer: &mut Buffer, body: &mut Body) -> Result<Sent, RequestError> {
+        let intake = Intake::new(self.limits, &self.progress.answering);
         let route = Route {
+            intake: Some(&intake),
             from: self.client,
             to: self.upstream,
             buffers: self.buffers,
@@ -151,6 +157,8 @@ impl Exchange<'_> {
                 nothing_left_us: failed.written == 0 && sent.get() == 0,
             }),
             Err(RelayError::Chunk(error)) => Err(RequestError::Chunk(error)),
+            Err(RelayError::TooLong) => Err(RequestError::BodyTooLong),
+            Err(RelayError::TooSlow) => Err(RequestError::BodyTooSlow),
             Err(RelayError::Read(error)) if error.kind() == io::ErrorKind::TimedOut => {
                 Err(RequestError::ClientSilent)
             }
@@ -175,7 +183,7 @@ impl Exchange<'_> {
             out.clear();
             let may_persist = self.may_persist && self.progress.request_done.get();
             let head = &buffer.filled()[..end];
-            let response = response::rewrite(head, self.request, may_persist, out)
+            let response = response::rewrite(head, self.request, may_persist, self.edits, out)
                 .map_err(RequestError::AnswerHead)?;
             buffer.consume(end);
             match response.status {
@@ -224,6 +232,7 @@ impl Exchange<'_> {
             buffers: self.buffers,
             read_silence: self.limits.between_bytes_max,
             write_silence: self.limits.client_silence_max,
+            intake: None,
         };
         // A body that is not there has no last chunk either.
         let encoding = if response.framing == Framing::Empty {
@@ -257,6 +266,8 @@ impl Exchange<'_> {
             }
             RelayError::Read(error) => RequestError::AnswerCut(error),
             RelayError::Write(failed) => client_failed(failed.source),
+            // Answers are not limited; were they, the client would be told the same.
+            RelayError::TooLong | RelayError::TooSlow => RequestError::UpstreamSilent,
         })?;
         // Bytes after the end of an answer belong to no request of ours.
         let whole = self.progress.request_done.get();

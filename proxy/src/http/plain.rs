@@ -117,6 +117,7 @@ impl<'c> PlainAnswer<'c> {
             buffers,
             read_silence: limits.client_silence_max,
             write_silence: limits.client_silence_max,
+            intake: None,
         };
         Self {
             route,

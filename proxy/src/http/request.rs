@@ -6,7 +6,9 @@ use super::head::{
     ConnectionHeader, FIELDS_MAX, Framing, HeadError, Lengths, Version, same_field, syntax,
     write_field,
 };
-use crate::listen::client::Client;
+use crate::forwarded::{Arrived, OurField, Said, Seen};
+use crate::route::action::FieldEdits;
+use crate::route::template::Values;
 
 /// What we need to know of a request after its head was written for the upstream.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -73,24 +75,20 @@ impl std::fmt::Display for RequestId {
 
 /// Fields that concern one connection only, that we write ourselves, or that CGI would take for its own `HTTP_PROXY`.
 fn is_ours(name: &str) -> bool {
-    const OURS: [&str; 15] = [
-        "connection",
-        "content-length",
-        "expect",
-        "host",
-        "http2-settings",
-        "keep-alive",
-        "proxy",
-        "proxy-connection",
-        "te",
-        "trailer",
-        "transfer-encoding",
-        "upgrade",
-        "x-forwarded-for",
-        "x-forwarded-proto",
-        "x-request-id",
-    ];
-    OURS.iter().any(|ours| same_field(name, ours))
+    // The length tells most names apart before any is compared.
+    let candidates: &[&str] = match name.len() {
+        2 => &["te"],
+        4 => &["host"],
+        5 => &["proxy"],
+        6 => &["expect"],
+        7 => &["trailer", "upgrade"],
+        10 => &["connection", "keep-alive"],
+        14 => &["content-length", "http2-settings"],
+        16 => &["proxy-connection"],
+        17 => &["transfer-encoding"],
+        _ => &[],
+    };
+    candidates.iter().any(|ours| same_field(name, ours)) || OurField::of(name).is_some()
 }
 
 /// Room for the fields of one head; on the stack of whoever parses.
@@ -110,14 +108,19 @@ pub(crate) struct Parsed<'f, 'h> {
     connection: ConnectionHeader<'h>,
     upgrade: Option<&'h [u8]>,
     expects_continue: bool,
-    request_id: bool,
+    /// Which of the fields that we write ourselves it came with.
+    pub(crate) seen: Seen,
 }
 
-/// What a head says of its request beyond what the client wrote into it.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Origin<'o> {
-    pub(crate) client: &'o Client,
+/// What the upstream is told that the client did not write.
+#[derive(Clone, Copy)]
+pub(crate) struct Told<'t> {
+    pub(crate) arrived: &'t Arrived<'t>,
     pub(crate) id: RequestId,
+    /// In place of path and query.
+    pub(crate) target: Option<&'t [u8]>,
+    /// Fields that are removed and set.
+    pub(crate) edits: Option<(&'t FieldEdits, &'t Values<'t>)>,
 }
 
 struct Fields<'h> {
@@ -126,7 +129,19 @@ struct Fields<'h> {
     connection: ConnectionHeader<'h>,
     upgrade: Option<&'h [u8]>,
     expects_continue: bool,
-    request_id: bool,
+    seen: Seen,
+}
+
+impl<'t> Told<'t> {
+    /// Nothing is changed.
+    pub(crate) const fn plain(arrived: &'t Arrived<'t>, id: RequestId) -> Self {
+        Self {
+            arrived,
+            id,
+            target: None,
+            edits: None,
+        }
+    }
 }
 
 /// An empty room.
@@ -166,16 +181,16 @@ pub(crate) fn parse<'f, 'h>(
             && version == Version::Http11
             && framing != Framing::Empty,
         connection: read.connection,
-        request_id: read.request_id,
+        seen: read.seen,
     })
 }
 
 impl Parsed<'_, '_> {
     /// Appends the upstream's version of the head.
-    pub(crate) fn write(&self, origin: Origin<'_>, out: &mut Vec<u8>) -> Request {
+    pub(crate) fn write(&self, told: Told<'_>, out: &mut Vec<u8>) -> Request {
         out.extend_from_slice(self.method.as_bytes());
         out.push(b' ');
-        out.extend_from_slice(self.path.as_bytes());
+        out.extend_from_slice(told.target.unwrap_or(self.path.as_bytes()));
         let request = Request {
             version: self.version,
             method: class(self.method),
@@ -187,17 +202,28 @@ impl Parsed<'_, '_> {
             set_cookie: None,
         };
         out.extend_from_slice(b" HTTP/1.1\r\n");
-        write_field(out, "Host", self.host);
+        let edits = told.edits.map(|(edits, _)| edits);
+        if !edits.is_some_and(|edits| edits.sets("host")) {
+            write_field(out, "Host", self.host);
+        }
         for field in self.fields {
-            if !is_ours(field.name) && !self.connection.names(field.name) {
+            let goes = is_ours(field.name)
+                || self.connection.names(field.name)
+                || edits.is_some_and(|edits| edits.drops(field.name));
+            if !goes {
                 write_field(out, field.name, field.value);
             }
         }
-        self.write_ours(out, &request, origin);
+        if let Some((edits, values)) = told.edits {
+            edits.write(values, out);
+        }
+        self.write_ours(out, &request);
+        told.arrived.write(self.said(), told.id, out);
+        out.extend_from_slice(b"\r\n");
         request
     }
 
-    fn write_ours(&self, out: &mut Vec<u8>, request: &Request, origin: Origin<'_>) {
+    fn write_ours(&self, out: &mut Vec<u8>, request: &Request) {
         match request.framing {
             Framing::Length(length) => {
                 out.extend_from_slice(b"Content-Length: ");
@@ -218,32 +244,16 @@ impl Parsed<'_, '_> {
             out.extend_from_slice(b"Connection: upgrade\r\n");
             write_field(out, "Upgrade", protocol);
         }
-        out.extend_from_slice(b"X-Forwarded-For: ");
-        for field in named(self.fields, "x-forwarded-for") {
-            out.extend_from_slice(field);
-            out.extend_from_slice(b", ");
-        }
-        out.extend_from_slice(origin.client.shown_address());
-        out.extend_from_slice(b"\r\nX-Forwarded-Proto: ");
-        out.extend_from_slice(origin.client.scheme.name());
-        out.extend_from_slice(b"\r\n");
-        if self.request_id {
-            named(self.fields, "x-request-id")
-                .for_each(|value| write_field(out, "X-Request-Id", value));
-        } else {
-            out.extend_from_slice(b"X-Request-Id: ");
-            origin.id.write(out);
-            out.extend_from_slice(b"\r\n");
-        }
-        out.extend_from_slice(b"\r\n");
     }
-}
 
-fn named<'f>(fields: &'f [httparse::Header<'_>], name: &'f str) -> impl Iterator<Item = &'f [u8]> {
-    fields
-        .iter()
-        .filter(move |field| field.name.eq_ignore_ascii_case(name))
-        .map(|field| field.value)
+    /// What the request says of itself, for whoever decides by it.
+    pub(crate) fn said(&self) -> Said<'_> {
+        Said {
+            fields: &self.fields,
+            seen: self.seen,
+            host: self.host,
+        }
+    }
 }
 
 impl<'h> Fields<'h> {
@@ -254,7 +264,7 @@ impl<'h> Fields<'h> {
             connection: ConnectionHeader::default(),
             upgrade: None,
             expects_continue: false,
-            request_id: false,
+            seen: Seen::default(),
         };
         for field in fields {
             // The length tells most names apart before any is compared.
@@ -270,14 +280,17 @@ impl<'h> Fields<'h> {
                 10 if field.name.eq_ignore_ascii_case("connection") => {
                     read.connection.read(field.value)?;
                 }
-                12 if field.name.eq_ignore_ascii_case("x-request-id") => read.request_id = true,
                 14 if field.name.eq_ignore_ascii_case("content-length") => {
                     read.lengths.content_length(field.value)?;
                 }
                 17 if field.name.eq_ignore_ascii_case("transfer-encoding") => {
                     read.lengths.transfer_encoding(field.value)?;
                 }
-                _ => {}
+                _ => {
+                    if let Some(field) = OurField::of(field.name) {
+                        read.seen.insert(field);
+                    }
+                }
             }
         }
         Ok(read)
@@ -377,19 +390,23 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::forwarded::Tracing;
 
     fn read(head: &str) -> Result<(Request, String), HeadError> {
         let mut out = Vec::new();
-        let client = Client::new("192.0.2.7:1234".parse().unwrap());
+        let arrived = Arrived {
+            peer: "192.0.2.7".parse().unwrap(),
+            peer_text: b"192.0.2.7",
+            scheme: b"http",
+            trusted: false,
+            tracing: Tracing::Off,
+        };
         let id = RequestId {
             origin: 1,
             number: 2,
         };
-        let origin = Origin {
-            client: &client,
-            id,
-        };
-        let request = parse(head.as_bytes(), &mut field_room())?.write(origin, &mut out);
+        let told = Told::plain(&arrived, id);
+        let request = parse(head.as_bytes(), &mut field_room())?.write(told, &mut out);
         Ok((request, String::from_utf8(out).unwrap()))
     }
 
@@ -402,7 +419,7 @@ mod tests {
         .unwrap();
         assert_eq!(
             head,
-            "GET /a?b HTTP/1.1\r\nHost: h\r\nAccept: */*\r\nX-Forwarded-For: 10.0.0.1, 192.0.2.7\r\n\
+            "GET /a?b HTTP/1.1\r\nHost: h\r\nAccept: */*\r\nX-Forwarded-For: 192.0.2.7\r\n\
              X-Forwarded-Proto: http\r\nX-Request-Id: 0000000000000001-2\r\n\r\n"
         );
         assert_eq!(&head[..request.line_bytes], "GET /a?b");

@@ -2,6 +2,7 @@
 
 use std::mem::MaybeUninit;
 
+use super::decide::AnswerEdits;
 use super::head::{
     ConnectionHeader, FIELDS_MAX, Framing, HeadError, Lengths, Version, syntax, write_decimal,
     write_field,
@@ -37,6 +38,7 @@ pub(crate) fn rewrite(
     head: &[u8],
     request: &Request,
     may_persist: bool,
+    edits: Option<AnswerEdits<'_>>,
     out: &mut Vec<u8>,
 ) -> Result<Response, HeadError> {
     let mut fields = [MaybeUninit::<httparse::Header<'_>>::uninit(); FIELDS_MAX];
@@ -83,9 +85,15 @@ pub(crate) fn rewrite(
     let upgraded = status == 101 && request.upgrade == Upgrade::Asked;
     for field in parsed.headers.iter() {
         let kept = upgraded && field.name.eq_ignore_ascii_case("upgrade");
-        if kept || (!is_ours(field.name) && !connection.names(field.name)) {
+        let goes = is_ours(field.name)
+            || connection.names(field.name)
+            || edits.is_some_and(|edits| edits.fields.drops(field.name));
+        if kept || !goes {
             write_field(out, field.name, field.value);
         }
+    }
+    if let Some(edits) = edits.filter(|_| status >= 200) {
+        out.extend_from_slice(edits.lines);
     }
     if let Some(line) = request.set_cookie.as_ref().filter(|_| status >= 200) {
         out.extend_from_slice(line.as_bytes());
@@ -188,7 +196,7 @@ mod tests {
 
     fn read(head: &str, request: &Request) -> Result<(Response, String), HeadError> {
         let mut out = Vec::new();
-        let response = rewrite(head.as_bytes(), request, true, &mut out)?;
+        let response = rewrite(head.as_bytes(), request, true, None, &mut out)?;
         Ok((response, String::from_utf8(out).unwrap()))
     }
 
@@ -241,7 +249,7 @@ mod tests {
         #[test]
         fn no_head_makes_the_reader_panic(head in proptest::collection::vec(any::<u8>(), 0..300)) {
             let get = request(Method::Safe, Version::Http11);
-            let _ = rewrite(&head, &get, true, &mut Vec::new());
+            let _ = rewrite(&head, &get, true, None, &mut Vec::new());
         }
     }
 }

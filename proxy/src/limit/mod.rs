@@ -4,7 +4,10 @@
 //! counted by its reason. A limit that is not configured must not cost a lock or an allocation.
 
 pub(crate) mod address;
+#[allow(dead_code)] // until listeners lead here
 pub(crate) mod connections;
+pub(crate) mod intake;
+#[allow(dead_code)] // until listeners lead here
 pub(crate) mod memory;
 pub(crate) mod pace;
 pub(crate) mod rate;

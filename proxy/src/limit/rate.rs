@@ -53,9 +53,9 @@ impl Rate {
 
 /// A request beyond the rate.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct TooMany {
+pub struct TooMany {
     /// When the bucket gives again.
-    pub(crate) wait: Duration,
+    pub wait: Duration,
 }
 
 impl TooMany {
@@ -66,9 +66,14 @@ impl TooMany {
     }
 
     /// What Retry-After says: whole seconds, at least one, never too few.
-    pub(crate) fn retry_after_s(self) -> u64 {
+    #[must_use]
+    pub const fn retry_after_s(self) -> u64 {
         let whole = self.wait.as_secs();
-        (whole + u64::from(self.wait > Duration::from_secs(whole))).max(1)
+        if self.wait.subsec_nanos() > 0 || whole == 0 {
+            whole + 1
+        } else {
+            whole
+        }
     }
 }
 

@@ -391,6 +391,13 @@ impl Port {
         answered[class].fetch_add(1, Ordering::Relaxed);
     }
 
+    /// Counts an answer of ours by its reason, if it is a refusal.
+    pub(crate) fn count_refusal(&self, error: &RequestError) {
+        if let Some(reason) = error.reason() {
+            self.service.gate.shard(self.worker).refusals.count(reason);
+        }
+    }
+
     /// Writes an access line, if anybody wants one.
     pub(crate) fn log<'l>(&self, line: impl FnOnce() -> Line<'l>) {
         if let Some(log) = &self.settings().access_log {

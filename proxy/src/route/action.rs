@@ -7,6 +7,7 @@ use regex::Regex;
 
 use super::condition::below;
 use super::template::{Template, Values};
+use crate::http::head::same_field;
 
 /// Fields that frame a message or belong to one connection.
 const FRAMING: [&str; 9] = [
@@ -48,23 +49,12 @@ impl FieldEdits {
 
     /// Whether a field of the message is left out: removed, or about to be set.
     pub(crate) fn drops(&self, name: &str) -> bool {
-        self.remove
-            .iter()
-            .any(|known| known.eq_ignore_ascii_case(name))
-            || self
-                .set
-                .iter()
-                .any(|(known, _)| known.eq_ignore_ascii_case(name))
+        self.remove.iter().any(|known| same_field(name, known)) || self.sets(name)
     }
 
-    /// Hands over each field that is set, with its value filled in.
-    pub(crate) fn each_set(&self, values: &Values<'_>, mut to: impl FnMut(&str, &[u8])) {
-        let mut value = Vec::new();
-        for (name, template) in &self.set {
-            value.clear();
-            template.write(values, &mut value);
-            to(name, &value);
-        }
+    /// Whether a field gets a value of ours.
+    pub(crate) fn sets(&self, name: &str) -> bool {
+        self.set.iter().any(|(known, _)| same_field(name, known))
     }
 
     /// Appends the lines of all fields that are set.
@@ -178,6 +168,8 @@ impl Rewrite {
     /// Appends the new path.
     pub(crate) fn write(&self, path: &str, out: &mut Vec<u8>) {
         match self {
+            // The asterisk of OPTIONS stands for the server.
+            _ if !path.starts_with('/') => out.extend_from_slice(path.as_bytes()),
             Self::Prefix { prefix, to } => match below(prefix, path) {
                 Some("") if !to.is_empty() => out.extend_from_slice(to.as_bytes()),
                 Some(rest) => {
@@ -258,15 +250,11 @@ mod tests {
             vec![("x-client".to_owned(), template("{client}"))],
             vec!["server".to_owned()],
         );
+        assert!(edits.drops("x_client"), "CGI cannot tell it from x-client");
         assert!(edits.drops("Server") && edits.drops("X-Client") && !edits.drops("Date"));
         let mut out = Vec::new();
         edits.write(&VALUES, &mut out);
         assert_eq!(out, b"x-client: 192.0.2.7\r\n");
-        let mut seen = Vec::new();
-        edits.each_set(&VALUES, |name, value| {
-            seen.push((name.to_owned(), value.to_vec()))
-        });
-        assert_eq!(seen, [("x-client".to_owned(), b"192.0.2.7".to_vec())]);
     }
 
     #[test]

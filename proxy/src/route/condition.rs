@@ -38,6 +38,7 @@ pub(crate) struct Condition {
     pub(crate) methods: Vec<String>,
     pub(crate) fields: Vec<FieldPattern>,
     /// Names in a TLS greeting; for raw services only.
+    #[allow(dead_code)] // until raw services read greetings
     pub(crate) sni: Vec<HostPattern>,
 }
 

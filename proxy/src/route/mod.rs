@@ -24,6 +24,7 @@ pub(crate) struct Route {
     pub(crate) name: String,
     pub(crate) condition: Condition,
     /// Whoever serves it at each site, if not the service's own.
+    #[allow(dead_code)] // until pools have groups
     pub(crate) servers: Option<RouteServers>,
     /// Answered by us.
     pub(crate) redirect: Option<Redirect>,
@@ -78,9 +79,13 @@ impl RouteTable {
         self.routes.is_empty()
     }
 
-    /// All of them.
-    pub(crate) fn routes(&self) -> &[Arc<Route>] {
-        &self.routes
+    /// A copy with expressions of its own: their scratch memory is fastest for whoever does not share it.
+    pub(crate) fn for_worker(&self) -> Self {
+        let own = self.routes.iter();
+        Self {
+            routes: own.map(|route| Arc::new(Route::clone(route))).collect(),
+            looks_at_path: self.looks_at_path,
+        }
     }
 
     /// Reads a path as far as this table needs it read; where no rule looks at paths it stays untouched.
@@ -119,24 +124,13 @@ impl RouteTable {
     }
 
     /// The first route for a name in a TLS greeting.
+    #[allow(dead_code)] // until raw services read greetings
     pub(crate) fn find_sni(&self, name: &str) -> Option<&Arc<Route>> {
         let name = bare_host(name.as_bytes());
         self.routes.iter().find(|route| {
             let names = &route.condition.sni;
             names.is_empty() || names.iter().any(|pattern| pattern.fits(name))
         })
-    }
-
-    /// A copy with expressions of its own: their scratch memory is fastest for whoever does not share it.
-    pub(crate) fn for_worker(&self) -> Self {
-        Self {
-            routes: self
-                .routes
-                .iter()
-                .map(|route| Arc::new(Route::clone(route)))
-                .collect(),
-            looks_at_path: self.looks_at_path,
-        }
     }
 }
 

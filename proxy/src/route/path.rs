@@ -16,7 +16,7 @@ const DECODINGS_MAX: usize = 3;
 
 /// Why a path is not acceptable where rules look at paths. The words end up in the answer's body.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub(crate) enum PathError {
+pub enum PathError {
     /// A `%` without two hexadecimal digits.
     #[error("a \"%\" in its path that encodes nothing")]
     Encoding,
@@ -73,6 +73,11 @@ impl<'p> Path<'p> {
     /// The reading that is forwarded.
     pub(crate) fn as_str(&self) -> &str {
         &self.strict
+    }
+
+    /// Whether that is what the client sent.
+    pub(crate) const fn is_as_sent(&self) -> bool {
+        matches!(self.strict, Cow::Borrowed(_))
     }
 
     /// The other one, where there are two.

@@ -19,6 +19,7 @@ use super::queue::{Eviction, Grant, Held, Key, Pace, Parked};
 use super::ticket::{Pass, Ticket};
 use super::word::{Mode, Word};
 use crate::config::{Config, Release};
+use crate::limit::Refusals;
 
 /// Counters that belong to one worker, on cache lines of their own so that workers do not slow each other.
 #[repr(align(128))]
@@ -28,6 +29,8 @@ pub(crate) struct Shard {
     connections: AtomicU64,
     /// Answered requests by the hundreds of their status; index 0 counts those that got no answer.
     pub(crate) answered: [AtomicU64; 6],
+    /// What was refused, by reason.
+    pub(crate) refusals: Refusals,
 }
 
 /// Bounds of a gate.

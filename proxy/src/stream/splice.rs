@@ -4,11 +4,11 @@
 //! Every piece goes through a pipe of the worker's. A pipe is lent for as long as bytes are in it, not for the wait
 //! for more; one that could not be emptied is closed, never lent again.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::future::poll_fn;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::pipe::{PipeFlags, SpliceFlags, fcntl_setpipe_size, pipe_with, splice};
 use tokio::time::timeout;
@@ -46,9 +46,11 @@ pub(crate) enum SpliceError {
 
 /// Limits of silence at each end.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Silence {
+pub(crate) struct Silence<'w> {
     pub(crate) read: Duration,
     pub(crate) write: Duration,
+    /// Grows by the time spent waiting for the sender, where anybody wants to know.
+    pub(crate) waited: Option<&'w Cell<Duration>>,
 }
 
 impl Pipes {
@@ -80,7 +82,7 @@ impl Pipes {
         from: &Socket,
         to: &Socket,
         most: u64,
-        silence: Silence,
+        silence: Silence<'_>,
     ) -> Result<u64, SpliceError> {
         let most = usize::try_from(most).unwrap_or(usize::MAX).min(PIPE_BYTES);
         let (pipe, count) = loop {
@@ -98,8 +100,13 @@ impl Pipes {
                     }
                 }
             }
+            let began = silence.waited.map(|waited| (waited, Instant::now()));
             let readable = timeout(silence.read, poll_fn(|context| from.poll_readable(context)));
-            timed(readable.await).map_err(SpliceError::Read)?;
+            let readable = timed(readable.await);
+            if let Some((waited, began)) = began {
+                waited.set(waited.get() + began.elapsed());
+            }
+            readable.map_err(SpliceError::Read)?;
         };
         let mut left = count;
         while left > 0 {

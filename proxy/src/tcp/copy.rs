@@ -132,6 +132,7 @@ impl Direction<'_> {
         let silence = Silence {
             read: idle_max,
             write: idle_max,
+            waited: None,
         };
         match buffers.pipes.move_some(from, to, u64::MAX, silence).await {
             Ok(count) => Ok((count, count >= LARGE_BYTES)),

@@ -38,6 +38,8 @@ pub(crate) struct Plan {
     pub(crate) groups: Option<(&'static str, &'static str)>,
     pub(crate) workers: usize,
     pub(crate) more: String,
+    /// Keys and tables of the service.
+    pub(crate) service: String,
 }
 
 impl Plan {
@@ -49,6 +51,7 @@ impl Plan {
             groups: None,
             workers: 2,
             more: String::new(),
+            service: String::new(),
         }
     }
 
@@ -71,6 +74,13 @@ impl Plan {
         self
     }
 
+    /// Adds keys to the service, and tables such as its routes.
+    pub(crate) fn service(mut self, text: &str) -> Self {
+        self.service.push_str(text);
+        self.service.push('\n');
+        self
+    }
+
     pub(crate) fn table(mut self, text: &str) -> Self {
         self.more.push_str(text);
         self.more.push('\n');
@@ -85,6 +95,7 @@ impl Plan {
             groups,
             workers,
             more,
+            service,
         } = self;
         let (source, target) = match groups {
             Some((source, target)) => ((*source).to_owned(), (*target).to_owned()),
@@ -93,7 +104,7 @@ impl Plan {
         let path = folder.path().join("proxy.toml");
         let text = format!(
             "state_dir = \"state\"\ncontrol = \"control.sock\"\nworkers = {workers}\n{more}\n[[service]]\n\
-             name = \"web\"\nlisten = \"127.0.0.1:0\"\nprotocol = \"{protocol}\"\nsource = \"{source}\"\ntarget = \"{target}\"\n"
+             name = \"web\"\nlisten = \"127.0.0.1:0\"\nprotocol = \"{protocol}\"\nsource = \"{source}\"\ntarget = \"{target}\"\n{service}"
         );
         std::fs::write(&path, text).unwrap();
         path
@@ -147,6 +158,13 @@ impl World {
 
     pub(crate) fn control(&self) -> Control {
         Control::connect(&self.folder)
+    }
+
+    /// A scrape of the metrics, where the plan has a table for them.
+    pub(crate) fn metrics(&self) -> String {
+        let mut scraper = Peer::connect(self.proxy().metrics_address().unwrap());
+        scraper.send("GET /metrics HTTP/1.1\r\nHost: m\r\n\r\n");
+        scraper.message().body
     }
 
     pub(crate) fn hold(&self) -> ServiceStatus {

@@ -6,7 +6,7 @@
 use std::io;
 use std::pin::pin;
 use std::task::Poll;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::time::timeout;
 
@@ -16,10 +16,12 @@ use crate::buffer::{Buffer, Buffers};
 use crate::config::Limits;
 use crate::error::RequestError;
 use crate::http::body::{self, Body, End, Route};
+use crate::http::decide::AnswerEdits;
 use crate::http::exchange::{AnswerSource, INTERIM_MAX, Progress};
 use crate::http::head::{Framing, HeadError};
 use crate::http::request::{Request, Upgrade};
 use crate::http::response::{self, Encoding, Response};
+use crate::limit::intake::Intake;
 use crate::service::Ticket;
 use crate::stream::{self, Stream};
 
@@ -32,6 +34,8 @@ pub(super) struct StreamExchange<'e> {
     pub(super) head: &'e [u8],
     /// The key in it, if it asks for a WebSocket.
     pub(super) key: Option<&'e Key>,
+    /// What the route changes in the answer.
+    pub(super) edits: Option<AnswerEdits<'e>>,
     pub(super) limits: &'e Limits,
     pub(super) buffers: &'e Buffers,
     pub(super) progress: &'e Progress,
@@ -66,6 +70,11 @@ enum Sent {
 impl<'b, B: RequestBody> Unsent<'b, B> {
     pub(crate) const fn new(body: &'b mut B) -> Self {
         Self { body, part: None }
+    }
+
+    /// The end is there.
+    const fn ended(&self) -> bool {
+        matches!(self.part, Some(Part::End { .. }))
     }
 
     /// Sees to it that there is a part.
@@ -163,7 +172,9 @@ impl StreamExchange<'_> {
             buffers: self.buffers,
             read_silence: self.limits.response_max,
             write_silence: self.limits.response_max,
+            intake: None,
         };
+        let intake = Intake::new(self.limits, &self.progress.answering);
         let (encoding, mut left) = match self.request.framing {
             Framing::Length(length) => (Encoding::Plain, Some(length)),
             _ => (Encoding::Chunked, None),
@@ -179,6 +190,9 @@ impl StreamExchange<'_> {
             };
             let last = matches!(end, End::Here(_));
             left = count_down(left, data.len(), last)?;
+            intake
+                .take(data.len())
+                .map_err(|_| RequestError::BodyTooLong)?;
             let written = body::write(route, prefix, data, encoding, end).await;
             let sent = &self.progress.sent;
             match written {
@@ -206,10 +220,7 @@ impl StreamExchange<'_> {
             } else {
                 self.limits.client_silence_max
             };
-            match within(silence, unsent.fill()).await {
-                Some(filled) => filled.map_err(RequestError::from)?,
-                None => return Err(RequestError::ClientSilent),
-            }
+            fill_in_time(unsent, &intake, silence).await?;
         }
     }
 
@@ -229,8 +240,9 @@ impl StreamExchange<'_> {
         loop {
             let end = source.read_head(buffer).await?;
             out.clear();
-            let response = response::rewrite(&buffer.filled()[..end], self.request, true, out)
-                .map_err(RequestError::AnswerHead)?;
+            let response =
+                response::rewrite(&buffer.filled()[..end], self.request, true, self.edits, out)
+                    .map_err(RequestError::AnswerHead)?;
             buffer.consume(end);
             let head = AnswerHead::new(response.status, out);
             match response.status {
@@ -349,6 +361,32 @@ impl StreamExchange<'_> {
         match within(self.limits.client_silence_max, taking).await {
             Some(taken) => taken.map_err(RequestError::ClientLeft),
             None => Err(RequestError::ClientSilent),
+        }
+    }
+}
+
+/// Waits for the next part, as long as silence and pace allow.
+pub(crate) async fn fill_in_time<B: RequestBody>(
+    unsent: &mut Unsent<'_, B>,
+    intake: &Intake<'_>,
+    silence: Duration,
+) -> Result<(), RequestError> {
+    loop {
+        let patience = intake.wait_max(silence);
+        let began = Instant::now();
+        let filled = within(patience, unsent.fill()).await;
+        let bytes = match &unsent.part {
+            Some(Part::Data(data)) => data.len() as u64,
+            Some(Part::End { .. }) | None => 0,
+        };
+        let in_time = intake.waited(began.elapsed(), bytes);
+        match filled {
+            Some(filled) if in_time.is_ok() || unsent.ended() => {
+                return filled.map_err(RequestError::from);
+            }
+            None if in_time.is_ok() && patience < silence => {}
+            None if in_time.is_ok() => return Err(RequestError::ClientSilent),
+            Some(_) | None => return Err(RequestError::BodyTooSlow),
         }
     }
 }

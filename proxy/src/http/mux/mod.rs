@@ -27,7 +27,7 @@ use std::io;
 use bytes::Bytes;
 
 pub(crate) use answer::AnswerHead;
-pub(crate) use exchange::{Unsent, count_down, within};
+pub(crate) use exchange::{Unsent, count_down, fill_in_time, within};
 pub(crate) use serve::{Asked, serve_stream};
 pub(crate) use tunnel::Idle;
 

@@ -16,9 +16,10 @@ use crate::buffer::Buffer;
 use crate::error::RequestError;
 use crate::http::answer::{self, After};
 use crate::http::connection::Served;
+use crate::http::decide::{Rules, decide};
 use crate::http::exchange::Progress;
 use crate::http::head::{self, HeadError, Scan};
-use crate::http::request::{self, Method, Origin};
+use crate::http::request::{self, Method};
 use crate::listen::client::{Client, Scheme};
 use crate::listen::port::{Connected, Passage, Port, Presence, Visitor};
 
@@ -45,7 +46,7 @@ pub(crate) async fn serve_stream<B: RequestBody, A: AnswerSink>(
     let read = asked
         .map_err(RequestError::Head)
         .and_then(|asked| read(port, client, asked));
-    let (mut served, key) = match read {
+    let (mut served, key, refusal) = match read {
         Ok(read) => read,
         Err(error) => return refuse(port, client, answer, &error).await,
     };
@@ -55,7 +56,15 @@ pub(crate) async fn serve_stream<B: RequestBody, A: AnswerSink>(
         key,
         answer,
     };
-    if let Err(error) = stream.forward(&mut served, body, gone.as_mut()).await {
+    let outcome = match (refusal, served.redirect()) {
+        (Some(error), _) => Err(error),
+        (None, Some(_)) => {
+            stream.redirect(&served).await;
+            Ok(())
+        }
+        (None, None) => stream.forward(&mut served, body, gone.as_mut()).await,
+    };
+    if let Err(error) = outcome {
         stream.answer_failure(&served, &error).await;
     }
     port.count(served.progress.status.get());
@@ -63,24 +72,35 @@ pub(crate) async fn serve_stream<B: RequestBody, A: AnswerSink>(
     port.buffers.give_output(served.head);
 }
 
+/// A request, the key in it if it asks for a WebSocket, and why it is refused, if it is.
+type Read = (Served, Option<Key>, Option<RequestError>);
+
 /// Reads the head by the rules of HTTP/1 and writes the upstream's version of it.
-fn read(port: &Port, client: &Client, asked: Asked) -> Result<(Served, Option<Key>), RequestError> {
+fn read(port: &Port, client: &Client, asked: Asked) -> Result<Read, RequestError> {
     let Asked { head: text, key } = asked;
     let id = port.next_id();
     let arrival = Instant::now();
     let mut head = port.buffers.take_output();
-    let limit = port.settings().limits.head_bytes_max;
-    let request = if text.len() > limit {
+    let settings = port.settings();
+    let limit = settings.limits.head_bytes_max;
+    let decided = if text.len() > limit {
         Err(RequestError::HeadTooLong)
     } else {
         let mut room = request::field_room();
+        let by = Rules {
+            service: &settings.service,
+            limits: &settings.limits,
+            client,
+            id,
+            now: arrival,
+        };
         request::parse(&text, &mut room)
-            .map(|parsed| parsed.write(Origin { client, id }, &mut head))
+            .map(|parsed| decide(by, &parsed, &mut head))
             .map_err(RequestError::Head)
     };
     port.buffers.give_output(text);
-    let request = match request {
-        Ok(request) => request,
+    let decided = match decided {
+        Ok(decided) => decided,
         Err(error) => {
             port.buffers.give_output(head);
             return Err(error);
@@ -89,12 +109,13 @@ fn read(port: &Port, client: &Client, asked: Asked) -> Result<(Served, Option<Ke
     let served = Served {
         id,
         arrival,
-        request,
+        request: decided.request,
+        treatment: decided.treatment,
         head,
         passage: Passage::new(arrival),
         progress: Progress::default(),
     };
-    Ok((served, key))
+    Ok((served, key, decided.refusal))
 }
 
 /// Answers what cannot be served. Malformed is malformed for the protocol itself, and has no answer.
@@ -118,10 +139,11 @@ async fn refuse<A: AnswerSink>(port: &Port, client: &Client, answer: &mut A, err
         drop(within(after, say(port, answer, status, error, false)).await);
     }
     port.count(status);
+    port.count_refusal(error);
     port.log(|| Line::refused(port, client.address, status, 0, error));
 }
 
-/// Writes an answer of our own.
+/// Writes the answer to a failed request.
 async fn say<A: AnswerSink>(
     port: &Port,
     answer: &mut A,
@@ -139,6 +161,16 @@ async fn say<A: AnswerSink>(
         After::KeepAlive,
         is_head,
     );
+    say_text(port, answer, status, out).await
+}
+
+/// Writes an answer of our own, given as HTTP/1.
+async fn say_text<A: AnswerSink>(
+    port: &Port,
+    answer: &mut A,
+    status: u16,
+    out: Vec<u8>,
+) -> io::Result<usize> {
     let end = match head::scan(&out, 0) {
         Ok(Scan::Complete(end)) => end,
         Ok(Scan::Partial(_)) | Err(_) => out.len(),
@@ -220,7 +252,7 @@ impl<A: AnswerSink> Forwarding<'_, A> {
                 }
                 Err(error) => {
                     port.pool.part(upstream);
-                    if !(kept && served.may_be_sent_again(&error)) {
+                    if !(may_reuse && served.may_be_sent_again(&error, kept)) {
                         return Err(error);
                     }
                     may_reuse = false;
@@ -239,6 +271,7 @@ impl<A: AnswerSink> Forwarding<'_, A> {
     ) -> Result<bool, RequestError> {
         let port = self.port;
         let settings = port.settings();
+        let limits = served.limits(&settings.limits);
         let mut buffer = Buffer::default();
         let mut scratch = port.buffers.take_output();
         let exchange = StreamExchange {
@@ -247,12 +280,13 @@ impl<A: AnswerSink> Forwarding<'_, A> {
             request: &served.request,
             head: &served.head,
             key: self.key.as_ref(),
-            limits: &settings.limits,
+            edits: served.answer_edits(),
+            limits,
             buffers: &port.buffers,
             progress: &served.progress,
         };
         let exchanged = exchange.run(unsent, self.answer, &mut buffer, &mut scratch);
-        let received = crate::stream::within(settings.limits.request_max, exchanged)
+        let received = crate::stream::within(limits.request_max, exchanged)
             .await
             .unwrap_or(Err(RequestError::TookTooLong));
         port.buffers.give_output(scratch);
@@ -265,7 +299,7 @@ impl<A: AnswerSink> Forwarding<'_, A> {
                 let tunnel = Tunnel {
                     upstream: &upstream.stream,
                     buffers: &port.buffers,
-                    idle_max: settings.limits.tunnel_idle_max,
+                    idle_max: limits.tunnel_idle_max,
                     progress: &served.progress,
                 };
                 tunnel.run(buffer, unsent.body, self.answer).await;
@@ -275,6 +309,20 @@ impl<A: AnswerSink> Forwarding<'_, A> {
                 port.buffers.give(buffer);
                 Err(error)
             }
+        }
+    }
+
+    /// Sends the client elsewhere.
+    async fn redirect(&mut self, served: &Served) {
+        let Some((status, out)) = served.write_redirect(&self.port.buffers, After::KeepAlive)
+        else {
+            return;
+        };
+        served.progress.status.set(status);
+        let limit = self.port.settings().limits.client_silence_max;
+        let saying = say_text(self.port, self.answer, status, out);
+        if !matches!(within(limit, saying).await, Some(Ok(_))) {
+            self.answer.reset(Reset::Cancelled);
         }
     }
 
@@ -291,6 +339,7 @@ impl<A: AnswerSink> Forwarding<'_, A> {
             return;
         };
         progress.status.set(status);
+        self.port.count_refusal(error);
         let limit = self.port.settings().limits.client_silence_max;
         let is_head = served.request.method == Method::Head;
         let saying = say(self.port, self.answer, status, error, is_head);

@@ -17,6 +17,7 @@ use super::message::{self, Asks, Size};
 use super::session::Session;
 use crate::config::Limits;
 use crate::error::RequestError;
+use crate::http::decide::AnswerEdits;
 use crate::http::exchange::{INTERIM_MAX, Progress};
 use crate::http::h2::stream::send_data;
 use crate::http::h2::to_io;
@@ -24,10 +25,12 @@ use crate::http::head::{Framing, HeadError};
 use crate::http::mux::head::write_trailer;
 use crate::http::mux::websocket::accept_of;
 use crate::http::mux::{
-    AnswerHead, AnswerSink, Idle, More, Part, RequestBody, Reset, Unsent, count_down, within,
+    AnswerHead, AnswerSink, Idle, More, Part, RequestBody, Reset, Unsent, count_down, fill_in_time,
+    within,
 };
 use crate::http::request::{Method, Request, Upgrade};
 use crate::http::response::{self, Encoding};
+use crate::limit::intake::Intake;
 use crate::service::Ticket;
 
 /// One attempt to get one request answered.
@@ -37,6 +40,8 @@ pub(crate) struct Http2Exchange<'e> {
     pub(crate) request: &'e Request,
     /// The request's head as an HTTP/1 upstream would get it.
     pub(crate) head: &'e [u8],
+    /// What the route changes in the answer.
+    pub(crate) edits: Option<AnswerEdits<'e>>,
     pub(crate) limits: &'e Limits,
     /// Whether we would go on with the client afterwards.
     pub(crate) may_persist: bool,
@@ -127,6 +132,7 @@ impl Http2Exchange<'_> {
         unsent: &mut Unsent<'_, B>,
         untouched: &std::cell::Cell<bool>,
     ) -> Result<(), RequestError> {
+        let intake = Intake::new(self.limits, &self.progress.answering);
         let mut left = match self.request.framing {
             Framing::Length(length) => Some(length),
             _ => None,
@@ -137,10 +143,7 @@ impl Http2Exchange<'_> {
             } else {
                 self.limits.client_silence_max
             };
-            match within(silence, unsent.fill()).await {
-                Some(filled) => filled.map_err(RequestError::from)?,
-                None => return Err(RequestError::ClientSilent),
-            }
+            fill_in_time(unsent, &intake, silence).await?;
             let Some(part) = unsent.take() else { continue };
             untouched.set(false);
             let (bytes, last) = match &part {
@@ -148,6 +151,7 @@ impl Http2Exchange<'_> {
                 Part::End { .. } => (0, true),
             };
             left = count_down(left, bytes, last)?;
+            intake.take(bytes).map_err(|_| RequestError::BodyTooLong)?;
             let passed = within(self.limits.response_max, pass(send, part)).await;
             match passed {
                 None => return Err(RequestError::UpstreamSilent),
@@ -215,7 +219,8 @@ impl Http2Exchange<'_> {
         let mut text = Vec::with_capacity(512);
         message::write_answer(status, fields, size, &mut text).map_err(RequestError::AnswerHead)?;
         out.clear();
-        response::rewrite(&text, self.request, may_persist, out).map_err(RequestError::AnswerHead)
+        response::rewrite(&text, self.request, may_persist, self.edits, out)
+            .map_err(RequestError::AnswerHead)
     }
 
     async fn receive<A: AnswerSink>(
@@ -340,7 +345,8 @@ impl Http2Exchange<'_> {
         }
         text.extend_from_slice(b"\r\n");
         out.clear();
-        response::rewrite(&text, self.request, true, out).map_err(RequestError::AnswerHead)?;
+        response::rewrite(&text, self.request, true, self.edits, out)
+            .map_err(RequestError::AnswerHead)?;
         self.ticket.answered();
         self.progress.status.set(101);
         self.progress.answering.set(true);

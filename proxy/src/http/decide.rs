@@ -1,0 +1,231 @@
+//! What becomes of a request once its head was read: how much of it we take, which route it goes, what is changed.
+//!
+//! HTTP/1 connections and streams come here with the same parsed form, so there is one set of rules. The head is
+//! written in any case, as it would go upstream: refused requests have a log line, too. Where nothing is configured
+//! this is a few comparisons, without an allocation.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use super::head::{Framing, HeadError};
+use super::request::{Parsed, Request, RequestId, Told};
+use crate::config::{Limits, ServiceConfig};
+use crate::error::RequestError;
+use crate::forwarded::{AddressText, Arrived};
+use crate::listen::client::Client;
+use crate::route::action::{FieldEdits, RedirectStatus};
+use crate::route::template::{Id, Values, Variable};
+use crate::route::{Path, RequestView, Route, bare_host};
+
+/// By what a request is judged.
+#[derive(Clone, Copy)]
+pub(crate) struct Rules<'r> {
+    pub(crate) service: &'r ServiceConfig,
+    pub(crate) limits: &'r Limits,
+    pub(crate) client: &'r Client,
+    pub(crate) id: RequestId,
+    pub(crate) now: Instant,
+}
+
+/// A request as it was understood and written.
+#[derive(Debug)]
+pub(crate) struct Decided {
+    pub(crate) request: Request,
+    pub(crate) treatment: Option<Box<Treatment>>,
+    /// Why it is refused, if it is.
+    pub(crate) refusal: Option<RequestError>,
+}
+
+/// What a route means for one request.
+#[derive(Debug)]
+pub(crate) struct Treatment {
+    pub(crate) route: Arc<Route>,
+    /// Header lines for the answer.
+    answer_lines: Vec<u8>,
+    /// Method and target as the client sent them, where the upstream gets others.
+    pub(crate) asked: Option<Vec<u8>>,
+    pub(crate) redirect: Option<RedirectTo>,
+}
+
+/// Where a client is sent.
+#[derive(Debug)]
+pub(crate) struct RedirectTo {
+    pub(crate) status: RedirectStatus,
+    pub(crate) location: Vec<u8>,
+}
+
+/// Changes to the header fields of an answer.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct AnswerEdits<'a> {
+    pub(crate) fields: &'a FieldEdits,
+    /// The lines of those that are set.
+    pub(crate) lines: &'a [u8],
+}
+
+impl Treatment {
+    /// What of an answer is changed, if anything.
+    pub(crate) fn answer_edits(&self) -> Option<AnswerEdits<'_>> {
+        let fields = &self.route.response_fields;
+        (!fields.is_empty()).then_some(AnswerEdits {
+            fields,
+            lines: &self.answer_lines,
+        })
+    }
+}
+
+/// Decides, and appends the head that the upstream gets.
+pub(crate) fn decide(by: Rules<'_>, parsed: &Parsed<'_, '_>, out: &mut Vec<u8>) -> Decided {
+    let arrived = Arrived::by(by.client, &by.service.trusted_from);
+    let plain = Told::plain(&arrived, by.id);
+    let judged = if by.service.rate.is_none() && by.service.routes.is_empty() {
+        Ok(None)
+    } else {
+        judge(by, parsed, &arrived, out)
+    };
+    let (request, treatment, refusal) = match judged {
+        Ok(Some((request, treatment))) => (request, treatment, None),
+        Ok(None) => (parsed.write(plain, out), None, None),
+        Err(error) => (parsed.write(plain, out), None, Some(error)),
+    };
+    let limits = treatment
+        .as_ref()
+        .and_then(|treatment| treatment.route.limits.as_deref());
+    let body_bytes_max = limits.unwrap_or(by.limits).body_bytes_max;
+    let too_long = matches!(request.framing, Framing::Length(length) if body_bytes_max > 0 && length > body_bytes_max);
+    Decided {
+        request,
+        treatment,
+        refusal: refusal.or_else(|| too_long.then_some(RequestError::BodyTooLong)),
+    }
+}
+
+type Treated = (Request, Option<Box<Treatment>>);
+
+/// Applies rates and routes. `None` where the head is to be written as it is.
+fn judge(
+    by: Rules<'_>,
+    parsed: &Parsed<'_, '_>,
+    arrived: &Arrived<'_>,
+    out: &mut Vec<u8>,
+) -> Result<Option<Treated>, RequestError> {
+    let client = arrived.client(parsed.said(), &by.service.trusted_from);
+    if let Some(rate) = &by.service.rate {
+        rate.take(client, by.now).map_err(RequestError::Rate)?;
+    }
+    if by.service.routes.is_empty() {
+        return Ok(None);
+    }
+    let (path, query) = split_query(parsed.path);
+    let path = by
+        .service
+        .routes
+        .read_path(path)
+        .map_err(RequestError::Path)?;
+    let view = RequestView {
+        method: parsed.method,
+        host: bare_host(parsed.host),
+        path: &path,
+        fields: &parsed.fields,
+    };
+    let found = by.service.routes.find(&view).map_err(RequestError::Path)?;
+    let text = AddressText::of(client);
+    let subject = by.client.certificate_subject.as_deref();
+    let said = parsed.said();
+    let values = Values {
+        client: text.as_bytes(),
+        host: view.host,
+        path: path.as_str(),
+        query,
+        scheme: arrived.scheme(said),
+        request_id: arrived.request_id(said).map_or(Id::Ours(by.id), Id::Theirs),
+        tls_subject: subject.unwrap_or_default().as_bytes(),
+    };
+    let Some(route) = found else {
+        let target = new_target(None, &path, query, parsed);
+        let told = Told {
+            arrived,
+            id: by.id,
+            target: target.as_deref(),
+            edits: None,
+        };
+        return Ok(target.is_some().then(|| (parsed.write(told, out), None)));
+    };
+    if let Some(rate) = &route.rate {
+        rate.take(client, by.now).map_err(RequestError::Rate)?;
+    }
+    let target = new_target(Some(route), &path, query, parsed);
+    let told = Told {
+        arrived,
+        id: by.id,
+        target: target.as_deref(),
+        edits: (!route.request_fields.is_empty()).then_some((&route.request_fields, &values)),
+    };
+    let treatment = treat(route, &values, target.as_deref().map(|_| parsed))?;
+    Ok(Some((parsed.write(told, out), Some(Box::new(treatment)))))
+}
+
+fn split_query(target: &str) -> (&str, &str) {
+    target.split_at(target.find('?').unwrap_or(target.len()))
+}
+
+/// Path and query as the upstream gets them, where they differ from what the client sent.
+fn new_target(
+    route: Option<&Arc<Route>>,
+    path: &Path<'_>,
+    query: &str,
+    parsed: &Parsed<'_, '_>,
+) -> Option<Vec<u8>> {
+    let rewrite = route.and_then(|route| route.rewrite.as_ref());
+    if rewrite.is_none() && path.is_as_sent() {
+        return None;
+    }
+    let mut target = Vec::with_capacity(parsed.path.len());
+    match rewrite {
+        Some(rewrite) => rewrite.write(path.as_str(), &mut target),
+        None => target.extend_from_slice(path.as_str().as_bytes()),
+    }
+    target.extend_from_slice(query.as_bytes());
+    Some(target)
+}
+
+fn treat(
+    route: &Arc<Route>,
+    values: &Values<'_>,
+    changed: Option<&Parsed<'_, '_>>,
+) -> Result<Treatment, RequestError> {
+    let mut answer_lines = Vec::new();
+    route.response_fields.write(values, &mut answer_lines);
+    let redirect = match &route.redirect {
+        // HTTP/1.0 without Host: there is no telling where it wants to go.
+        Some(redirect) if values.host.is_empty() && redirect.to.names(Variable::Host) => {
+            return Err(RequestError::Head(HeadError::Host));
+        }
+        Some(redirect) => {
+            let mut location = Vec::new();
+            redirect.write_location(values, &mut location);
+            Some(RedirectTo {
+                status: redirect.status,
+                location,
+            })
+        }
+        None => None,
+    };
+    let asked = changed.map(|parsed| format!("{} {}", parsed.method, parsed.path).into_bytes());
+    Ok(Treatment {
+        route: Arc::clone(route),
+        answer_lines,
+        asked,
+        redirect,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_query_begins_with_its_question_mark() {
+        assert_eq!(split_query("/a?b?c"), ("/a", "?b?c"));
+        assert_eq!(split_query("/a"), ("/a", ""));
+    }
+}
