@@ -376,6 +376,7 @@ impl Connection<'_> {
             && self.buffer.is_empty()
             && !self.stream.has_unread()
         {
+            self.stream.farewell();
             Next::Close
         } else {
             Next::Linger

@@ -100,6 +100,14 @@ impl Stream {
         poll_fn(|context| self.poll_readable(context)).await
     }
 
+    /// Tells a TLS peer that what it has is all, before the connection is dropped. In clear the end says so itself.
+    /// Never after half an answer: the missing word is how the peer knows that it is half.
+    pub(crate) fn farewell(&self) {
+        if let Self::Tls(stream) = self {
+            stream.say_farewell();
+        }
+    }
+
     /// Tells the peer that nothing more will come.
     pub(crate) fn finish(&self) {
         match self {

@@ -1,8 +1,8 @@
 //! TLS towards upstreams. A server is verified, always; there is no way to turn that off.
 
 use std::io;
-use std::sync::Arc;
-use std::time::Duration;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use rustls::pki_types::ServerName;
 use rustls::{ClientConfig, RootCertStore};
@@ -14,12 +14,17 @@ use crate::config::{UpstreamProtocol, UpstreamTlsConfig};
 use crate::stream::{Socket, Stream};
 use crate::upstream::Address;
 
+/// How often a group's servers are complained about.
+const COMPLAIN_EVERY: Duration = Duration::from_secs(10);
+
 /// How the servers of one group are spoken to.
 #[derive(Debug, Clone)]
 pub(crate) struct UpstreamTls {
     /// The settings, with the sessions to be taken up again: 256 servers at most, oldest out.
     config: Arc<ClientConfig>,
     name: Option<ServerName<'static>>,
+    group: Box<str>,
+    complained: Arc<Mutex<Option<Instant>>>,
 }
 
 impl UpstreamTls {
@@ -63,6 +68,8 @@ impl UpstreamTls {
         Ok(Self {
             config: Arc::new(built),
             name: config.name.clone(),
+            group: group.into(),
+            complained: Arc::default(),
         })
     }
 
@@ -82,14 +89,33 @@ impl UpstreamTls {
         let name = self
             .name(server)
             .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, UpstreamTlsError::NoName))?;
-        let stream = TlsStream::connect(socket, &self.config, name, limit).await?;
+        let shaken = TlsStream::connect(socket, &self.config, name, limit).await;
+        let stream = shaken.inspect_err(|error| self.complain(server, error))?;
         let agreed = stream.agreed().protocol.as_deref();
         let wanted = self.config.alpn_protocols.first().map(Vec::as_slice);
         if agreed != wanted {
             let error = UpstreamTlsError::OtherProtocol;
-            return Err(io::Error::new(io::ErrorKind::InvalidData, error));
+            let error = io::Error::new(io::ErrorKind::InvalidData, error);
+            self.complain(server, &error);
+            return Err(error);
         }
         Ok(Stream::Tls(Box::new(stream)))
+    }
+
+    /// A server that cannot be verified needs an operator, but not a line for every request.
+    fn complain(&self, server: &Address, error: &io::Error) {
+        // A server that is down or slow shows elsewhere.
+        if error.kind() != io::ErrorKind::InvalidData {
+            return;
+        }
+        let mut last = self
+            .complained
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        if last.is_none_or(|last| last.elapsed() > COMPLAIN_EVERY) {
+            *last = Some(Instant::now());
+            tracing::warn!(group = %self.group, %server, "no TLS session with the server: {error}");
+        }
     }
 
     /// The name that a server must prove to have: that of the group, or else the one it was configured by, never

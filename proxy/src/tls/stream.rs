@@ -62,6 +62,7 @@ struct State {
     outgoing: Vec<u8>,
     /// Whether the kernel refused the last of it; if not, it has not been tried.
     full: bool,
+    farewell_said: bool,
 }
 
 /// How far the peer's half of the session has come.
@@ -132,6 +133,7 @@ impl TlsStream {
                 plain_from: 0,
                 outgoing,
                 full: false,
+                farewell_said: false,
             }),
         })
     }
@@ -288,16 +290,23 @@ impl TlsStream {
 
     /// Tells the peer that nothing more will come, first in the session and then below it.
     pub(crate) fn finish(&self) {
-        let mut state = self.state.borrow_mut();
-        if state.end != End::Failed {
-            let State {
-                session, outgoing, ..
-            } = &mut *state;
-            // A peer that is gone already needs no telling.
-            session.close(outgoing).ok();
-            self.flush(&mut state).ok();
-        }
+        self.say_farewell();
         self.socket.finish().ok();
+    }
+
+    /// The first half of that, for a socket that is closed right after.
+    pub(crate) fn say_farewell(&self) {
+        let mut state = self.state.borrow_mut();
+        if state.end == End::Failed || state.farewell_said {
+            return;
+        }
+        state.farewell_said = true;
+        let State {
+            session, outgoing, ..
+        } = &mut *state;
+        // A peer that is gone already needs no telling.
+        session.close(outgoing).ok();
+        self.flush(&mut state).ok();
     }
 
     /// Whether the peer has sent data that nobody has taken. Asks the kernel and does not look at a closed end.

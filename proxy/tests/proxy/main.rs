@@ -8,6 +8,7 @@ mod balancing;
 mod client2;
 mod configuration;
 mod deciding;
+mod endings;
 mod forwarding;
 mod holding;
 mod http2;

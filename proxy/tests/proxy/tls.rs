@@ -93,8 +93,7 @@ impl Authority {
 }
 
 /// A proxy with one TLS listener, whose profile is `profile`, in front of an origin.
-fn start(folder: TempDir, profile: &str, origin: &Origin) -> World {
-    let address = origin.address();
+pub(crate) fn start(folder: TempDir, profile: &str, address: SocketAddr) -> World {
     let text = format!(
         "state_dir = \"state\"\ncontrol = \"control.sock\"\nworkers = 1\n[[tls]]\nname = \"public\"\n{profile}\n\
          [[service]]\nname = \"web\"\nsource = \"{address}\"\ntarget = \"{address}\"\n\
@@ -110,7 +109,7 @@ fn start(folder: TempDir, profile: &str, origin: &Origin) -> World {
 }
 
 /// A folder in which the authority has put a certificate `a` for `names`.
-fn folder(authority: &Authority, names: &[&str]) -> TempDir {
+pub(crate) fn folder(authority: &Authority, names: &[&str]) -> TempDir {
     let folder = tempfile::tempdir().unwrap();
     authority.writes(folder.path(), "a", names);
     folder
@@ -212,13 +211,22 @@ impl Browser {
         }
     }
 
-    /// A connection on which one request has been answered, or why there is none.
-    pub(crate) fn visit(&self, address: SocketAddr, host: &str) -> Result<Visit, String> {
+    /// A connection on which nothing has been said.
+    pub(crate) fn connect(
+        &self,
+        address: SocketAddr,
+        host: &str,
+    ) -> StreamOwned<ClientConnection, TcpStream> {
         let name = ServerName::try_from(host.to_owned()).unwrap();
         let session = ClientConnection::new(Arc::clone(&self.config), name).unwrap();
         let socket = TcpStream::connect(address).unwrap();
         socket.set_read_timeout(Some(PATIENCE)).unwrap();
-        let mut visit = Visit(BufReader::new(StreamOwned::new(session, socket)));
+        StreamOwned::new(session, socket)
+    }
+
+    /// A connection on which one request has been answered, or why there is none.
+    pub(crate) fn visit(&self, address: SocketAddr, host: &str) -> Result<Visit, String> {
+        let mut visit = Visit(BufReader::new(self.connect(address, host)));
         visit.get("/").map(|_| visit)
     }
 
@@ -285,7 +293,11 @@ fn the_certificate_is_that_of_the_name_or_of_the_wildcard_above_it_or_else_the_f
         authority.writes(&folder.path().join("more"), name, names);
     }
     let origin = Origin::new("source");
-    let world = start(folder, &format!("{ONE}\nfolder = \"more\""), &origin);
+    let world = start(
+        folder,
+        &format!("{ONE}\nfolder = \"more\""),
+        origin.address(),
+    );
     let browser = Browser::trusting(&authority);
     let mut seen = Vec::new();
     for host in [
@@ -313,7 +325,7 @@ fn the_certificate_is_that_of_the_name_or_of_the_wildcard_above_it_or_else_the_f
 fn a_replaced_certificate_is_shown_to_new_connections_while_old_ones_go_on() {
     let authority = Authority::new();
     let origin = Origin::new("source");
-    let world = start(folder(&authority, &["site.example"]), ONE, &origin);
+    let world = start(folder(&authority, &["site.example"]), ONE, origin.address());
     let browser = Browser::trusting(&authority);
     let mut old = browser.visit(world.address(), "site.example").unwrap();
     let first = browser.saw();
@@ -342,7 +354,7 @@ fn a_broken_replacement_leaves_the_former_certificate_and_does_not_stop_others()
     authority.writes(folder.path(), "b", &["site.example"]);
     let origin = Origin::new("source");
     let both = "certificates = [{ chain = \"a.pem\", key = \"a.key\" }, { chain = \"b.pem\", key = \"b.key\" }]";
-    let world = start(folder, both, &origin);
+    let world = start(folder, both, origin.address());
     let browser = Browser::trusting(&authority);
     browser.visit(world.address(), "other.example").unwrap();
     let (former, other_key) = (browser.saw(), authority.signs(&["other.example"]).1);
@@ -406,7 +418,7 @@ fn a_client_without_the_right_certificate_is_refused_where_one_is_required() {
             "{ONE}\nclient_ca = \"clients.pem\"\nclient_certificates = \"{demand}\"\nticket_keys = \"keys\""
         );
         std::fs::write(folder.path().join("keys"), "a".repeat(64)).unwrap();
-        let world = start(folder, &profile, &origin);
+        let world = start(folder, &profile, origin.address());
         let visit = |own| {
             let browser = Browser::with(&authority, rustls::ALL_VERSIONS, own);
             browser.visit(world.address(), "site.example").map(drop)
@@ -423,10 +435,14 @@ fn a_profile_speaks_no_version_older_than_its_least() {
     let authority = Authority::new();
     let origin = Origin::new("source");
     let old = Browser::with(&authority, &[&rustls::version::TLS12], None);
-    let any = start(folder(&authority, &["site.example"]), ONE, &origin);
+    let any = start(folder(&authority, &["site.example"]), ONE, origin.address());
     old.visit(any.address(), "site.example").unwrap();
     let profile = format!("{ONE}\nversions_min = \"1.3\"");
-    let new = start(folder(&authority, &["site.example"]), &profile, &origin);
+    let new = start(
+        folder(&authority, &["site.example"]),
+        &profile,
+        origin.address(),
+    );
     let refused = old.visit(new.address(), "site.example").err().unwrap();
     assert!(refused.contains("ProtocolVersion"), "{refused}");
     let browser = Browser::trusting(&authority);
@@ -441,7 +457,7 @@ fn a_session_is_taken_up_by_another_proxy_with_the_same_key_file_and_by_none_aft
     let one = |key: &str| {
         let folder = folder(&authority, &["site.example"]);
         std::fs::write(folder.path().join("keys"), key.repeat(64)).unwrap();
-        start(folder, &profile, &origin)
+        start(folder, &profile, origin.address())
     };
     for versions in [[&rustls::version::TLS13], [&rustls::version::TLS12]] {
         let (ours, theirs, rotated) = (one("a"), one("a"), one("b"));
@@ -464,7 +480,7 @@ fn a_stapled_answer_reaches_the_client_byte_for_byte() {
     let folder = folder(&authority, &["site.example"]);
     std::fs::write(folder.path().join("a.ocsp"), [48, 3, 10, 1, 0]).unwrap();
     let origin = Origin::new("source");
-    let world = start(folder, "folder = \".\"", &origin);
+    let world = start(folder, "folder = \".\"", origin.address());
     let browser = Browser::trusting(&authority);
     browser.visit(world.address(), "site.example").unwrap();
     let (_, ocsp) = browser.witness.seen.lock().unwrap().clone().unwrap();
@@ -475,7 +491,7 @@ fn a_stapled_answer_reaches_the_client_byte_for_byte() {
 fn a_request_held_behind_tls_is_answered_after_the_release() {
     let authority = Authority::new();
     let origin = Origin::new("source");
-    let world = start(folder(&authority, &["site.example"]), ONE, &origin);
+    let world = start(folder(&authority, &["site.example"]), ONE, origin.address());
     let browser = Browser::trusting(&authority);
     let mut visit = browser.visit(world.address(), "site.example").unwrap();
     world.hold();
@@ -491,7 +507,7 @@ fn a_request_held_behind_tls_is_answered_after_the_release() {
 fn a_client_in_clear_is_closed_on_by_a_tls_listener() {
     let authority = Authority::new();
     let origin = Origin::new("source");
-    let world = start(folder(&authority, &["site.example"]), ONE, &origin);
+    let world = start(folder(&authority, &["site.example"]), ONE, origin.address());
     let mut socket = TcpStream::connect(world.address()).unwrap();
     socket.set_read_timeout(Some(PATIENCE)).unwrap();
     socket
