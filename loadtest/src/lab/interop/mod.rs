@@ -72,6 +72,10 @@ const CASES: &[Case] = &[
         name: "a reload a second under load fails no request",
         run: changes::reloads,
     },
+    Case {
+        name: "upgrades of the program under load fail no request",
+        run: changes::upgrades,
+    },
 ];
 
 const CLIENTS: &[Need] = &[

@@ -8,9 +8,12 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use rustix::process::{Pid, Signal, kill_process, test_kill_process};
+
 use super::{Times, database, same};
 use crate::bench::certificate;
 use crate::command::Shell;
+use crate::interrupt;
 use crate::lab::error::{LabError, OnFile, Result};
 use crate::lab::folders::Folders;
 use crate::lab::process::Process;
@@ -18,6 +21,8 @@ use crate::progress::Progress;
 
 /// Longest a program may take until it listens, in seconds.
 const READY_S: u64 = 30;
+/// Longest it may take to end, in seconds.
+const TERM_S: u64 = 5;
 /// Longest one client may take, in seconds.
 pub(super) const CLIENT_S: u64 = 60;
 
@@ -78,6 +83,8 @@ pub(super) struct Stage {
     assets: PathBuf,
     places: Vec<Place>,
     _behind: Vec<Process>,
+    /// Who serves after upgrades.
+    pub(super) successor: Successor,
     /// The last field is dropped last.
     _gone: Gone,
 }
@@ -130,6 +137,7 @@ impl Stage {
             assets,
             places,
             _behind: behind,
+            successor: Successor(None),
             _gone: gone,
         })
     }
@@ -165,8 +173,20 @@ impl Stage {
         Ok(())
     }
 
+    /// A command to the proxy.
+    pub(super) fn control(&self, verb: &str) -> Shell {
+        Shell::new(self.folder.join("hopgate-proxy"))
+            .args(["ctl", "--socket"])
+            .arg(self.folder.join("control.sock"))
+            .arg(verb)
+    }
+
     /// Whether the proxy still runs; no case may end it.
     pub(super) fn lives(&mut self) -> Result<()> {
+        if self.successor.0.is_some() {
+            self.control("status").run()?;
+            return Ok(());
+        }
         if self.proxy.lives() {
             return Ok(());
         }
@@ -175,6 +195,24 @@ impl Stage {
             status: "during a case".to_owned(),
             said: self.proxy.said(),
         })
+    }
+}
+
+/// A process that another one has started in its own place; it ends with the value.
+#[derive(Debug)]
+pub(super) struct Successor(pub(super) Option<i32>);
+
+impl Drop for Successor {
+    fn drop(&mut self) {
+        let Some(pid) = self.0.and_then(Pid::from_raw) else {
+            return;
+        };
+        let ended = || test_kill_process(pid).is_err();
+        // It may have ended by itself.
+        let _ = kill_process(pid, Signal::TERM);
+        if !interrupt::shielded(|| interrupt::wait_until(Duration::from_secs(TERM_S), ended)) {
+            let _ = kill_process(pid, Signal::KILL);
+        }
     }
 }
 
