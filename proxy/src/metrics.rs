@@ -6,7 +6,7 @@
 use std::fmt::Write as _;
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use cutover_protocol::id::Site;
@@ -19,8 +19,9 @@ use crate::access_log::AccessLog;
 use crate::life::facts::Facts;
 use crate::limit::Reason;
 use crate::listen::bound::Bound;
+use crate::listen::quic::router::Counts;
 use crate::service::{HOLD_BUCKETS_MS, HeldCounts, HoldTimes, Mode, Service, Word};
-use crate::snapshot::Shared;
+use crate::snapshot::{Shared, Snapshot};
 use crate::upstream::write_metrics;
 
 /// Scrapes at once; one Prometheus needs one.
@@ -157,6 +158,7 @@ impl Metrics {
         // Writing to a string cannot fail.
         write(&mut out, &readings, snapshot.access_log.as_ref()).ok();
         write_metrics(&mut out, &snapshot.directory, Instant::now()).ok();
+        write_quic(&mut out, &snapshot).ok();
         self.facts.write_metrics(&mut out, snapshot.generation).ok();
         out
     }
@@ -303,6 +305,75 @@ fn write_hold_times(out: &mut String, readings: &[Reading<'_>]) -> std::fmt::Res
         let (whole, part) = (times.sum_ns / 1_000_000_000, times.sum_ns % 1_000_000_000);
         writeln!(out, "{name}_sum{{service=\"{service}\"}} {whole}.{part:09}")?;
         writeln!(out, "{name}_count{{service=\"{service}\"}} {sum}")?;
+    }
+    Ok(())
+}
+
+/// Name, type, help and value of a metric with one sample an HTTP/3 listener.
+type OfQuic = (
+    &'static str,
+    &'static str,
+    &'static str,
+    fn(&Counts) -> &AtomicU64,
+);
+
+const OF_QUIC: [OfQuic; 7] = [
+    (
+        "hopgate_quic_connections",
+        "gauge",
+        "QUIC connections now",
+        |counts| &counts.connections,
+    ),
+    (
+        "hopgate_quic_handshakes_failed_total",
+        "counter",
+        "QUIC handshakes that did not end in a connection",
+        |counts| &counts.handshakes_failed,
+    ),
+    (
+        "hopgate_quic_retried_total",
+        "counter",
+        "QUIC clients asked to prove their address first",
+        |counts| &counts.retried,
+    ),
+    (
+        "hopgate_quic_refused_total",
+        "counter",
+        "QUIC connections refused",
+        |counts| &counts.refused,
+    ),
+    (
+        "hopgate_quic_datagrams_handed_total",
+        "counter",
+        "Datagrams handed to the worker they belong to",
+        |counts| &counts.handed,
+    ),
+    (
+        "hopgate_quic_datagrams_passed_total",
+        "counter",
+        "Datagrams passed on to the process before this one",
+        |counts| &counts.passed,
+    ),
+    (
+        "hopgate_quic_datagrams_lost_total",
+        "counter",
+        "Datagrams for nobody, or for somebody who could not follow",
+        |counts| &counts.lost,
+    ),
+];
+
+/// Listeners of one service are added up.
+fn write_quic(out: &mut String, snapshot: &Snapshot) -> std::fmt::Result {
+    let mut services: Vec<_> = snapshot.quic().map(|(service, _)| service).collect();
+    services.dedup();
+    for (name, kind, help, value) in OF_QUIC.iter().filter(|_| !services.is_empty()) {
+        writeln!(out, "# HELP {name} {help}.\n# TYPE {name} {kind}")?;
+        for service in &services {
+            let own = snapshot.quic().filter(|(owner, _)| owner == service);
+            let counts = own.map(|(_, quic)| value(&quic.router.counts).load(Ordering::Relaxed));
+            let sum: u64 = counts.sum();
+            writeln!(out, "{name}{{service=\"{service}\"}} {sum}")?;
+        }
     }
     Ok(())
 }

@@ -27,6 +27,7 @@ use crate::life::permits::Permits;
 use crate::life::successor::{self, Estate, Predecessor, SuccessionError};
 use crate::life::{self, Running, RunningSeed, supervisor};
 use crate::listen::bound::Place;
+use crate::listen::quic::secrets::SecretsError;
 use crate::service::{Service, StateDir, StateError};
 use crate::snapshot::{Ground, Logs, Shared, Snapshot};
 use crate::tls::TlsError;
@@ -51,6 +52,9 @@ pub enum StartError {
     /// A certificate or key is not usable.
     #[error(transparent)]
     Tls(TlsError),
+    /// The key of connection ids is not usable.
+    #[error(transparent)]
+    Quic(#[from] SecretsError),
     /// A listener's address is not ours to have.
     #[error("cannot listen on {address} for {what}; is another process using it?")]
     Listen {

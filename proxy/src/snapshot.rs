@@ -5,6 +5,7 @@
 //! listening sockets with their queues. Making a snapshot changes nothing for clients; it can fail, and is then as
 //! if it had never been tried.
 
+use std::path::Path;
 use std::rc::Rc;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::thread::JoinHandle;
@@ -17,6 +18,8 @@ use crate::config::{Config, ListenAddress, LogTarget, ServiceConfig, TlsConfig, 
 use crate::life::inherited::Inherited;
 use crate::listen::bound::{Asker, Bound, Kind, Place};
 use crate::listen::port::Settings;
+use crate::listen::quic::QuicListener;
+use crate::listen::quic::secrets::Secrets;
 use crate::proxy::StartError;
 use crate::service::{Service, StateDir};
 use crate::tls::TlsError;
@@ -52,6 +55,8 @@ pub(crate) struct Serving {
     pub(crate) config: ServiceConfig,
     pub(crate) sites: Sites,
     pub(crate) listeners: Vec<Arc<Bound>>,
+    /// The HTTP/3 sides of those that have one, in the same order.
+    pub(crate) quic: Vec<Option<Arc<QuicListener>>>,
 }
 
 /// What outlives every snapshot.
@@ -98,7 +103,9 @@ impl Snapshot {
         let profiles = load_profiles(&config, before)?;
         let mut listeners = Vec::new();
         for service in &config.services {
-            listeners.push(sockets.of_service(service)?);
+            let bound = sockets.of_service(service)?;
+            let quic = sockets.quic_of(service, &bound, &config.state_dir)?;
+            listeners.push((bound, quic));
         }
         let metrics = config.metrics.map(|address| {
             let asker = Asker {
@@ -112,7 +119,7 @@ impl Snapshot {
         let access_log = open_log(config.access_log.as_ref(), before, &ground.logs)?;
         let directory = directory(&config, before).map_err(StartError::Tls)?;
         let mut services = Vec::new();
-        for (config_of, listeners) in config.services.iter().zip(listeners) {
+        for (config_of, (listeners, quic)) in config.services.iter().zip(listeners) {
             let known = before.and_then(|before| before.known(&config_of.name));
             let service = match known {
                 Some(service) => service,
@@ -123,6 +130,7 @@ impl Snapshot {
                 sites: sites_of(&directory, config_of)?,
                 config: config_of.clone(),
                 listeners,
+                quic,
             });
         }
         let mut snapshot = Self {
@@ -161,7 +169,16 @@ impl Snapshot {
     pub(crate) fn sockets(&self) -> impl Iterator<Item = &Arc<Bound>> {
         let services = self.services.iter();
         let listeners = services.flat_map(|serving| &serving.listeners);
-        listeners.chain(&self.metrics)
+        let quic = self.quic().map(|(_, listener)| &listener.bound);
+        listeners.chain(quic).chain(&self.metrics)
+    }
+
+    /// Every listener's HTTP/3 side, with its service.
+    pub(crate) fn quic(&self) -> impl Iterator<Item = (&ServiceName, &Arc<QuicListener>)> {
+        self.services.iter().flat_map(|serving| {
+            let name = serving.service.name();
+            serving.quic.iter().flatten().map(move |quic| (name, quic))
+        })
     }
 
     /// Whether anything listens there.
@@ -202,6 +219,7 @@ impl Serving {
     pub(crate) fn settings(&self, snapshot: &Snapshot) -> Settings {
         Settings {
             limits: snapshot.config.limits.clone(),
+            quic: snapshot.config.quic.clone(),
             service: ServiceConfig {
                 routes: self.config.routes.for_worker(),
                 ..self.config.clone()
@@ -255,6 +273,45 @@ impl Sockets<'_> {
             bound.push(self.find_for(place, self.workers, failed)?);
         }
         Ok(bound)
+    }
+
+    /// A listener that goes on keeps its connections, and so its router; a new one is on the port of its TCP side,
+    /// also where the kernel chose that.
+    fn quic_of(
+        &mut self,
+        service: &ServiceConfig,
+        bound: &[Arc<Bound>],
+        state_dir: &Path,
+    ) -> Result<Vec<Option<Arc<QuicListener>>>, StartError> {
+        let mut quic = Vec::new();
+        for (turn, (listen, tcp)) in service.listen.iter().zip(bound).enumerate() {
+            if !listen.http3 {
+                quic.push(None);
+                continue;
+            }
+            let asker = Asker {
+                service: Some(service.name.clone()),
+                turn,
+            };
+            let place = Place::new(Kind::Datagram, &tcp.shown(), asker);
+            let mut before = self.before.iter().flat_map(|before| before.quic());
+            if let Some((_, known)) = before.find(|(_, quic)| quic.bound.place == place) {
+                quic.push(Some(Arc::clone(known)));
+                continue;
+            }
+            let what = format!("HTTP/3 of service {}", service.name);
+            let failed = |source| StartError::Listen {
+                address: listen.address.clone(),
+                what: what.clone(),
+                source,
+            };
+            let predecessor = self.inherited.take_succession(&place);
+            let bound = self.find_for(place, self.workers, what.clone())?;
+            let secrets = Secrets::open(state_dir)?;
+            let listener = QuicListener::open(bound, self.workers, &secrets, predecessor);
+            quic.push(Some(Arc::new(listener.map_err(failed)?)));
+        }
+        Ok(quic)
     }
 
     fn find(&mut self, place: Place, workers: usize) -> Result<Arc<Bound>, StartError> {

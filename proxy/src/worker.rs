@@ -19,6 +19,7 @@ use crate::buffer::Buffers;
 use crate::listen::bound::{Bound, Keeper, Place};
 use crate::listen::hangup::HangupWatch;
 use crate::listen::port::{Closing, Current, Port, PortSeed};
+use crate::listen::quic::{self, QuicListener};
 use crate::listen::{self, Door, Listening, Manner};
 use crate::snapshot::{Serving, Snapshot};
 
@@ -260,23 +261,27 @@ impl Worker {
 
     fn listen(&mut self, open: &mut Open, serving: &Serving, snapshot: &Snapshot) {
         let mut before = std::mem::take(&mut open.listeners);
-        for (bound, config) in serving.listeners.iter().zip(&serving.config.listen) {
-            let known = before
-                .iter()
-                .position(|listening| Arc::ptr_eq(&listening.bound, bound));
-            let door = Door {
+        let both = serving.listeners.iter().zip(&serving.quic);
+        for ((bound, quic), config) in both.zip(&serving.config.listen) {
+            let door = || Door {
                 config: config.clone(),
                 tls: snapshot.profile(config.tls.as_deref()),
             };
-            let listening = match known {
-                Some(index) => {
-                    let listening = before.swap_remove(index);
-                    listening.configure(door);
-                    listening
-                }
-                None => self.begin(&open.port, bound, door),
+            let known = |bound: &Arc<Bound>, before: &mut Vec<Rc<Listening>>| {
+                let mut all = before.iter();
+                let known = all.position(|listening| Arc::ptr_eq(&listening.bound, bound));
+                let known = before.swap_remove(known?);
+                known.configure(door());
+                Some(known)
             };
+            let listening = known(bound, &mut before);
+            let listening = listening.unwrap_or_else(|| self.begin(&open.port, bound, door()));
             open.listeners.push(listening);
+            if let Some(quic) = quic {
+                let listening = known(&quic.bound, &mut before);
+                let begin = || self.begin_quic(&open.port, quic, door());
+                open.listeners.push(listening.unwrap_or_else(begin));
+            }
         }
         let linger = snapshot.config.limits.linger_max;
         for listening in before {
@@ -297,6 +302,27 @@ impl Worker {
             }
             Err(error) => {
                 tracing::error!(address = %bound.shown(), "cannot listen: {error}");
+            }
+        }
+        listening
+    }
+
+    fn begin_quic(
+        &mut self,
+        port: &Rc<Port>,
+        quic: &Arc<QuicListener>,
+        door: Door,
+    ) -> Rc<Listening> {
+        let listening = Rc::new(Listening::new(Arc::clone(&quic.bound), door));
+        match quic.bound.part_of(self.index, self.workers) {
+            Ok(sockets) => {
+                let (port, quic) = (Rc::clone(port), Arc::clone(quic));
+                let permits = Arc::clone(&self.permits);
+                let serving = quic::serve(port, Rc::clone(&listening), quic, sockets, permits);
+                self.listening.spawn_local(serving);
+            }
+            Err(error) => {
+                tracing::error!(address = %quic.bound.shown(), "cannot listen: {error}");
             }
         }
         listening

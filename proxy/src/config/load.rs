@@ -8,6 +8,7 @@ use rustix::process::{Resource, getrlimit};
 use toml::Table;
 
 use super::http2::{self, Http2};
+use super::quic;
 use super::route;
 use super::table::{Problem, Section};
 use super::tls::{self, TlsConfig};
@@ -35,6 +36,7 @@ const ROOT_KEYS: &[&str] = &[
     "access_log",
     "limits",
     "http2",
+    "quic",
     "release",
     "resolver",
     "tls",
@@ -87,7 +89,7 @@ const SERVICE_KEYS: &[&str] = &[
     "rate",
     "route",
 ];
-const LISTEN_KEYS: &[&str] = &["address", "tls", "proxy_protocol_from"];
+const LISTEN_KEYS: &[&str] = &["address", "tls", "http3", "proxy_protocol_from"];
 
 /// Files the process needs for itself: listeners, epolls, control and metrics clients, logs, libraries.
 const FILES_RESERVED: u64 = 200;
@@ -140,6 +142,7 @@ impl Config {
             root.section("limits", LIMITS_KEYS)?,
             http2::http2(root.section("http2", http2::KEYS)?)?,
         )?;
+        let quic = quic::quic(root.section("quic", quic::KEYS)?)?;
         let release = release(root.section("release", RELEASE_KEYS)?)?;
         let resolver = resolver(root.section("resolver", RESOLVER_KEYS)?)?;
         let tls = tls::profiles(&root, folder)?;
@@ -159,6 +162,7 @@ impl Config {
             metrics,
             access_log,
             limits,
+            quic,
             release,
             resolver,
             tls,
@@ -246,6 +250,7 @@ fn service(section: &Section<'_>, around: Around<'_>) -> Result<ServiceConfig, P
         Some("tcp") => Protocol::Tcp,
         Some(other) => return Err(section.bad_text("protocol", other, "\"http\" or \"tcp\"")),
     };
+    quic::fits(section, protocol, &listen)?;
     let source = reference(section, "source", around.upstreams)?
         .ok_or_else(|| section.missing("source", "source = \"10.0.0.1:80\""))?;
     let target = reference(section, "target", around.upstreams)?
@@ -276,6 +281,7 @@ fn listeners(
             address,
             tls: None,
             proxy_protocol_from: crate::forwarded::TrustedFrom::default(),
+            http3: false,
         }]);
     }
     let mut listeners = Vec::new();
@@ -290,11 +296,13 @@ fn listeners(
             let known = profiles.iter().map(|profile| &*profile.name);
             return Err(listener.no_such("tls", "profile", name, known));
         }
+        let http3 = quic::http3(&listener, &address, tls)?;
         let tls = tls.map(Box::from);
         listeners.push(ListenConfig {
             address,
             tls,
             proxy_protocol_from: route::networks(&listener, "proxy_protocol_from")?,
+            http3,
         });
     }
     if listeners.is_empty() {

@@ -5,6 +5,7 @@
 
 mod http2;
 mod load;
+mod quic;
 mod route;
 mod table;
 mod tls;
@@ -23,6 +24,7 @@ use crate::limit::rate::RateLimit;
 use crate::route::RouteTable;
 pub use http2::Http2;
 pub use load::ConfigError;
+pub use quic::Quic;
 pub use table::Problem;
 pub use tls::{
     AcmeConfig, CertificateConfig, Challenge, ClientsConfig, Demand, TlsConfig, TlsVersion,
@@ -50,6 +52,8 @@ pub struct Config {
     pub access_log: Option<LogTarget>,
     /// Counts, bytes and times that bound everything.
     pub limits: Limits,
+    /// Bounds and times of HTTP/3 listeners.
+    pub quic: Quic,
     /// How the held are let through.
     pub release: Release,
     /// Who resolves the names of servers.
@@ -117,6 +121,8 @@ pub struct ListenConfig {
     pub(crate) proxy_protocol_from: TrustedFrom,
     /// The TLS profile that clients meet, if they speak TLS.
     pub tls: Option<Box<str>>,
+    /// Whether HTTP/3 is spoken as well, on the UDP port of the same number.
+    pub http3: bool,
 }
 
 /// One service: its listeners, a gate and two upstreams.

@@ -8,6 +8,7 @@ pub(crate) mod decide;
 pub(crate) mod exchange;
 pub(crate) mod fields;
 pub(crate) mod h2;
+pub(crate) mod h3;
 pub mod head;
 pub(crate) mod mux;
 pub(crate) mod plain;

@@ -4,10 +4,15 @@
 use std::os::fd::OwnedFd;
 
 use crate::listen::bound::{Keeper, Place};
+use crate::listen::quic::router::Succession;
 
 /// Sockets that wait for a listener to ask for them.
 #[derive(Debug, Default)]
-pub(crate) struct Inherited(Vec<Given>);
+pub(crate) struct Inherited {
+    sockets: Vec<Given>,
+    /// The way back to the process before, one for each listener of QUIC.
+    successions: Vec<(Place, Succession)>,
+}
 
 /// One of them.
 #[derive(Debug)]
@@ -19,19 +24,32 @@ struct Given {
 
 impl Inherited {
     pub(crate) fn add(&mut self, place: Place, keeper: Keeper, socket: OwnedFd) {
-        self.0.push(Given {
+        self.sockets.push(Given {
             place,
             keeper,
             socket,
         });
     }
 
+    /// What the process before says of a listener of QUIC.
+    #[allow(dead_code, reason = "until a new process takes over")]
+    pub(crate) fn add_succession(&mut self, place: Place, succession: Succession) {
+        self.successions.push((place, succession));
+    }
+
+    /// The same, for the listener that is of this place now.
+    pub(crate) fn take_succession(&mut self, place: &Place) -> Option<Succession> {
+        let mut given = self.successions.iter();
+        let at = given.position(|(given, _)| given == place)?;
+        Some(self.successions.swap_remove(at).1)
+    }
+
     /// All sockets of a place, if there are any.
     pub(crate) fn take(&mut self, place: &Place) -> Option<(Keeper, Vec<OwnedFd>)> {
-        let (taken, left) = std::mem::take(&mut self.0)
+        let (taken, left) = std::mem::take(&mut self.sockets)
             .into_iter()
             .partition::<Vec<_>, _>(|given| given.place == *place);
-        self.0 = left;
+        self.sockets = left;
         let keeper = taken.first()?.keeper;
         Some((
             keeper,
@@ -42,7 +60,7 @@ impl Inherited {
     /// Places that nobody has asked for.
     pub(crate) fn left(&self) -> Vec<Place> {
         let mut places: Vec<Place> = Vec::new();
-        for given in &self.0 {
+        for given in &self.sockets {
             if !places.contains(&given.place) {
                 places.push(given.place.clone());
             }

@@ -69,7 +69,7 @@ pub(crate) struct Predecessor {
 pub(crate) fn ask(config: &Config, limit: Duration) -> Result<Estate, SuccessionError> {
     let (channel, pid) = open_channel(&config.control, limit)?;
     channel.set_limit(limit).map_err(SuccessionError::Broken)?;
-    let (sockets, lock, control) = match receive(&channel)? {
+    let (theirs, sockets, lock, control) = match receive(&channel)? {
         (
             Message::Offer {
                 version: VERSION,
@@ -78,17 +78,9 @@ pub(crate) fn ask(config: &Config, limit: Duration) -> Result<Estate, Succession
             },
             files,
         ) => {
-            if state_dir != config.state_dir {
-                let error = SuccessionError::OtherState {
-                    theirs: state_dir,
-                    ours: config.state_dir.clone(),
-                };
-                decline(&channel, &error.to_string());
-                return Err(error);
-            }
             let [lock, control] =
                 <[OwnedFd; 2]>::try_from(files).map_err(|_| SuccessionError::Unexpected)?;
-            (sockets, lock, control)
+            (state_dir, sockets, lock, control)
         }
         _ => return Err(SuccessionError::Unexpected),
     };
@@ -100,6 +92,13 @@ pub(crate) fn ask(config: &Config, limit: Duration) -> Result<Estate, Succession
         for socket in files {
             inherited.add(place.clone(), keeper, socket);
         }
+    }
+    // Only now: while it still speaks, the old process would meet a closed channel instead of our word.
+    if theirs != config.state_dir {
+        let ours = config.state_dir.clone();
+        let error = SuccessionError::OtherState { theirs, ours };
+        decline(&channel, &error.to_string());
+        return Err(error);
     }
     Ok(Estate {
         predecessor: Predecessor { channel, pid },

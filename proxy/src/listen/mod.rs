@@ -7,6 +7,7 @@ pub(crate) mod hangup;
 pub(crate) mod hello;
 pub(crate) mod port;
 pub(crate) mod proxy_protocol;
+pub(crate) mod quic;
 
 use std::cell::{Cell, RefCell};
 use std::io;

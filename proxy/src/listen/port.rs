@@ -17,7 +17,7 @@ use tokio::time::timeout;
 use super::hangup::HangupWatch;
 use crate::access_log::{AccessLog, Line};
 use crate::buffer::{Buffer, Buffers};
-use crate::config::{AcmeConfig, Limits, ServiceConfig};
+use crate::config::{AcmeConfig, Limits, Quic, ServiceConfig};
 use crate::error::RequestError;
 use crate::http::request::RequestId;
 use crate::service::inflight::InFlightTable;
@@ -30,6 +30,7 @@ use crate::upstream::{Chosen, Endpoint, Outcome, PickKey, Picked, Sender, Sites}
 #[derive(Debug)]
 pub(crate) struct Settings {
     pub(crate) limits: Limits,
+    pub(crate) quic: Quic,
     pub(crate) service: ServiceConfig,
     /// Who serves, where no route says otherwise.
     pub(crate) sites: Rc<Sites>,

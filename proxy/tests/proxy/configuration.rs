@@ -44,6 +44,7 @@ fn the_full_file_shows_every_default() {
         format!("{:?}", full.release),
         format!("{:?}", minimal.release)
     );
+    assert_eq!(format!("{:?}", full.quic), format!("{:?}", minimal.quic));
     assert_eq!(full.workers, minimal.workers);
     let mut services = full.services.iter();
     let database = services.find(|service| service.name.as_str() == "database");

@@ -40,6 +40,8 @@ pub(crate) struct Plan {
     pub(crate) more: String,
     /// Keys and tables of the service.
     pub(crate) service: String,
+    /// What stands in a `[[service.listen]]`, if the service has one.
+    pub(crate) listener: Option<&'static str>,
 }
 
 impl Plan {
@@ -52,6 +54,7 @@ impl Plan {
             workers: 2,
             more: String::new(),
             service: String::new(),
+            listener: None,
         }
     }
 
@@ -96,22 +99,30 @@ impl Plan {
             workers,
             more,
             service,
+            listener,
         } = self;
         let (source, target) = match groups {
             Some((source, target)) => ((*source).to_owned(), (*target).to_owned()),
             None => (source.to_string(), target.to_string()),
         };
         let path = folder.path().join("proxy.toml");
+        let (listen, listener) = match listener {
+            None => ("listen = \"127.0.0.1:0\"\n", String::new()),
+            Some(text) => ("", format!("[[service.listen]]\n{text}\n")),
+        };
         let text = format!(
             "state_dir = \"state\"\ncontrol = \"control.sock\"\nworkers = {workers}\n{more}\n[[service]]\n\
-             name = \"web\"\nlisten = \"127.0.0.1:0\"\nprotocol = \"{protocol}\"\nsource = \"{source}\"\ntarget = \"{target}\"\n{service}"
+             name = \"web\"\n{listen}protocol = \"{protocol}\"\nsource = \"{source}\"\ntarget = \"{target}\"\n{service}\n{listener}"
         );
         std::fs::write(&path, text).unwrap();
         path
     }
 
     pub(crate) fn start(self) -> World {
-        let folder = tempfile::tempdir().unwrap();
+        self.start_in(tempfile::tempdir().unwrap())
+    }
+
+    pub(crate) fn start_in(self, folder: TempDir) -> World {
         let path = self.write(&folder);
         let proxy = Proxy::start(&Config::load(&path).unwrap()).unwrap();
         World {

@@ -8,7 +8,6 @@ mod early;
 mod stream;
 pub(crate) mod upstream;
 
-use std::cell::Cell;
 use std::io;
 use std::rc::Rc;
 use std::time::Duration;
@@ -18,8 +17,9 @@ use h2::server::{Builder, Connection, SendResponse};
 use h2::{Reason, RecvStream};
 use http::Request;
 use tokio::task::JoinSet;
-use tokio::time::{Instant, sleep_until, timeout};
+use tokio::time::timeout;
 
+use super::mux::active::Active;
 use crate::buffer::Buffer;
 use crate::config::Http2;
 use crate::listen::client::Client;
@@ -48,7 +48,7 @@ pub(crate) async fn serve(port: Rc<Port>, stream: Stream, early: Buffer, client:
         client: Rc::new(client),
         connection,
         streams: JoinSet::new(),
-        active: Rc::new(Active::default()),
+        active: Active::new(),
         closing: false,
     };
     let ended = session.run(settings.limits.client_idle_max).await;
@@ -74,22 +74,6 @@ fn builder(limits: &Http2) -> Builder {
     builder
 }
 
-/// Streams that run, and since when there is none.
-#[derive(Debug)]
-struct Active {
-    count: Cell<usize>,
-    since: Cell<Instant>,
-}
-
-impl Default for Active {
-    fn default() -> Self {
-        Self {
-            count: Cell::new(0),
-            since: Cell::new(Instant::now()),
-        }
-    }
-}
-
 struct Session {
     port: Rc<Port>,
     client: Rc<Client>,
@@ -104,7 +88,7 @@ impl Session {
     async fn run(&mut self, idle_max: Duration) -> Result<(), h2::Error> {
         let port = Rc::clone(&self.port);
         let active = Rc::clone(&self.active);
-        let mut idle = std::pin::pin!(idle(&active, idle_max));
+        let mut idle = std::pin::pin!(active.idle(idle_max));
         loop {
             tokio::select! {
                 biased;
@@ -128,15 +112,11 @@ impl Session {
     fn start(&mut self, request: Request<RecvStream>, respond: SendResponse<Bytes>) {
         // Forgets the streams that have ended.
         while self.streams.try_join_next().is_some() {}
-        self.active.count.set(self.active.count.get() + 1);
+        let running = self.active.begin();
         let (port, client) = (Rc::clone(&self.port), Rc::clone(&self.client));
-        let active = Rc::clone(&self.active);
         self.streams.spawn_local(async move {
             stream::serve(&port, &client, request, respond).await;
-            active.count.set(active.count.get() - 1);
-            if active.count.get() == 0 {
-                active.since.set(Instant::now());
-            }
+            drop(running);
         });
     }
 
@@ -149,22 +129,6 @@ impl Session {
         } = self;
         drop(connection);
         while streams.join_next().await.is_some() {}
-    }
-}
-
-/// Completes when no stream has run for this long.
-async fn idle(active: &Active, idle_max: Duration) {
-    loop {
-        let since = if active.count.get() == 0 {
-            active.since.get()
-        } else {
-            Instant::now()
-        };
-        let deadline = since + idle_max;
-        if active.count.get() == 0 && deadline <= Instant::now() {
-            return;
-        }
-        sleep_until(deadline).await;
     }
 }
 

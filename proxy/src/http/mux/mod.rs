@@ -15,6 +15,7 @@
 //!                                       RequestBody            └─ held: nothing is read, no credit is given
 //! ```
 
+pub(crate) mod active;
 pub(crate) mod answer;
 mod exchange;
 pub(crate) mod head;

@@ -1,0 +1,221 @@
+//! An HTTP/3 client as a test wants it: blocking, with every wait limited. A thread of its own keeps the connection
+//! going meanwhile.
+
+use std::net::{SocketAddr, UdpSocket};
+use std::sync::Arc;
+
+use bytes::{Buf, Bytes, BytesMut};
+use h3::client::{RequestStream, SendRequest};
+use h3::error::{ConnectionError, StreamError};
+use h3_quinn::{BidiStream, OpenStreams};
+use http::{HeaderMap, Method, Request};
+use quinn::crypto::rustls::QuicClientConfig;
+use quinn::{ClientConfig, Endpoint, TransportConfig};
+use rustls::RootCertStore;
+use rustls::pki_types::CertificateDer;
+use tempfile::TempDir;
+use tokio::runtime::Runtime;
+use tokio::task::JoinHandle;
+
+use crate::world::{PATIENCE, Plan, World};
+
+/// A name that the certificate has.
+pub(crate) const NAME: &str = "example.org";
+
+/// A proxy that speaks HTTP/3, and whom its clients trust.
+pub(crate) struct World3 {
+    pub(crate) world: World,
+    pub(crate) certificate: CertificateDer<'static>,
+}
+
+/// One connection.
+pub(crate) struct Client3 {
+    runtime: Runtime,
+    endpoint: Endpoint,
+    pub(crate) connection: quinn::Connection,
+    send: SendRequest<OpenStreams, Bytes>,
+    driver: Option<JoinHandle<ConnectionError>>,
+}
+
+/// One request under way.
+pub(crate) type Stream3 = RequestStream<BidiStream<Bytes>, Bytes>;
+
+/// A whole answer.
+#[derive(Debug)]
+pub(crate) struct Answer3 {
+    pub(crate) status: u16,
+    pub(crate) fields: HeaderMap,
+    pub(crate) body: Bytes,
+    pub(crate) trailer: Option<HeaderMap>,
+}
+
+impl Answer3 {
+    pub(crate) fn text(&self) -> &str {
+        std::str::from_utf8(&self.body).unwrap()
+    }
+}
+
+impl Plan {
+    /// Starts with one listener, which speaks HTTP/3 besides TLS.
+    pub(crate) fn start_http3(self) -> World3 {
+        let folder = tempfile::tempdir().unwrap();
+        let certificate = certify(&folder);
+        let mut plan = self.table(
+            "[[tls]]\nname = \"public\"\ncertificates = [{ chain = \"a.pem\", key = \"a.key\" }]",
+        );
+        plan.listener = Some("address = \"127.0.0.1:0\"\ntls = \"public\"\nhttp3 = true");
+        World3 {
+            world: plan.start_in(folder),
+            certificate,
+        }
+    }
+}
+
+fn certify(folder: &TempDir) -> CertificateDer<'static> {
+    let made = rcgen::generate_simple_self_signed([NAME.to_owned()]).unwrap();
+    std::fs::write(folder.path().join("a.pem"), made.cert.pem()).unwrap();
+    std::fs::write(
+        folder.path().join("a.key"),
+        made.signing_key.serialize_pem(),
+    )
+    .unwrap();
+    made.cert.der().clone()
+}
+
+impl World3 {
+    pub(crate) fn client(&self) -> Client3 {
+        self.client_with(TransportConfig::default())
+    }
+
+    pub(crate) fn client_with(&self, transport: TransportConfig) -> Client3 {
+        Client3::connect(self.world.address(), &self.certificate, transport).unwrap()
+    }
+}
+
+fn config(certificate: &CertificateDer<'static>, transport: TransportConfig) -> ClientConfig {
+    let mut roots = RootCertStore::empty();
+    roots.add(certificate.clone()).unwrap();
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let mut tls = rustls::ClientConfig::builder_with_provider(provider)
+        .with_protocol_versions(&[&rustls::version::TLS13])
+        .unwrap()
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    tls.alpn_protocols = vec![b"h3".to_vec()];
+    let mut config = ClientConfig::new(Arc::new(QuicClientConfig::try_from(tls).unwrap()));
+    config.transport_config(Arc::new(transport));
+    config
+}
+
+impl Client3 {
+    pub(crate) fn connect(
+        address: SocketAddr,
+        certificate: &CertificateDer<'static>,
+        transport: TransportConfig,
+    ) -> Result<Self, quinn::ConnectionError> {
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .enable_all()
+            .build()
+            .unwrap();
+        let config = config(certificate, transport);
+        let connected = runtime.block_on(async {
+            let endpoint = Endpoint::client("127.0.0.1:0".parse().unwrap()).unwrap();
+            let connecting = endpoint.connect_with(config, address, NAME).unwrap();
+            let connected = tokio::time::timeout(PATIENCE, connecting).await;
+            let connection = connected.expect("no handshake came about")?;
+            let wire = h3_quinn::Connection::new(connection.clone());
+            let (driver, send) = h3::client::new(wire).await.unwrap();
+            Ok::<_, quinn::ConnectionError>((endpoint, connection, driver, send))
+        });
+        let (endpoint, connection, mut driver, send) = connected?;
+        let driver = runtime
+            .spawn(async move { std::future::poll_fn(|context| driver.poll_close(context)).await });
+        Ok(Self {
+            runtime,
+            endpoint,
+            connection,
+            send,
+            driver: Some(driver),
+        })
+    }
+
+    pub(crate) fn wait<T>(&self, future: impl Future<Output = T>) -> T {
+        let limited = async { tokio::time::timeout(PATIENCE, future).await };
+        self.runtime.block_on(limited).expect("it never came")
+    }
+
+    pub(crate) fn send(&mut self, request: Request<()>) -> Stream3 {
+        let limit = PATIENCE;
+        let sending = async { tokio::time::timeout(limit, self.send.send_request(request)).await };
+        self.runtime.block_on(sending).unwrap().unwrap()
+    }
+
+    pub(crate) fn begin(&mut self, method: Method, path: &str) -> Stream3 {
+        let request = Request::builder()
+            .method(method)
+            .uri(format!("https://{NAME}{path}"));
+        self.send(request.body(()).unwrap())
+    }
+
+    pub(crate) fn get(&mut self, path: &str) -> Stream3 {
+        let mut stream = self.begin(Method::GET, path);
+        self.wait(stream.finish()).unwrap();
+        stream
+    }
+
+    pub(crate) fn post(&mut self, path: &str, body: &str) -> Stream3 {
+        let mut stream = self.begin(Method::POST, path);
+        self.data(&mut stream, body);
+        self.wait(stream.finish()).unwrap();
+        stream
+    }
+
+    pub(crate) fn data(&self, stream: &mut Stream3, data: &str) {
+        let data = Bytes::copy_from_slice(data.as_bytes());
+        self.wait(stream.send_data(data)).unwrap();
+    }
+
+    pub(crate) fn whole(&self, mut stream: Stream3) -> Result<Answer3, StreamError> {
+        self.wait(async {
+            let (head, ()) = stream.recv_response().await?.into_parts();
+            let mut body = BytesMut::new();
+            while let Some(mut data) = stream.recv_data().await? {
+                body.extend_from_slice(&data.copy_to_bytes(data.remaining()));
+            }
+            let trailer = stream.recv_trailers().await?;
+            Ok(Answer3 {
+                status: head.status.as_u16(),
+                fields: head.headers,
+                body: body.freeze(),
+                trailer,
+            })
+        })
+    }
+
+    pub(crate) fn answer(&self, stream: Stream3) -> Answer3 {
+        self.whole(stream).unwrap()
+    }
+
+    /// Goes on from another port, as after a NAT has forgotten it.
+    pub(crate) fn move_away(&self) {
+        let _inside = self.runtime.enter();
+        let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
+        self.endpoint.rebind(socket).unwrap();
+    }
+
+    /// Waits for the end of the connection.
+    pub(crate) fn end(&mut self) -> ConnectionError {
+        let driver = self.driver.take().unwrap();
+        self.wait(driver).unwrap()
+    }
+
+    /// Looks at the connection's statistics until they are as wanted: quinn tells nobody when they change.
+    pub(crate) fn until(&self, wanted: impl Fn(&quinn::ConnectionStats) -> bool) {
+        self.wait(async {
+            while !wanted(&self.connection.stats()) {
+                tokio::time::sleep(std::time::Duration::from_millis(2)).await;
+            }
+        });
+    }
+}
