@@ -107,7 +107,7 @@ impl Session {
             let handle = RefCell::new(handle);
             stream::serve(&port, &client, resolver, &handle).await;
             drop(running);
-            stream::delivered(&handle, port.settings().limits.linger_max).await;
+            stream::over(&handle, port.settings().limits.linger_max).await;
         });
     }
 

@@ -266,9 +266,9 @@ impl AnswerSink for Answer<'_> {
 }
 
 /// Waits until the client has all of the answer, or has had long enough.
-pub(super) async fn delivered(handle: &RefCell<Handle>, limit: Duration) {
-    let delivered = poll_fn(|context| handle.borrow_mut().poll_delivered(context));
-    drop(timeout(limit, delivered).await);
+pub(super) async fn over(handle: &RefCell<Handle>, limit: Duration) {
+    let over = poll_fn(|context| handle.borrow_mut().poll_over(context));
+    drop(timeout(limit, over).await);
 }
 
 fn to_left(error: StreamError) -> BodyFailed {

@@ -435,11 +435,16 @@ impl Handle {
         }
     }
 
-    /// Completes when nothing of the answer is on its way any more.
-    pub(super) fn poll_delivered(&mut self, context: &mut Context<'_>) -> Poll<()> {
+    /// Completes when nothing of the answer is on its way any more, and the end of a whole request has come: told
+    /// to stop just before its end, a client may take the request for failed.
+    pub(super) fn poll_over(&mut self, context: &mut Context<'_>) -> Poll<()> {
         if let Some(stopped) = &mut self.stopped {
             drop(ready!(stopped.as_mut().poll(context)));
             self.stopped = None;
+        }
+        while self.receiving.whole.get() && !self.receiving.ended.get() {
+            // Frames without meaning at most; they are of no interest.
+            drop(ready!(self.receiving.poll_chunk(context)));
         }
         Poll::Ready(())
     }
