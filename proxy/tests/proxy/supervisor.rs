@@ -178,3 +178,25 @@ fn sockets_of_the_supervisor_are_taken_by_their_address_with_whoever_waits_there
         200
     );
 }
+
+#[test]
+fn the_unit_calls_the_program_as_it_can_be_called() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs/systemd");
+    let unit = std::fs::read_to_string(folder.join("hopgate-proxy.service")).unwrap();
+    let calls: Vec<&str> = unit
+        .lines()
+        .filter_map(|line| {
+            line.strip_prefix("Exec")?
+                .split_once("=/usr/bin/hopgate-proxy ")
+        })
+        .map(|(_, arguments)| arguments)
+        .collect();
+    assert_eq!(calls.len(), 2);
+    let anywhere = tempfile::tempdir().unwrap();
+    for call in calls {
+        let mut arguments: Vec<&str> = call.split(' ').collect();
+        arguments.push("--help");
+        let output = run(&anywhere, &arguments);
+        assert_eq!(output.status.code(), Some(0), "{output:?}");
+    }
+}
