@@ -24,8 +24,8 @@ use crate::progress::Progress;
 
 /// Length of one slice of load, in seconds: after each, its errors are known.
 const SLICE_S: u64 = 20;
-/// Requests in one slice of ab, which counts requests rather than seconds.
-const AB_REQUESTS: &str = "100000";
+/// Most requests in one slice of ab, which keeps a record of each; a slice of kept connections may end early by it.
+const AB_REQUESTS: &str = "200000";
 /// Longest a slice may run over, in seconds.
 const SLICE_EXTRA_S: u64 = 120;
 /// How often memory is looked at, in seconds.
@@ -219,6 +219,11 @@ fn generators(place: &Place, base: &str) -> Result<Vec<Generator>> {
         ])
     };
     let wrk = |url: &str| line(&["wrk", "-t1", "-c48", "-d", "SECONDSs", url]);
+    // The number stands after the time, which would set one of its own.
+    let ab = |rest: &[&str]| {
+        let first = ["ab", "-q", "-c", "16", "-t", "SECONDS", "-n", AB_REQUESTS];
+        line(&[&first, rest].concat())
+    };
     Ok(vec![
         Generator {
             name: "siege",
@@ -233,20 +238,9 @@ fn generators(place: &Place, base: &str) -> Result<Vec<Generator>> {
         Generator {
             name: "ab",
             slices: vec![
-                line(&["ab", "-q", "-k", "-c", "16", "-n", AB_REQUESTS, &small]),
-                line(&["ab", "-q", "-c", "16", "-n", AB_REQUESTS, &page]),
-                line(&[
-                    "ab",
-                    "-q",
-                    "-k",
-                    "-c",
-                    "16",
-                    "-n",
-                    AB_REQUESTS,
-                    "-p",
-                    &body,
-                    &store,
-                ]),
+                ab(&["-k", &small]),
+                ab(&[&page]),
+                ab(&["-k", "-p", &body, &store]),
             ],
             read: tally::ab,
         },
