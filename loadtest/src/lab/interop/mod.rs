@@ -65,6 +65,10 @@ const CASES: &[Case] = &[
         run: python::websockets,
     },
     Case {
+        name: "a browser's kind of HTTP/3 client gets, posts and asks for much at once",
+        run: python::http3,
+    },
+    Case {
         name: "the mariadb client talks to its server through raw TCP",
         run: database::talk,
     },

@@ -18,6 +18,8 @@ const TALKED: &str = "text hello\nbinary 1048576 True\nin order True\npong\nclos
 const TALKED_IN_A_STREAM: &str =
     "extended connect 1\nstatus 200\ntext hello\nbinary 2 5000\nclosed 8 4001 bye\n";
 
+const TALKED_BY_DATAGRAMS: &str = "get 200 GET /three https\npost 200 True\nmany True\n";
+
 /// The Python program of the environment, which is made when it is missing or its list has changed.
 pub(super) fn environment(folders: &Folders, progress: &Progress) -> Result<PathBuf> {
     let list = folders
@@ -74,5 +76,16 @@ pub(super) fn websockets(stage: &mut Stage) -> Result<()> {
         "WebSocket in a stream of HTTP/2 TLS",
         &talk.arg(stage.ca()),
         &expected,
+    )
+}
+
+pub(super) fn http3(stage: &mut Stage) -> Result<()> {
+    let talk = stage
+        .python("talk_http3.py")
+        .arg(stage.tls(Service::Echo).to_string());
+    stage.says(
+        "aioquic: GET, POST, fifty at once",
+        &talk.arg(stage.ca()),
+        TALKED_BY_DATAGRAMS,
     )
 }

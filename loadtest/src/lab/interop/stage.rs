@@ -236,12 +236,16 @@ fn configuration(places: &[Place]) -> String {
         let (name, protocol, behind) =
             (place.service.name(), place.service.protocol(), place.behind);
         let (clear, tls) = (place.clear, place.tls);
+        let http3 = match place.service {
+            Service::Echo => "http3 = true\n",
+            Service::Fast | Service::Chat | Service::Database => "",
+        };
         // Writing into a string cannot fail.
         let _ = write!(
             text,
             "\n[[service]]\nname = \"{name}\"\nprotocol = \"{protocol}\"\nsource = \"127.0.0.1:{behind}\"\n\
              target = \"127.0.0.1:{behind}\"\n[[service.listen]]\naddress = \"127.0.0.1:{clear}\"\n\
-             [[service.listen]]\naddress = \"127.0.0.1:{tls}\"\ntls = \"public\"\n"
+             [[service.listen]]\naddress = \"127.0.0.1:{tls}\"\ntls = \"public\"\n{http3}"
         );
     }
     text
