@@ -22,6 +22,7 @@ use crate::listen::bound::Bound;
 use crate::listen::quic::router::Counts;
 use crate::service::{HOLD_BUCKETS_MS, HeldCounts, HoldTimes, Mode, Service, Word};
 use crate::snapshot::{Shared, Snapshot};
+use crate::tls::count;
 use crate::upstream::write_metrics;
 
 /// Scrapes at once; one Prometheus needs one.
@@ -159,6 +160,9 @@ impl Metrics {
         write(&mut out, &readings, snapshot.access_log.as_ref()).ok();
         write_metrics(&mut out, &snapshot.directory, Instant::now()).ok();
         write_quic(&mut out, &snapshot).ok();
+        let profiles = snapshot.profiles.iter();
+        let handshakes = profiles.map(|profile| (profile.name(), &profile.handshakes));
+        count::write_metrics(&mut out, handshakes).ok();
         self.facts.write_metrics(&mut out, snapshot.generation).ok();
         out
     }

@@ -306,9 +306,15 @@ async fn shake(
             stream.finish();
             None
         }
-        Ok(stream) => Some(Box::new(stream)),
+        Ok(stream) => {
+            let agreed = stream.agreed();
+            profile.handshakes.succeeded(agreed.resumed);
+            tracing::debug!(profile = profile.name(), name = ?agreed.server_name, version = ?agreed.version, "TLS session");
+            Some(Box::new(stream))
+        }
         // Scanners and impatient clients: nothing that an operator has to hear of each time.
         Err(error) => {
+            profile.handshakes.failed(&error);
             let listener = &door.config.address;
             tracing::debug!(%listener, profile = profile.name(), "no TLS session: {error}");
             None

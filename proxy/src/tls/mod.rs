@@ -4,10 +4,9 @@
 //! A session is made by rustls ([`handshake`]); once it stands, its keys move into [`session`], which is all that an
 //! idle connection keeps. Nothing here decides what is forwarded, and nothing accepts an upstream unverified.
 
-#![allow(dead_code, reason = "upstreams take it up next")]
-
 mod certificates;
 pub(crate) mod client;
+pub(crate) mod count;
 mod files;
 mod handshake;
 pub(crate) mod profile;

@@ -14,6 +14,7 @@ use rustls::version::{TLS12, TLS13};
 use rustls::{ServerConfig, SupportedProtocolVersion};
 
 use super::certificates::{CertificateFiles, Certificates};
+use super::count::Handshakes;
 use super::files::{self, TlsError};
 use super::tickets::Tickets;
 use super::watch::Stamp;
@@ -31,6 +32,7 @@ pub(crate) enum Offer {
     /// Anything: nothing is negotiated.
     Raw,
     /// HTTP/3, whose keys QUIC keeps itself.
+    #[allow(dead_code, reason = "for QUIC listeners")]
     Http3,
 }
 
@@ -41,6 +43,8 @@ pub(crate) struct Profile {
     certificates: Arc<Certificates>,
     current: ArcSwap<Offers>,
     files: Mutex<Files>,
+    /// How handshakes ended.
+    pub(crate) handshakes: Handshakes,
 }
 
 #[derive(Debug)]
@@ -109,6 +113,7 @@ impl Profile {
             certificates,
             current: ArcSwap::from_pointee(offers),
             files: Mutex::new(files),
+            handshakes: Handshakes::default(),
         }))
     }
 

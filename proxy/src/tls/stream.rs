@@ -256,6 +256,7 @@ impl TlsStream {
     }
 
     /// Whether ciphertext waits for the peer to take it.
+    #[cfg(test)]
     pub(crate) fn wants_write(&self) -> bool {
         !self.state.borrow().outgoing.is_empty()
     }

@@ -64,11 +64,6 @@ impl Tickets {
         })
     }
 
-    /// The file to be watched.
-    pub(super) fn file(&self) -> Option<&Path> {
-        self.file.as_deref()
-    }
-
     /// Reads the file again.
     ///
     /// # Errors
