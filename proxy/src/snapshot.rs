@@ -5,6 +5,7 @@
 //! listening sockets with their queues. Making a snapshot changes nothing for clients; it can fail, and is then as
 //! if it had never been tried.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::rc::Rc;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
@@ -54,6 +55,8 @@ pub(crate) struct Serving {
     pub(crate) service: Arc<Service>,
     pub(crate) config: ServiceConfig,
     pub(crate) sites: Sites,
+    /// Those of routes that have servers of their own, by the route's name.
+    pub(crate) route_sites: BTreeMap<String, Sites>,
     pub(crate) listeners: Vec<Arc<Bound>>,
     /// The HTTP/3 sides of those that have one, in the same order.
     pub(crate) quic: Vec<Option<Arc<QuicListener>>>,
@@ -128,6 +131,7 @@ impl Snapshot {
             services.push(Serving {
                 service,
                 sites: sites_of(&directory, config_of)?,
+                route_sites: route_sites_of(&directory, config_of)?,
                 config: config_of.clone(),
                 listeners,
                 quic,
@@ -215,6 +219,11 @@ impl Snapshot {
 }
 
 impl Serving {
+    /// Everybody who may serve it, by a route or without one.
+    pub(crate) fn all_sites(&self) -> impl Iterator<Item = &Sites> {
+        std::iter::once(&self.sites).chain(self.route_sites.values())
+    }
+
     /// What requests of this service go by.
     pub(crate) fn settings(&self, snapshot: &Snapshot) -> Settings {
         Settings {
@@ -225,6 +234,11 @@ impl Serving {
                 ..self.config.clone()
             },
             sites: Rc::new(self.sites.clone()),
+            route_sites: self
+                .route_sites
+                .iter()
+                .map(|(name, sites)| (name.clone(), Rc::new(sites.clone())))
+                .collect(),
             access_log: snapshot.access_log.clone(),
             acme: snapshot.config.acme(),
         }
@@ -233,10 +247,13 @@ impl Serving {
 
 /// All groups that are configured, and those of one server that services name by its address.
 fn directory(config: &Config, before: Option<&Snapshot>) -> Result<Directory, TlsError> {
-    let named = config
-        .services
-        .iter()
-        .flat_map(|service| [&service.source, &service.target]);
+    let named = config.services.iter().flat_map(|service| {
+        let routes = service.routes.with_servers();
+        let of_routes = routes.flat_map(|(_, servers)| [&servers.source, &servers.target]);
+        [&service.source, &service.target]
+            .into_iter()
+            .chain(of_routes)
+    });
     let plain = named.filter_map(|named| match named {
         UpstreamRef::Plain(address) => Some(address.clone()),
         UpstreamRef::Group(_) => None,
@@ -250,6 +267,20 @@ fn sites_of(directory: &Directory, service: &ServiceConfig) -> Result<Sites, Sta
     sites.ok_or_else(|| StartError::Upstream {
         service: service.name.clone(),
     })
+}
+
+fn route_sites_of(
+    directory: &Directory,
+    service: &ServiceConfig,
+) -> Result<BTreeMap<String, Sites>, StartError> {
+    let routes = service.routes.with_servers().map(|(name, servers)| {
+        let sites = directory.sites(&servers.source, &servers.target);
+        let missing = || StartError::Upstream {
+            service: service.name.clone(),
+        };
+        Ok((name.to_owned(), sites.ok_or_else(missing)?))
+    });
+    routes.collect()
 }
 
 /// Finds or makes the sockets of one configuration.

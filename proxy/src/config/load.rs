@@ -263,7 +263,7 @@ fn service(section: &Section<'_>, around: Around<'_>) -> Result<ServiceConfig, P
         target,
         trusted_from: route::networks(section, "trusted_from")?,
         rate: route::rate(section)?,
-        routes: route::routes(section, around.limits)?,
+        routes: route::routes(section, around.limits, around.upstreams)?,
     })
 }
 

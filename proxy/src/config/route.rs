@@ -11,9 +11,10 @@ use ipnet::IpNet;
 use regex::{Regex, RegexBuilder};
 use toml::{Table, Value};
 
-use super::Limits;
 use super::load::{to_u64, to_usize};
 use super::table::{Problem, Section};
+use super::upstream::reference;
+use super::{Limits, UpstreamConfig};
 use crate::forwarded::TrustedFrom;
 use crate::limit::rate::{Rate, RateLimit};
 use crate::route::action::{FieldEdits, Redirect, RedirectStatus, Rewrite, may_edit};
@@ -86,14 +87,18 @@ fn inner<'t>(
 }
 
 /// All routes of a service. `limits` are those of the proxy; a route's own take their place.
-pub(super) fn routes(service: &Section<'_>, limits: &Limits) -> Result<RouteTable, Problem> {
+pub(super) fn routes(
+    service: &Section<'_>,
+    limits: &Limits,
+    upstreams: &[UpstreamConfig],
+) -> Result<RouteTable, Problem> {
     let mut routes: Vec<Route> = Vec::new();
     let place = |index: usize, table: &Table| match table.get("name") {
         Some(Value::String(name)) => format!("[[service.route]] \"{name}\""),
         _ => format!("[[service.route]] number {}", index + 1),
     };
     for section in service.sections_at("route", place, ROUTE_KEYS)? {
-        let next = route(&section, limits)?;
+        let next = route(&section, limits, upstreams)?;
         if routes.iter().any(|other| other.name == next.name) {
             return Err(service.together("has two routes with the same name; give each its own"));
         }
@@ -102,10 +107,14 @@ pub(super) fn routes(service: &Section<'_>, limits: &Limits) -> Result<RouteTabl
     Ok(RouteTable::new(routes))
 }
 
-fn route(section: &Section<'_>, limits: &Limits) -> Result<Route, Problem> {
+fn route(
+    section: &Section<'_>,
+    limits: &Limits,
+    upstreams: &[UpstreamConfig],
+) -> Result<Route, Problem> {
     let name = section.required_text("name", "name = \"api\"")?.to_owned();
     let redirect = redirect(section)?;
-    let servers = servers(section)?;
+    let servers = servers(section, upstreams)?;
     let rewrite = rewrite(section)?;
     if redirect.is_some() && (servers.is_some() || rewrite.is_some()) {
         return Err(section.together(
@@ -223,13 +232,15 @@ fn field_name(section: &Section<'_>, key: &'static str, name: &str) -> Result<St
         .map_err(|_| section.bad_text(key, name, "the name of a header field"))
 }
 
-fn servers(section: &Section<'_>) -> Result<Option<RouteServers>, Problem> {
-    match (section.text("source")?, section.text("target")?) {
+fn servers(
+    section: &Section<'_>,
+    upstreams: &[UpstreamConfig],
+) -> Result<Option<RouteServers>, Problem> {
+    let source = reference(section, "source", upstreams)?;
+    let target = reference(section, "target", upstreams)?;
+    match (source, target) {
         (None, None) => Ok(None),
-        (Some(source), Some(target)) => Ok(Some(RouteServers {
-            source: source.to_owned(),
-            target: target.to_owned(),
-        })),
+        (Some(source), Some(target)) => Ok(Some(RouteServers { source, target })),
         _ => Err(section.together(
             "has only one of \"source\" and \"target\"; a hop moves its route, too, so name both",
         )),

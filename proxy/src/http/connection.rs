@@ -223,13 +223,14 @@ impl Connection<'_> {
         self.buffer.consume(end);
         // While the request waits for its answer, the buffer serves others.
         self.port.buffers.give_empty(&mut self.buffer);
+        let passage = decided.passage(arrival, &self.settings);
         let mut served = Served {
             id,
             arrival,
             request: decided.request,
             treatment: decided.treatment,
             head,
-            passage: Passage::new(arrival),
+            passage,
             progress: Progress::default(),
         };
         let outcome = match (decided.refusal, served.redirect()) {

@@ -13,6 +13,7 @@ use crate::config::{Limits, ServiceConfig};
 use crate::error::RequestError;
 use crate::forwarded::{AddressText, Arrived};
 use crate::listen::client::Client;
+use crate::listen::port::{Passage, Settings};
 use crate::route::action::{FieldEdits, RedirectStatus};
 use crate::route::template::{Id, Values, Variable};
 use crate::route::{Path, RequestView, Route, bare_host};
@@ -60,6 +61,19 @@ pub(crate) struct AnswerEdits<'a> {
     pub(crate) fields: &'a FieldEdits,
     /// The lines of those that are set.
     pub(crate) lines: &'a [u8],
+}
+
+impl Decided {
+    /// The beginning of its way upstream: to whom, and with how much patience.
+    pub(crate) fn passage(&self, arrival: Instant, settings: &Settings) -> Passage {
+        let mut passage = Passage::new(arrival);
+        if let Some(treatment) = &self.treatment {
+            let route = &treatment.route;
+            passage.sites = settings.route_sites.get(&route.name).cloned();
+            passage.connect_max = route.limits.as_ref().map(|limits| limits.connect_max);
+        }
+        passage
+    }
 }
 
 impl Treatment {

@@ -162,7 +162,7 @@ impl Running {
         }
         let gates_of = |group: &Arc<Group>| {
             let serving = snapshot.services.iter();
-            let ours = serving.filter(|serving| serving.sites.has(group));
+            let ours = serving.filter(|serving| serving.all_sites().any(|sites| sites.has(group)));
             ours.map(|serving| Arc::clone(&serving.service.gate))
                 .collect()
         };

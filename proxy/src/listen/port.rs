@@ -3,6 +3,7 @@
 //! The way from a request to a ticket and an upstream connection is the same for HTTP and raw TCP, and is here.
 
 use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::pin::Pin;
 use std::rc::Rc;
@@ -34,9 +35,18 @@ pub(crate) struct Settings {
     pub(crate) service: ServiceConfig,
     /// Who serves, where no route says otherwise.
     pub(crate) sites: Rc<Sites>,
+    /// Those of routes that have servers of their own, by the route's name.
+    pub(crate) route_sites: BTreeMap<String, Rc<Sites>>,
     pub(crate) access_log: Option<AccessLog>,
     /// Whose proofs are shown to authorities.
     pub(crate) acme: Vec<AcmeConfig>,
+}
+
+impl Settings {
+    /// Everybody who may serve, by a route or without one.
+    pub(crate) fn all_sites(&self) -> impl Iterator<Item = &Rc<Sites>> {
+        std::iter::once(&self.sites).chain(self.route_sites.values())
+    }
 }
 
 /// The settings in force for one service on one worker.
@@ -126,6 +136,9 @@ pub(crate) struct Passage {
     pub(crate) register: Option<Register>,
     /// The server that took it.
     pub(crate) server: Option<Endpoint>,
+    /// Who serves it and how long a connection may take, where its route says so.
+    pub(crate) sites: Option<Rc<Sites>>,
+    pub(crate) connect_max: Option<Duration>,
 }
 
 impl Passage {
@@ -135,6 +148,8 @@ impl Passage {
             held: Duration::ZERO,
             register: None,
             server: None,
+            sites: None,
+            connect_max: None,
         }
     }
 }
@@ -271,7 +286,8 @@ impl Port {
         may_reuse: bool,
         visitor: &mut Visitor<'_>,
     ) -> Result<Connected<'p>, RequestError> {
-        let sites = Rc::clone(&self.settings().sites);
+        let own_sites = visitor.passage.sites.clone();
+        let sites = own_sites.unwrap_or_else(|| Rc::clone(&self.settings().sites));
         let mut now = visitor.passage.arrival;
         loop {
             let error = match self.reach(&ticket, may_reuse, &sites, visitor, now).await {
@@ -307,7 +323,8 @@ impl Port {
     ) -> Result<(Upstream, bool, Picked), RequestError> {
         let group = sites.of(ticket.register().owner);
         let key = PickKey::of(group, self.worker, now, visitor.client.ip(), visitor.head);
-        let connect_max = self.settings().limits.connect_max;
+        let own_connect_max = visitor.passage.connect_max;
+        let connect_max = own_connect_max.unwrap_or_else(|| self.settings().limits.connect_max);
         let (mut tried, mut waited) = (Vec::new(), false);
         let mut error = RequestError::NoServer;
         while tried.len() < SERVERS_TRIED_MAX {
@@ -335,7 +352,7 @@ impl Port {
             if may_reuse && let Some(upstream) = self.pool.take(ticket, picked.id()) {
                 return Ok((upstream, true, picked));
             }
-            match self.pool.connect(ticket, &picked).await {
+            match self.pool.connect(ticket, &picked, connect_max).await {
                 Ok(upstream) if ticket.is_current() => return Ok((upstream, false, picked)),
                 Ok(upstream) => {
                     self.pool.part(upstream);

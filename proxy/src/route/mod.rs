@@ -10,7 +10,7 @@ pub(crate) mod template;
 
 use std::sync::Arc;
 
-use crate::config::Limits;
+use crate::config::{Limits, UpstreamRef};
 use crate::limit::rate::RateLimit;
 use action::{FieldEdits, Redirect, Rewrite};
 use condition::Condition;
@@ -24,7 +24,6 @@ pub(crate) struct Route {
     pub(crate) name: String,
     pub(crate) condition: Condition,
     /// Whoever serves it at each site, if not the service's own.
-    #[allow(dead_code)] // until pools have groups
     pub(crate) servers: Option<RouteServers>,
     /// Answered by us.
     pub(crate) redirect: Option<Redirect>,
@@ -38,11 +37,11 @@ pub(crate) struct Route {
     pub(crate) limits: Option<Box<Limits>>,
 }
 
-/// An address or the name of a group of servers, for each site: a hop moves routes, too.
+/// Who serves a route at each site: a hop moves routes, too.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct RouteServers {
-    pub(crate) source: String,
-    pub(crate) target: String,
+    pub(crate) source: UpstreamRef,
+    pub(crate) target: UpstreamRef,
 }
 
 impl Route {
@@ -77,6 +76,14 @@ impl RouteTable {
     /// Whether nobody need ask.
     pub(crate) const fn is_empty(&self) -> bool {
         self.routes.is_empty()
+    }
+
+    /// Routes with servers of their own, by name.
+    pub(crate) fn with_servers(&self) -> impl Iterator<Item = (&str, &RouteServers)> {
+        self.routes.iter().filter_map(|route| {
+            let servers = route.servers.as_ref()?;
+            Some((route.name.as_str(), servers))
+        })
     }
 
     /// A copy with expressions of its own: their scratch memory is fastest for whoever does not share it.

@@ -119,6 +119,7 @@ impl Pool {
         &self,
         ticket: &Ticket<'_>,
         server: &Picked,
+        connect_max: Duration,
     ) -> Result<Upstream, NoConnection> {
         let gate = &self.service.gate;
         let mut words = gate.subscribe();
@@ -128,7 +129,6 @@ impl Pool {
         let register = ticket.register();
         let counted = Counted::new(gate, self.worker);
         let moved = words.wait_for(|word| word.mode == Mode::Holding || word.register != register);
-        let connect_max = self.current.settings().limits.connect_max;
         let attempt = timeout(connect_max, connect(server, server.sender(), connect_max));
         let stream = tokio::select! {
             biased;
@@ -172,11 +172,16 @@ impl Pool {
     fn sweep(&self, word: Word) {
         let settings = self.current.settings();
         let idle_max = settings.limits.upstream_idle_max;
-        let owners = settings.sites.of(word.register.owner);
+        let owner = word.register.owner;
+        let leads_there = |server| {
+            settings
+                .all_sites()
+                .any(|sites| sites.of(owner).has(server))
+        };
         let mut parting = Vec::new();
         let mut count = 0;
         self.idle.borrow_mut().retain(|server, kept| {
-            let allowed = word.mode != Mode::Holding && owners.has(*server);
+            let allowed = word.mode != Mode::Holding && leads_there(*server);
             let of_now = |entry: &mut Idle| allowed && word.register == entry.upstream.register;
             parting.extend(kept.extract_if(.., |entry| !of_now(entry)));
             kept.retain(|entry| entry.since.elapsed() < idle_max);

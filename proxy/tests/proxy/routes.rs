@@ -187,3 +187,24 @@ fn a_rate_counts_the_clients_behind_a_trusted_peer_one_by_one() {
     assert_eq!(client.message().status(), 200);
     assert_eq!(client.send(from("192.0.2.1")).message().status(), 429);
 }
+
+#[test]
+fn a_route_has_servers_of_its_own_at_each_site_and_moves_with_the_service() {
+    let [source, target] = ["source", "target"].map(Origin::new);
+    let [api_source, api_target] = ["api-source", "api-target"].map(Origin::new);
+    let world = Plan::new(source.address(), target.address())
+        .service(&format!(
+            "[[service.route]]\nname = \"api\"\npath_prefix = \"/api\"\nsource = \"{}\"\ntarget = \"{}\"",
+            api_source.address(),
+            api_target.address()
+        ))
+        .start();
+    let mut client = world.client();
+    assert_eq!(client.get("/api").message().body, "api-source GET /api");
+    assert_eq!(client.get("/").message().body, "source GET /");
+    world.hold();
+    world.move_to(cutover_protocol::id::Site::Target);
+    assert_eq!(client.get("/api").message().body, "api-target GET /api");
+    assert_eq!(client.get("/").message().body, "target GET /");
+    assert_eq!((source.seen().len(), api_source.seen().len()), (1, 1));
+}

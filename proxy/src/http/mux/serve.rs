@@ -21,7 +21,7 @@ use crate::http::exchange::Progress;
 use crate::http::head::{self, HeadError, Scan};
 use crate::http::request::{self, Method};
 use crate::listen::client::{Client, Scheme};
-use crate::listen::port::{Connected, Passage, Port, Presence, Visitor};
+use crate::listen::port::{Connected, Port, Presence, Visitor};
 
 /// What a header list asked for.
 #[derive(Debug)]
@@ -106,13 +106,14 @@ fn read(port: &Port, client: &Client, asked: Asked) -> Result<Read, RequestError
             return Err(error);
         }
     };
+    let passage = decided.passage(arrival, &settings);
     let served = Served {
         id,
         arrival,
         request: decided.request,
         treatment: decided.treatment,
         head,
-        passage: Passage::new(arrival),
+        passage,
         progress: Progress::default(),
     };
     Ok((served, key, decided.refusal))
