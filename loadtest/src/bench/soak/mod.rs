@@ -26,6 +26,8 @@ use crate::progress::Progress;
 const SLICE_S: u64 = 20;
 /// Most requests in one slice of ab, which keeps a record of each; a slice of kept connections may end early by it.
 const AB_REQUESTS: &str = "200000";
+/// What wrk calls a timeout: its own 2 s are soon reached by 84 clients on a core that others use too.
+const WRK_TIMEOUT: &str = "15s";
 /// Longest a slice may run over, in seconds.
 const SLICE_EXTRA_S: u64 = 120;
 /// How often memory is looked at, in seconds.
@@ -218,7 +220,18 @@ fn generators(place: &Place, base: &str) -> Result<Vec<Generator>> {
             "env", &home, "siege", "-R", settings, "-b", "-c", "20", "-t", "SECONDSS", "-f", &urls,
         ])
     };
-    let wrk = |url: &str| line(&["wrk", "-t1", "-c48", "-d", "SECONDSs", url]);
+    let wrk = |url: &str| {
+        line(&[
+            "wrk",
+            "-t1",
+            "-c48",
+            "--timeout",
+            WRK_TIMEOUT,
+            "-d",
+            "SECONDSs",
+            url,
+        ])
+    };
     // The number stands after the time, which would set one of its own.
     let ab = |rest: &[&str]| {
         let first = ["ab", "-q", "-c", "16", "-t", "SECONDS", "-n", AB_REQUESTS];

@@ -55,13 +55,15 @@ pub fn wrk(said: &str) -> Option<Tally> {
     let sockets = said
         .lines()
         .find_map(|line| line.trim().strip_prefix("Socket errors: "));
-    let broken: u64 = sockets.map_or(Some(0), |line| {
-        let counts = line
-            .split(", ")
-            .map(|part| part.rsplit(' ').next()?.parse::<u64>().ok());
-        counts.sum::<Option<u64>>()
-    })?;
-    let errors = [("wrong status", refused), ("socket errors", broken)];
+    // «connect 0, read 0, write 0, timeout 0»: each kind by its own name.
+    let parts = sockets.into_iter().flat_map(|line| line.split(", "));
+    let kinds: Vec<(&str, u64)> = parts
+        .map(|part| {
+            let (kind, count) = part.split_once(' ')?;
+            Some((kind, count.parse().ok()?))
+        })
+        .collect::<Option<_>>()?;
+    let errors = [&[("wrong status", refused)], kinds.as_slice()].concat();
     Some(Tally::of(all.saturating_sub(refused), &errors))
 }
 
@@ -115,7 +117,7 @@ mod tests {
         assert_eq!((tally.requests, tally.errors), (6, 10));
         assert_eq!(
             tally.first_error.as_deref(),
-            Some("wrong status: 4, socket errors: 6")
+            Some("wrong status: 4, connect: 1, read: 2, timeout: 3")
         );
         assert_eq!(wrk("unable to connect"), None);
     }
