@@ -44,6 +44,7 @@ pub fn response_head(bytes: &[u8]) {
                     upgrade,
                     expects_continue: false,
                     set_cookie: None,
+                    alt_svc: None,
                 };
                 check_answer(head, &request);
             }

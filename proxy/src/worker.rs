@@ -266,6 +266,9 @@ impl Worker {
             let door = || Door {
                 config: config.clone(),
                 tls: snapshot.profile(config.tls.as_deref()),
+                alt_svc: quic
+                    .as_ref()
+                    .and_then(|quic| quic.alt_svc(&snapshot.config.quic)),
             };
             let known = |bound: &Arc<Bound>, before: &mut Vec<Rc<Listening>>| {
                 let mut all = before.iter();

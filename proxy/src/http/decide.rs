@@ -96,11 +96,12 @@ pub(crate) fn decide(by: Rules<'_>, parsed: &Parsed<'_, '_>, out: &mut Vec<u8>) 
     } else {
         judge(by, parsed, &arrived, out)
     };
-    let (request, treatment, refusal) = match judged {
+    let (mut request, treatment, refusal) = match judged {
         Ok(Some((request, treatment))) => (request, treatment, None),
         Ok(None) => (parsed.write(plain, out), None, None),
         Err(error) => (parsed.write(plain, out), None, Some(error)),
     };
+    request.alt_svc.clone_from(&by.client.alt_svc);
     let limits = treatment
         .as_ref()
         .and_then(|treatment| treatment.route.limits.as_deref());

@@ -1,6 +1,7 @@
 //! A client's request head: read strictly, and written anew for the upstream from what was understood.
 
 use std::mem::MaybeUninit;
+use std::rc::Rc;
 
 use super::head::{
     ConnectionHeader, FIELDS_MAX, Framing, HeadError, Lengths, Version, same_field, syntax,
@@ -24,6 +25,8 @@ pub(crate) struct Request {
     pub(crate) expects_continue: bool,
     /// A line that its answer gets: the client's way back to its server.
     pub(crate) set_cookie: Option<String>,
+    /// What answers say of HTTP/3 at the same place, in place of what the upstream says of itself.
+    pub(crate) alt_svc: Option<Rc<str>>,
 }
 
 /// What we need to know of a method.
@@ -200,6 +203,7 @@ impl Parsed<'_, '_> {
             upgrade: self.upgrade.map_or(Upgrade::None, |_| Upgrade::Asked),
             expects_continue: self.expects_continue,
             set_cookie: None,
+            alt_svc: None,
         };
         out.extend_from_slice(b" HTTP/1.1\r\n");
         let edits = told.edits.map(|(edits, _)| edits);

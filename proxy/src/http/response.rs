@@ -87,7 +87,8 @@ pub(crate) fn rewrite(
         let kept = upgraded && field.name.eq_ignore_ascii_case("upgrade");
         let goes = is_ours(field.name)
             || connection.names(field.name)
-            || edits.is_some_and(|edits| edits.fields.drops(field.name));
+            || edits.is_some_and(|edits| edits.fields.drops(field.name))
+            || (request.alt_svc.is_some() && field.name.eq_ignore_ascii_case("alt-svc"));
         if kept || !goes {
             write_field(out, field.name, field.value);
         }
@@ -97,6 +98,9 @@ pub(crate) fn rewrite(
     }
     if let Some(line) = request.set_cookie.as_ref().filter(|_| status >= 200) {
         out.extend_from_slice(line.as_bytes());
+    }
+    if let Some(value) = request.alt_svc.as_ref().filter(|_| status >= 200) {
+        write_field(out, "Alt-Svc", value.as_bytes());
     }
     write_framing(out, declared, request, &response, upgraded);
     Ok(response)
@@ -191,6 +195,7 @@ mod tests {
             upgrade: Upgrade::None,
             expects_continue: false,
             set_cookie: None,
+            alt_svc: None,
         }
     }
 

@@ -33,6 +33,8 @@ pub(crate) struct Client {
     pub(crate) scheme: Scheme,
     /// Whom its certificate was issued to, where it had to show one.
     pub(crate) certificate_subject: Option<Rc<str>>,
+    /// Where it may speak HTTP/3 instead, if it does not.
+    pub(crate) alt_svc: Option<Rc<str>>,
     /// The address without its port, as it is forwarded.
     shown: AddressText,
 }
@@ -45,6 +47,7 @@ impl Client {
             scheme: Scheme::Http,
             shown: AddressText::of(address.ip()),
             certificate_subject: None,
+            alt_svc: None,
         }
     }
 

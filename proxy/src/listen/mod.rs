@@ -52,6 +52,8 @@ pub(crate) struct Door {
     pub(crate) config: ListenConfig,
     /// What clients meet before the protocol, if they speak TLS.
     pub(crate) tls: Option<Arc<Profile>>,
+    /// What clients over TCP are told of HTTP/3.
+    pub(crate) alt_svc: Option<Rc<str>>,
 }
 
 /// How a listener ends.
@@ -260,6 +262,7 @@ async fn greet(port: Rc<Port>, door: &Door, socket: Socket, mut client: Client) 
         Some(profile) => match shake(&port, door, profile, socket).await {
             Some(stream) => {
                 client.came_through_tls(stream.agreed());
+                client.alt_svc.clone_from(&door.alt_svc);
                 Stream::Tls(stream)
             }
             None => return,

@@ -11,7 +11,7 @@ use h3::error::{Code, StreamError};
 use http::{HeaderMap, HeaderValue, Method, Request};
 use quinn::{ConnectionError, TransportConfig};
 
-use crate::client3::{Client3, NAME, Stream3, World3};
+use crate::client3::{Client3, NAME, Stream3, World3, tls_get};
 use crate::holding::balanced;
 use crate::world::{Nobody, Origin, Peer, Plan, Stage};
 
@@ -512,4 +512,27 @@ fn a_hold_says_nothing_to_a_connection() {
     assert_eq!(client.answer(held).text(), "target GET /held");
     assert_eq!(client.answer(more).text(), "target GET /more");
     assert_eq!(target.seen().len(), 2);
+}
+
+#[test]
+fn clients_over_tcp_are_told_of_http3_and_those_who_speak_it_are_not() {
+    let (world, stage) = staged();
+    let address = world.world.address();
+    let certificate = world.certificate.clone();
+    let over_tcp = thread::spawn(move || tls_get(address, &certificate));
+    let answer =
+        "HTTP/1.1 200 OK\r\nAlt-Svc: h3=\":1\"\r\nContent-Length: 2\r\nConnection: close\r\n\r\nok";
+    let mut upstream = stage.accept();
+    upstream.message();
+    upstream.send(answer);
+    let told = over_tcp.join().unwrap();
+    let expected = format!("\r\nAlt-Svc: h3=\":{}\"; ma=86400\r\n", address.port());
+    assert_eq!(told.matches("Alt-Svc").count(), 1, "{told}");
+    assert!(told.contains(&expected), "{told}");
+    let mut client = world.client();
+    let stream = client.get("/");
+    let mut upstream = stage.accept();
+    upstream.message();
+    upstream.send(answer.replace("Alt-Svc: h3=\":1\"\r\n", ""));
+    assert_eq!(client.answer(stream).fields.get("alt-svc"), None);
 }

@@ -32,6 +32,7 @@ use tokio::time::timeout;
 use super::bound::Bound;
 use super::port::{Port, Settings};
 use super::{Listening, Manner};
+use crate::config::Quic;
 use crate::tls::profile::Offer;
 use connection_id::{Generation, Place};
 use relay::Outlet;
@@ -92,6 +93,13 @@ impl QuicListener {
             inboxes: Mutex::new(inboxes.into_iter().map(Some).collect()),
             inlets: Mutex::new(Some(inlets)),
         })
+    }
+
+    /// The value of `Alt-Svc` (RFC 7838) that leads here, unless clients are not to be told.
+    pub(crate) fn alt_svc(&self, quic: &Quic) -> Option<Rc<str>> {
+        let port = self.bound.address?.port();
+        let seconds = quic.alt_svc_ma_s;
+        (seconds > 0).then(|| format!("h3=\":{port}\"; ma={seconds}").into())
     }
 
     /// Each worker asks once.
