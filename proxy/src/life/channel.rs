@@ -5,7 +5,8 @@
 //!
 //! ```text
 //!                            ◄── handover    a line on the control socket; the channel's end comes with the answer
-//!   Offer, Sockets …         ──►             lock of the state folder, control socket, listening sockets
+//!   Offer, Sockets …,        ──►             lock of the state folder, control socket, listening sockets,
+//!   Succession …                             a way back for packets of QUIC connections that stay in the old process
 //!                            ◄── Ready       everything is made; which sockets it does not want
 //!   Yours                    ──►             from here the register is the new one's
 //!                            ◄── Serving     clients are being accepted
@@ -47,10 +48,16 @@ pub(crate) enum Message {
         version: u32,
         state_dir: PathBuf,
         /// Messages with sockets that follow.
-        sockets: usize,
+        parts: usize,
     },
     /// With some sockets of one place.
     Sockets { place: Place, keeper: Keeper },
+    /// With the way back to the old process for packets of its connections at one place.
+    Succession {
+        place: Place,
+        /// The old process' mark in connection ids.
+        generation: u16,
+    },
     /// Nothing is missing.
     Ready {
         /// Places that the new configuration does not have.

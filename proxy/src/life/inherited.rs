@@ -32,7 +32,6 @@ impl Inherited {
     }
 
     /// What the process before says of a listener of QUIC.
-    #[allow(dead_code, reason = "until a new process takes over")]
     pub(crate) fn add_succession(&mut self, place: Place, succession: Succession) {
         self.successions.push((place, succession));
     }

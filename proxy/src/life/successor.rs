@@ -14,6 +14,8 @@ use super::inherited::Inherited;
 use crate::config::Config;
 use crate::control::words::{ProcessAnswer, ProcessCommand};
 use crate::listen::bound::Place;
+use crate::listen::quic::connection_id::Generation;
+use crate::listen::quic::router::Succession;
 
 /// Longest answer of the old process to our first word, in bytes.
 const ANSWER_BYTES_MAX: usize = 64 * 1024;
@@ -69,28 +71,35 @@ pub(crate) struct Predecessor {
 pub(crate) fn ask(config: &Config, limit: Duration) -> Result<Estate, SuccessionError> {
     let (channel, pid) = open_channel(&config.control, limit)?;
     channel.set_limit(limit).map_err(SuccessionError::Broken)?;
-    let (theirs, sockets, lock, control) = match receive(&channel)? {
+    let (theirs, parts, lock, control) = match receive(&channel)? {
         (
             Message::Offer {
                 version: VERSION,
                 state_dir,
-                sockets,
+                parts,
             },
             files,
         ) => {
             let [lock, control] =
                 <[OwnedFd; 2]>::try_from(files).map_err(|_| SuccessionError::Unexpected)?;
-            (state_dir, sockets, lock, control)
+            (state_dir, parts, lock, control)
         }
         _ => return Err(SuccessionError::Unexpected),
     };
     let mut inherited = Inherited::default();
-    for _ in 0..sockets {
-        let (Message::Sockets { place, keeper }, files) = receive(&channel)? else {
-            return Err(SuccessionError::Unexpected);
-        };
-        for socket in files {
-            inherited.add(place.clone(), keeper, socket);
+    for _ in 0..parts {
+        match receive(&channel)? {
+            (Message::Sockets { place, keeper }, files) => {
+                for socket in files {
+                    inherited.add(place.clone(), keeper, socket);
+                }
+            }
+            (Message::Succession { place, generation }, mut files) => {
+                let outlet = files.pop().ok_or(SuccessionError::Unexpected)?;
+                let generation = Generation(generation);
+                inherited.add_succession(place, Succession { generation, outlet });
+            }
+            _ => return Err(SuccessionError::Unexpected),
         }
     }
     // Only now: while it still speaks, the old process would meet a closed channel instead of our word.

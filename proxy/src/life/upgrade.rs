@@ -27,6 +27,7 @@ use super::channel::{Channel, FILES_MAX, Message, VERSION, send_with_files};
 use super::{Running, supervisor};
 use crate::control::words::{ProcessAnswer, ProcessRefusal};
 use crate::listen::bound::Place;
+use crate::listen::quic::router::Succession;
 use crate::service::Mode;
 
 /// Why the process stays the one it is.
@@ -129,6 +130,9 @@ impl Drop for Turn {
     fn drop(&mut self) {
         if !self.done.get() {
             self.running.passing.set(Passing::No);
+            for (_, quic) in self.running.shared.load().quic() {
+                quic.router.take_back();
+            }
             self.running.commands.send_replace(true);
         }
     }
@@ -329,6 +333,14 @@ impl Running {
         };
         // From here commands wait for the new process, or for us again.
         self.commands.send_replace(false);
+        // Packets wait in the kernel until the new process reads them.
+        let snapshot = self.shared.load_full();
+        let unused_there = |place: &Place| unused.contains(place);
+        for (_, quic) in snapshot.quic() {
+            if !unused_there(&quic.bound.place) {
+                quic.router.let_go();
+            }
+        }
         say(channel, &Message::Yours, &[]).await?;
         match hear_within(limit, channel).await {
             Ok(Message::Serving) => Ok(unused),
@@ -360,10 +372,18 @@ impl Running {
                 parts.push((message, some));
             }
         }
+        for (_, quic) in snapshot.quic() {
+            let Succession { generation, outlet } = quic.router.hand_over()?;
+            let message = Message::Succession {
+                place: quic.bound.place.clone(),
+                generation: generation.0,
+            };
+            parts.push((message, vec![outlet]));
+        }
         let offer = Message::Offer {
             version: VERSION,
             state_dir: snapshot.config.state_dir.clone(),
-            sockets: parts.len(),
+            parts: parts.len(),
         };
         let lock = self.ground.state.share_lock()?;
         let control = self.control.try_clone()?;

@@ -61,14 +61,25 @@ impl Plan {
     pub(crate) fn start_http3(self) -> World3 {
         let folder = tempfile::tempdir().unwrap();
         let certificate = certify(&folder);
+        World3 {
+            world: self.with_http3().start_in(folder),
+            certificate,
+        }
+    }
+
+    /// The same for a process that is started by the test.
+    pub(crate) fn write_http3(self, folder: &TempDir) -> CertificateDer<'static> {
+        let certificate = certify(folder);
+        self.with_http3().write(folder);
+        certificate
+    }
+
+    fn with_http3(self) -> Self {
         let mut plan = self.table(
             "[[tls]]\nname = \"public\"\ncertificates = [{ chain = \"a.pem\", key = \"a.key\" }]",
         );
         plan.listener = Some("address = \"127.0.0.1:0\"\ntls = \"public\"\nhttp3 = true");
-        World3 {
-            world: plan.start_in(folder),
-            certificate,
-        }
+        plan
     }
 }
 

@@ -11,10 +11,13 @@ use std::process::Output;
 use cutover_protocol::hold::{Answer, Gate, Refusal};
 use cutover_protocol::id::Epoch;
 use hopgate_proxy::control::words::{ProcessAnswer, ProcessCommand, ProcessStatus};
+use http::Method;
+use quinn::TransportConfig;
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendFlags};
 use rustix::process::Signal;
 use tempfile::TempDir;
 
+use crate::client3::Client3;
 use crate::process::{Crowd, Running, run, text};
 use crate::world::{Control, Origin, Peer, Plan, Stage, done, hold};
 
@@ -198,6 +201,63 @@ fn a_tunnel_outlives_the_upgrade_and_is_named_when_it_is_cut() {
 }
 
 #[test]
+fn a_quic_connection_stays_with_the_old_process_and_the_next_meets_the_new_one() {
+    let stage = Stage::new();
+    let folder = tempfile::tempdir().unwrap();
+    let certificate = Plan::new(stage.address(), stage.address()).write_http3(&folder);
+    let mut running = Running::start(&folder);
+    let connect = || Client3::connect(running.address, &certificate, TransportConfig::default());
+    let mut before = connect().unwrap();
+    let mut long = before.begin(Method::POST, "/long");
+    let mut upstream = stage.accept();
+    upstream.head();
+    upgrade(&folder);
+    let mut after = connect().unwrap();
+    let short = after.get("/short");
+    let mut fresh = stage.accept();
+    fresh.head();
+    fresh.send("HTTP/1.1 204 No Content\r\n\r\n");
+    assert_eq!(after.answer(short).status, 204);
+    // These packets come in at the new process, which passes them on.
+    before.data(&mut long, "late");
+    before.wait(long.finish()).unwrap();
+    assert_eq!(upstream.chunks(), b"late");
+    upstream.send("HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok");
+    assert_eq!(before.answer(long).text(), "ok");
+    drop(before);
+    assert_eq!(running.child.wait().unwrap().code(), Some(0));
+    let last = after.get("/last");
+    fresh.head();
+    fresh.send("HTTP/1.1 204 No Content\r\n\r\n");
+    assert_eq!(after.answer(last).status, 204);
+}
+
+#[test]
+fn a_handover_that_comes_to_nothing_leaves_quic_connections_where_they_are() {
+    let (source, target) = (Origin::new("source"), Origin::new("target"));
+    let folder = tempfile::tempdir().unwrap();
+    let certificate = Plan::new(source.address(), target.address()).write_http3(&folder);
+    let mut running = Running::start(&folder);
+    let connect = || Client3::connect(running.address, &certificate, TransportConfig::default());
+    let mut client = connect().unwrap();
+    let stream = client.get("/1");
+    assert_eq!(client.answer(stream).text(), "source GET /1");
+    let mut impostor = Impostor::ask(&folder);
+    impostor.say("{\"is\":\"ready\",\"unused\":[]}");
+    assert_eq!(impostor.hear()["is"], "yours");
+    drop(impostor);
+    let stream = client.get("/2");
+    assert_eq!(client.answer(stream).text(), "source GET /2");
+    drop(connect().unwrap());
+    running.until_said("nothing was handed over, this process goes on");
+    upgrade(&folder);
+    let mut new =
+        Client3::connect(running.address, &certificate, TransportConfig::default()).unwrap();
+    let stream = new.get("/4");
+    assert_eq!(new.answer(stream).text(), "source GET /4");
+}
+
+#[test]
 fn a_changed_configuration_is_matched_and_whom_the_kernel_let_in_is_served() {
     let (folder, source, _target) = world();
     let path = folder.path().join("proxy.toml");
@@ -337,8 +397,12 @@ impl Impostor {
         };
         let offer = impostor.hear();
         assert_eq!(offer["is"], "offer");
-        for _ in 0..offer["sockets"].as_u64().unwrap() {
-            assert_eq!(impostor.hear()["is"], "sockets");
+        for _ in 0..offer["parts"].as_u64().unwrap() {
+            let part = impostor.hear();
+            assert!(
+                part["is"] == "sockets" || part["is"] == "succession",
+                "{part}"
+            );
         }
         impostor
     }

@@ -148,32 +148,27 @@ impl Router {
         self.generation
     }
 
-    /// Stops reading the sockets, so that a successor can, and gives it the way back to us. What arrives between
-    /// the two waits in the kernel.
+    /// Gives a successor the way back to us. We go on reading the sockets until [`Router::let_go`].
     ///
     /// # Errors
     /// No socket is to be had, or a successor is already there. Nothing has changed then.
-    #[allow(
-        dead_code,
-        reason = "for the upgrade of the binary, which is on its way"
-    )]
     pub(crate) fn hand_over(&self) -> std::io::Result<Succession> {
         let (inlet, outlet) = relay::pair()?;
         self.inlets
             .try_send(inlet)
             .map_err(|_| std::io::Error::from(std::io::ErrorKind::AlreadyExists))?;
-        self.succeeded.store(true, Ordering::Release);
         Ok(Succession {
             generation: self.generation,
             outlet,
         })
     }
 
+    /// Stops reading the sockets, so that a successor can. What arrives between the two waits in the kernel.
+    pub(crate) fn let_go(&self) {
+        self.succeeded.store(true, Ordering::Release);
+    }
+
     /// Reads the sockets again, after a successor that came to nothing.
-    #[allow(
-        dead_code,
-        reason = "for the upgrade of the binary, which is on its way"
-    )]
     pub(crate) fn take_back(&self) {
         self.succeeded.store(false, Ordering::Release);
         for worker in &self.workers {

@@ -155,6 +155,7 @@ fn after_a_handover_each_process_gets_the_packets_of_its_own_generation() {
     in_runtime(async {
         let old = Process::new(OURS, None);
         let succession = old.router.hand_over().unwrap();
+        old.router.let_go();
         assert_eq!(succession.generation, Generation(OURS));
         let new = Process::new(OURS + 1, Some(succession));
         let client = UdpSocket::bind("127.0.0.1:0").unwrap();
@@ -209,6 +210,7 @@ fn a_process_that_has_handed_over_leaves_its_sockets_alone_until_it_takes_them_b
         let old = Process::new(OURS, None);
         let client = UdpSocket::bind("127.0.0.1:0").unwrap();
         let succession = old.router.hand_over().unwrap();
+        old.router.let_go();
         let packet = short_packet(&codec(), OURS, 0);
         client.send_to(&packet, old.addresses[0]).unwrap();
         // Passed on by a successor, and taken in although the socket has something too.
