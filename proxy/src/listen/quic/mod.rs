@@ -25,7 +25,7 @@ use quinn::{
     Connecting, Connection, Endpoint, Incoming, Runtime, ServerConfig, TokioRuntime, VarInt,
 };
 use socket2::SockRef;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
@@ -55,6 +55,24 @@ pub(crate) struct QuicListener {
     inboxes: Mutex<Vec<Option<Inbox>>>,
     /// One worker takes in what a successor passes on.
     inlets: Mutex<Option<mpsc::Receiver<UnixDatagram>>>,
+    /// Workers that serve it, if only their last connections.
+    serving: watch::Sender<usize>,
+}
+
+/// One worker's part in serving; ends when dropped.
+struct Serves<'l>(&'l QuicListener);
+
+impl<'l> Serves<'l> {
+    fn begin(listener: &'l QuicListener) -> Self {
+        listener.serving.send_modify(|workers| *workers += 1);
+        Self(listener)
+    }
+}
+
+impl Drop for Serves<'_> {
+    fn drop(&mut self) {
+        self.0.serving.send_modify(|workers| *workers -= 1);
+    }
 }
 
 /// What one worker takes of it.
@@ -92,6 +110,7 @@ impl QuicListener {
             secrets: secrets.clone(),
             inboxes: Mutex::new(inboxes.into_iter().map(Some).collect()),
             inlets: Mutex::new(Some(inlets)),
+            serving: watch::Sender::new(0),
         })
     }
 
@@ -127,6 +146,8 @@ pub(crate) async fn serve(
 ) -> io::Result<()> {
     let Share { inbox, inlets } = listener.share_of(port.worker)?;
     let router = Arc::clone(&listener.router);
+    let serves = Serves::begin(&listener);
+    let takes_in = inlets.is_some();
     let mut helpers = JoinSet::new();
     if let Some(inlets) = inlets {
         helpers.spawn_local(take_in(inlets, Arc::clone(&router)));
@@ -178,6 +199,12 @@ pub(crate) async fn serve(
     endpoint.close(NO_ERROR, b"");
     // The last acknowledgements; a client that gives none has had its answers.
     drop(timeout(port.settings().limits.linger_max, endpoint.wait_idle()).await);
+    drop(serves);
+    if takes_in {
+        // What a successor passes on may be for connections of other workers.
+        let mut serving = listener.serving.subscribe();
+        drop(serving.wait_for(|workers| *workers == 0).await);
+    }
     Ok(())
 }
 
