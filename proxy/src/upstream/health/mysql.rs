@@ -109,6 +109,8 @@ fn version_of(greeting: &Packet) -> Result<String, CheckError> {
     match greeting.payload.split_first() {
         Some((&(GREETING_9 | GREETING_10), rest)) => {
             let version = rest.split(|byte| *byte == 0).next().unwrap_or_default();
+            // MariaDB puts it in front for replicas that would refuse a version of two digits.
+            let version = version.strip_prefix(b"5.5.5-").unwrap_or(version);
             Ok(String::from_utf8_lossy(version).into_owned())
         }
         Some((&ERROR, _)) => Err(error_of(&greeting.payload)),

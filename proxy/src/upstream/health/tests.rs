@@ -263,7 +263,7 @@ async fn packet_from(stream: &mut TcpStream) -> (u8, Vec<u8>) {
     (head[3], payload)
 }
 
-const GREETING: &[u8] = b"\x0a10.11.14-MariaDB\0and more";
+const GREETING: &[u8] = b"\x0a5.5.5-10.11.14-MariaDB\0and more";
 
 /// A database that greets, and answers the login with this; returns who logged in and the packet after it.
 async fn database(listener: TcpListener, answer: &[u8]) -> (String, Option<Vec<u8>>) {
