@@ -5,8 +5,8 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use cutover_protocol::hold::{Answer, Command, InFlight, Refusal, ServiceStatus};
-use cutover_protocol::id::ServiceName;
+use cutover_protocol::hold::{Answer, Command, InFlight, Refusal, ServerStatus, ServiceStatus};
+use cutover_protocol::id::{ServiceName, Site};
 use tokio::sync::oneshot;
 use tokio::time::{Instant, timeout};
 
@@ -198,10 +198,22 @@ impl Commander {
     }
 }
 
-/// A service and its servers.
+/// A service and its servers, also those of its routes; each once.
 fn whole_status(serving: &Serving) -> ServiceStatus {
+    let now = std::time::Instant::now();
+    let mut servers: Vec<ServerStatus> = Vec::new();
+    for server in serving.all_sites().flat_map(|sites| sites.snapshot(now)) {
+        let is_same = |known: &ServerStatus| {
+            (known.site, &known.group, &known.address)
+                == (server.site, &server.group, &server.address)
+        };
+        if !servers.iter().any(is_same) {
+            servers.push(server);
+        }
+    }
+    servers.sort_by_key(|server| server.site == Site::Target);
     ServiceStatus {
-        servers: serving.sites.snapshot(std::time::Instant::now()),
+        servers,
         ..serving.service.status()
     }
 }

@@ -9,6 +9,7 @@ use std::time::Instant;
 use cutover_protocol::hold::{ServerState, ServerStatus};
 use cutover_protocol::id::Site;
 
+use crate::tls::{self, Authority};
 use crate::world::{Message, Nobody, Origin, PATIENCE, Plan, Stage, World};
 
 /// A service whose source is a group of these servers, with one worker so that turns are exact.
@@ -229,6 +230,42 @@ fn a_server_that_answers_with_errors_is_spared_requests() {
 }
 
 #[test]
+fn a_route_with_servers_of_its_own_goes_there_at_each_site() {
+    let names = ["web", "api", "web-target", "api-target"];
+    let origins = names.map(Origin::new);
+    let servers: Vec<String> = origins
+        .iter()
+        .map(|origin| origin.address().to_string())
+        .collect();
+    let mut plan = groups(&servers[..1], &servers[2..3], "");
+    plan = plan.table(&format!(
+        "[[upstream]]\nname = \"api\"\nservers = [{{ address = \"{}\" }}]",
+        servers[1]
+    ));
+    let route = format!(
+        "[[service.route]]\nname = \"api\"\npath_prefix = \"/api\"\nsource = \"api\"\ntarget = \"{}\"",
+        servers[3]
+    );
+    let world = plan.service(&route).start();
+    let mut client = world.client();
+    assert_eq!(client.get("/a").message().body, "web GET /a");
+    assert_eq!(client.get("/api/a").message().body, "api GET /api/a");
+    world.hold();
+    world.move_to(Site::Target);
+    assert_eq!(client.get("/api/a").message().body, "api-target GET /api/a");
+    assert_eq!(client.get("/a").message().body, "web-target GET /a");
+    until_servers(&world, Site::Target, |servers| {
+        let requests = servers
+            .iter()
+            .map(|server| (server.group.as_str(), server.requests));
+        requests.eq([
+            ("target", 1),
+            (origins[3].address().to_string().as_str(), 1),
+        ])
+    });
+}
+
+#[test]
 fn a_name_is_resolved_before_the_first_request_is_answered() {
     let origin = Origin::new("one");
     let port = origin.address().port();
@@ -348,4 +385,40 @@ fn after_a_release_requests_find_out_for_themselves_whether_a_server_is_up() {
     until_servers(&world, Site::Target, |servers| {
         states(servers) == [ServerState::Up]
     });
+}
+
+#[test]
+fn servers_over_tls_serve_and_are_checked_under_the_name_of_their_group() {
+    let authority = Authority::new();
+    let origin = Origin::new("one");
+    let inner = tls::start(
+        tls::folder(&authority, &["app.internal"]),
+        tls::ONE,
+        origin.address(),
+    );
+    let checks =
+        "[upstream.health]\ncheck = \"http\"\ninterval_ms = 10\ninitial = \"down\"\nrise = 1";
+    let folder = tempfile::tempdir().unwrap();
+    let ca = folder.path().join("ca.pem");
+    std::fs::write(&ca, authority.pem()).unwrap();
+    for (name, good) in [("app.internal", true), ("other.internal", false)] {
+        let tls = format!(
+            "[upstream.tls]\nname = \"{name}\"\nca = \"{}\"",
+            ca.display()
+        );
+        let server = inner.address().to_string();
+        let world = group(&[server], &format!("{checks}\n{tls}")).start();
+        until_servers(&world, Site::Source, |servers| {
+            servers[0]
+                .check
+                .as_ref()
+                .is_some_and(|check| check.good == good)
+        });
+        let answer = world.client().get("/").message();
+        if good {
+            assert_eq!(answer.body, "one GET /");
+        } else {
+            assert_eq!(answer.status(), 503);
+        }
+    }
 }

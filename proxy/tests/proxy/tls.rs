@@ -115,7 +115,7 @@ pub(crate) fn folder(authority: &Authority, names: &[&str]) -> TempDir {
     folder
 }
 
-const ONE: &str = "certificates = [{ chain = \"a.pem\", key = \"a.key\" }]";
+pub(crate) const ONE: &str = "certificates = [{ chain = \"a.pem\", key = \"a.key\" }]";
 
 /// Verifies as usual and notes what it saw.
 #[derive(Debug)]
