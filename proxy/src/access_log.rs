@@ -2,6 +2,7 @@
 //!
 //! The queue is bounded; when the disk cannot follow, lines are dropped and counted, requests are not delayed.
 
+use std::borrow::Cow;
 use std::fmt::{self, Write as _};
 use std::fs::File;
 use std::io::{self, BufWriter, Write};
@@ -12,7 +13,9 @@ use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use crate::config::LogTarget;
+use serde::Serialize;
+
+use crate::config::{LogConfig, LogFormat, LogTarget};
 use crate::error::RequestError;
 use crate::http::connection::Served;
 use crate::http::request::RequestId;
@@ -27,6 +30,7 @@ const QUEUE_LINES_MAX: usize = 8192;
 #[derive(Debug, Clone)]
 pub(crate) struct AccessLog {
     lines: SyncSender<String>,
+    format: LogFormat,
     dropped: Arc<AtomicU64>,
 }
 
@@ -34,10 +38,10 @@ impl AccessLog {
     /// Opens the log and starts its thread, which ends when the last worker's end is dropped. It goes on with the
     /// counter of the log before it.
     pub(crate) fn open(
-        target: &LogTarget,
+        config: &LogConfig,
         before: Option<&Self>,
     ) -> io::Result<(Self, JoinHandle<()>)> {
-        let out: Box<dyn Write + Send> = match target {
+        let out: Box<dyn Write + Send> = match &config.target {
             LogTarget::Stdout => Box::new(io::stdout()),
             LogTarget::File(path) => {
                 Box::new(File::options().create(true).append(true).open(path)?)
@@ -49,6 +53,7 @@ impl AccessLog {
         Ok((
             Self {
                 lines,
+                format: config.format,
                 dropped: before.map_or_else(Arc::default, |before| Arc::clone(&before.dropped)),
             },
             thread,
@@ -56,7 +61,7 @@ impl AccessLog {
     }
 
     pub(crate) fn write(&self, line: &Line<'_>) {
-        if let Err(TrySendError::Full(_)) = self.lines.try_send(line.to_string()) {
+        if let Err(TrySendError::Full(_)) = self.lines.try_send(line.text(self.format)) {
             self.dropped.fetch_add(1, Ordering::Relaxed);
         }
     }
@@ -96,6 +101,23 @@ pub(crate) struct Line<'l> {
     id: RequestId,
 }
 
+/// A line as JSON has it.
+#[derive(Debug, Serialize)]
+struct Json<'l> {
+    time: &'l str,
+    service: &'l str,
+    client: SocketAddr,
+    request: Cow<'l, str>,
+    status: u16,
+    bytes: u64,
+    duration_ms: f64,
+    held_ms: f64,
+    upstream: Option<String>,
+    site: Option<String>,
+    epoch: Option<u64>,
+    id: String,
+}
+
 #[derive(Debug)]
 enum What<'l> {
     Request(&'l [u8]),
@@ -116,6 +138,62 @@ impl<'l> Line<'l> {
             held: served.passage.held,
             upstream: upstream(&served.passage),
             id: served.id,
+        }
+    }
+
+    fn text(&self, format: LogFormat) -> String {
+        match format {
+            LogFormat::Text => self.to_string(),
+            LogFormat::Json => self.json(),
+            LogFormat::Common => self.common(),
+        }
+    }
+
+    fn json(&self) -> String {
+        let mut time = String::new();
+        // Writing to a string cannot fail; nor can numbers and texts be turned into JSON.
+        write_time(&mut time, since_1970()).ok();
+        let served = self.upstream.as_ref();
+        let object = Json {
+            time: &time,
+            service: self.service,
+            client: self.client,
+            request: self.what(),
+            status: self.status,
+            bytes: self.bytes,
+            duration_ms: self.age.as_secs_f64() * 1000.0,
+            held_ms: self.held.as_secs_f64() * 1000.0,
+            upstream: served.map(|(endpoint, _)| endpoint.to_string()),
+            site: served.map(|(_, register)| register.owner.to_string()),
+            epoch: served.map(|(_, register)| register.epoch.0),
+            id: self.id.to_string(),
+        };
+        serde_json::to_string(&object).unwrap_or_default()
+    }
+
+    /// `host - - [day/month/year:time zone] "request" status bytes`, in UTC.
+    fn common(&self) -> String {
+        const MONTHS: [&str; 12] = [
+            "Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec",
+        ];
+        let seconds = since_1970().as_secs();
+        let (year, month, day) = date(seconds / 86_400);
+        let month = usize::try_from(month - 1).map_or("", |index| MONTHS[index % 12]);
+        let (hour, minute, second) = (seconds / 3600 % 24, seconds / 60 % 60, seconds % 60);
+        let request = self.what().replace('\\', "\\\\").replace('"', "\\\"");
+        format!(
+            "{} - - [{day:02}/{month}/{year:04}:{hour:02}:{minute:02}:{second:02} +0000] \"{request}\" {} {}",
+            self.client.ip(),
+            self.status,
+            self.bytes
+        )
+    }
+
+    fn what(&self) -> Cow<'_, str> {
+        match self.what {
+            What::Request(line) => String::from_utf8_lossy(line),
+            What::Refused(error) => format!("({error})").into(),
+            What::Tcp => "tcp".into(),
         }
     }
 
@@ -162,26 +240,25 @@ impl<'l> Line<'l> {
     }
 }
 
+fn since_1970() -> Duration {
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default()
+}
+
 fn upstream(passage: &Passage) -> Option<(Endpoint, cutover_protocol::id::Register)> {
     passage.server.clone().zip(passage.register)
 }
 
 impl fmt::Display for Line<'_> {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let now = SystemTime::now()
-            .duration_since(UNIX_EPOCH)
-            .unwrap_or_default();
-        write_time(out, now)?;
+        write_time(out, since_1970())?;
         write!(
             out,
             " service={} client={} request=\"",
             self.service, self.client
         )?;
-        match self.what {
-            What::Request(line) => write_quoted(out, line)?,
-            What::Refused(error) => write!(out, "({error})")?,
-            What::Tcp => out.write_str("tcp")?,
-        }
+        write_quoted(out, &self.what())?;
         let (age, held) = (
             self.age.as_secs_f64() * 1000.0,
             self.held.as_secs_f64() * 1000.0,
@@ -206,8 +283,8 @@ impl fmt::Display for Line<'_> {
 }
 
 /// Quotes and backslashes escaped; other bytes of a request line are visible characters already.
-fn write_quoted(out: &mut fmt::Formatter<'_>, text: &[u8]) -> fmt::Result {
-    for character in String::from_utf8_lossy(text).chars() {
+fn write_quoted(out: &mut fmt::Formatter<'_>, text: &str) -> fmt::Result {
+    for character in text.chars() {
         match character {
             '"' | '\\' => write!(out, "\\{character}")?,
             _ => out.write_char(character)?,

@@ -15,7 +15,9 @@ use arc_swap::ArcSwap;
 use cutover_protocol::id::ServiceName;
 
 use crate::access_log::AccessLog;
-use crate::config::{Config, ListenAddress, LogTarget, ServiceConfig, TlsConfig, UpstreamRef};
+use crate::config::{
+    Config, ListenAddress, LogConfig, LogTarget, ServiceConfig, TlsConfig, UpstreamRef,
+};
 use crate::life::inherited::Inherited;
 use crate::listen::bound::{Asker, Bound, Kind, Place};
 use crate::listen::port::Settings;
@@ -399,17 +401,17 @@ fn load_profiles(
 
 /// A reload opens the log anew even where nothing changed: that is how logs are rotated.
 fn open_log(
-    target: Option<&LogTarget>,
+    config: Option<&LogConfig>,
     before: Option<&Snapshot>,
     logs: &Logs,
 ) -> Result<Option<AccessLog>, StartError> {
-    let Some(target) = target else {
+    let Some(config) = config else {
         return Ok(None);
     };
     let before = before.and_then(|before| before.access_log.as_ref());
     let (log, thread) =
-        AccessLog::open(target, before).map_err(|source| StartError::AccessLog {
-            path: match target {
+        AccessLog::open(config, before).map_err(|source| StartError::AccessLog {
+            path: match &config.target {
                 LogTarget::Stdout => "stdout".into(),
                 LogTarget::File(path) => path.clone(),
             },

@@ -14,8 +14,8 @@ use super::table::{Problem, Section};
 use super::tls::{self, TlsConfig};
 use super::upstream::{RESOLVER_KEYS, reference, resolver, upstreams};
 use super::{
-    Config, Limits, ListenAddress, ListenConfig, LogTarget, Protocol, Release, ServiceConfig,
-    UpstreamConfig,
+    Config, Limits, ListenAddress, ListenConfig, LogConfig, LogFormat, LogTarget, Protocol,
+    Release, ServiceConfig, UpstreamConfig,
 };
 
 /// A configuration that cannot be used: which file, and what is wrong with it.
@@ -44,7 +44,7 @@ const ROOT_KEYS: &[&str] = &[
     "service",
 ];
 const METRICS_KEYS: &[&str] = &["listen"];
-const ACCESS_LOG_KEYS: &[&str] = &["path"];
+const ACCESS_LOG_KEYS: &[&str] = &["path", "format"];
 const LIMITS_KEYS: &[&str] = &[
     "connections_max",
     "address_connections_max",
@@ -135,7 +135,7 @@ impl Config {
             None => None,
         };
         let access_log = match root.section("access_log", ACCESS_LOG_KEYS)? {
-            Some(section) => Some(log_target(&section, folder)?),
+            Some(section) => Some(access_log(&section, folder)?),
             None => None,
         };
         let limits = limits(
@@ -185,11 +185,21 @@ fn syntax(text: &str, error: &toml::de::Error) -> Problem {
     }
 }
 
-fn log_target(section: &Section<'_>, folder: &Path) -> Result<LogTarget, Problem> {
-    match section.required_text("path", "path = \"access.log\" (or \"stdout\")")? {
-        "stdout" => Ok(LogTarget::Stdout),
-        path => Ok(LogTarget::File(folder.join(path))),
-    }
+fn access_log(section: &Section<'_>, folder: &Path) -> Result<LogConfig, Problem> {
+    let path = section.required_text("path", "path = \"access.log\" (or \"stdout\")")?;
+    let target = match path {
+        "stdout" => LogTarget::Stdout,
+        path => LogTarget::File(folder.join(path)),
+    };
+    let format = match section.text("format")? {
+        None | Some("text") => LogFormat::Text,
+        Some("json") => LogFormat::Json,
+        Some("common") => LogFormat::Common,
+        Some(other) => {
+            return Err(section.bad_text("format", other, "\"text\", \"json\" or \"common\""));
+        }
+    };
+    Ok(LogConfig { target, format })
 }
 
 /// What the tables of services refer to.

@@ -49,7 +49,7 @@ pub struct Config {
     /// Where Prometheus may scrape, if anywhere.
     pub metrics: Option<SocketAddr>,
     /// Where access lines go, if anywhere.
-    pub access_log: Option<LogTarget>,
+    pub access_log: Option<LogConfig>,
     /// Counts, bytes and times that bound everything.
     pub limits: Limits,
     /// Bounds and times of HTTP/3 listeners.
@@ -73,6 +73,26 @@ impl Config {
         let orders = self.tls.iter().filter_map(|profile| profile.acme.clone());
         orders.collect()
     }
+}
+
+/// How access lines are written, and where to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LogConfig {
+    /// Where to.
+    pub target: LogTarget,
+    /// In which form.
+    pub format: LogFormat,
+}
+
+/// The form of an access line.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LogFormat {
+    /// `name=value` pairs.
+    Text,
+    /// An object a line.
+    Json,
+    /// The common log format of the first web servers, for the tools that read it.
+    Common,
 }
 
 /// Where access lines go.

@@ -464,6 +464,43 @@ fn more_clients_than_allowed_wait_for_one_to_leave() {
     assert_eq!(origin.seen(), ["GET /first", "GET /first", "GET /second"]);
 }
 
+/// What the access log says of one request.
+fn logged(format: &str) -> (String, Origin) {
+    let origin = Origin::new("source");
+    let table = format!("[access_log]\npath = \"access.log\"\nformat = \"{format}\"");
+    let world = Plan::new(origin.address(), origin.address())
+        .table(&table)
+        .start();
+    world.client().get("/say\"so").message();
+    let World { mut proxy, folder } = world;
+    proxy.take().unwrap().stop(crate::world::PATIENCE);
+    let log = std::fs::read_to_string(folder.path().join("access.log")).unwrap();
+    assert_eq!(log.lines().count(), 1, "{log}");
+    (log, origin)
+}
+
+#[test]
+fn a_line_of_the_access_log_may_be_an_object() {
+    let (log, origin) = logged("json");
+    let line: serde_json::Value = serde_json::from_str(&log).unwrap();
+    assert_eq!(line["request"], "GET /say\"so");
+    assert_eq!(line["status"], 200);
+    assert_eq!(line["service"], "web");
+    assert_eq!(line["upstream"], origin.address().to_string());
+    assert_eq!(
+        (&line["site"], &line["epoch"]),
+        (&"source".into(), &1.into())
+    );
+    assert!(line["held_ms"].as_f64().is_some_and(|ms| ms < 1.0), "{log}");
+}
+
+#[test]
+fn a_line_of_the_access_log_may_have_the_common_form() {
+    let (log, _origin) = logged("common");
+    assert!(log.starts_with("127.0.0.1 - - ["), "{log}");
+    assert!(log.contains(" +0000] \"GET /say\\\"so\" 200 "), "{log}");
+}
+
 #[test]
 fn every_request_has_a_line_in_the_access_log() {
     let origin = Origin::new("source");
