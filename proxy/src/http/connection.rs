@@ -3,6 +3,7 @@
 //! Hold by not reading: a held request is its parsed head and this parked task; its body stays in the kernel.
 
 use std::io::{self, IoSlice};
+use std::pin::pin;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
@@ -12,7 +13,10 @@ use super::answer::{self, After};
 use super::decide::{AnswerEdits, Decided, RedirectTo, Rules, Treatment, decide};
 use super::exchange::{Exchange, Progress, Received};
 use super::h2;
+use super::h2::upstream::{self as shared, Http2Exchange, Slot};
 use super::head::{self, Framing, Scan};
+use super::mux::Unsent;
+use super::plain::{PlainAnswer, PlainBody};
 use super::request::{self, Method, Request, RequestId, Upgrade};
 use crate::access_log::Line;
 use crate::acme;
@@ -20,7 +24,8 @@ use crate::buffer::{Buffer, Buffers};
 use crate::config::Limits;
 use crate::error::RequestError;
 use crate::listen::client::{Client, Scheme};
-use crate::listen::port::{Connected, Passage, Port, Presence, Settings, Visitor};
+use crate::listen::port::{Connected, Link, Passage, Port, Presence, Settings, Visitor};
+use crate::service::Ticket;
 use crate::service::pool::Upstream;
 use crate::stream::{self, Stream};
 use crate::tcp::copy::tunnel;
@@ -284,7 +289,6 @@ impl Connection<'_> {
     /// Forwards until the answer is complete, on a second connection where the first was dead before it began.
     async fn forward(&mut self, served: &mut Served) -> Result<Next, RequestError> {
         let port = self.port;
-        let settings = Rc::clone(&self.settings);
         let mut ticket = port.admit(&mut self.visitor(served)).await?;
         let mut may_reuse = true;
         loop {
@@ -293,8 +297,7 @@ impl Connection<'_> {
                 .await?;
             let Connected {
                 ticket: current,
-                upstream,
-                kept,
+                link,
                 chosen,
             } = connected;
             ticket = current;
@@ -304,49 +307,129 @@ impl Connection<'_> {
             let _row = port
                 .in_flight
                 .enter(self.client.address, what, served.arrival);
-            let limits = served.limits(&settings.limits);
-            let mut upstream_buffer = Buffer::default();
-            let mut scratch = port.buffers.take_output();
-            let exchange = Exchange {
-                client: self.stream,
-                upstream: &upstream.stream,
-                ticket: &ticket,
-                request: &served.request,
-                head: &served.head,
-                edits: served.answer_edits(),
-                limits,
-                buffers: &port.buffers,
-                may_persist: !port.closing.is_closed(),
-                progress: &served.progress,
-            };
-            let exchanged = exchange.run(&mut self.buffer, &mut upstream_buffer, &mut scratch);
-            let received = stream::within(limits.request_max, exchanged)
-                .await
-                .unwrap_or(Err(RequestError::TookTooLong));
-            port.buffers.give_output(scratch);
-            served.report(&chosen, kept, received.as_ref().err());
-            match received {
-                Ok(Received::Upgraded) => {
-                    self.upgraded(served, &upstream, upstream_buffer).await;
-                    port.pool.part(upstream);
-                    return Ok(Next::Close);
-                }
-                Ok(Received::Answer {
-                    client_persists,
-                    upstream_persists,
-                }) => {
-                    port.buffers.give(upstream_buffer);
-                    self.after_answer(upstream, upstream_persists);
-                    return Ok(self.next_after(served, client_persists));
-                }
-                Err(error) => {
-                    port.buffers.give(upstream_buffer);
-                    port.pool.part(upstream);
-                    if !(may_reuse && served.may_be_sent_again(&error, kept)) {
-                        return Err(error);
+            let (error, kept) = match link {
+                Link::Own { upstream, kept } => {
+                    let exchanged =
+                        self.exchange_own(served, &ticket, upstream, |served, error| {
+                            served.report(&chosen, kept, error);
+                        });
+                    match exchanged.await {
+                        Err(error) => (error, kept),
+                        done => return done,
                     }
-                    may_reuse = false;
                 }
+                Link::Shared(slot) => {
+                    // Boxed: an HTTP/1 upstream should not pay for its room.
+                    let exchanged = Box::pin(self.exchange_shared(served, &ticket, &slot)).await;
+                    served.report(&chosen, may_reuse, exchanged.as_ref().err());
+                    // What was read of a body is not kept, so there must have been none.
+                    let bodiless = served.request.framing == Framing::Empty;
+                    match exchanged {
+                        Err(error) => (error, bodiless),
+                        done => return done,
+                    }
+                }
+            };
+            if !(may_reuse && served.may_be_sent_again(&error, kept)) {
+                return Err(error);
+            }
+            may_reuse = false;
+        }
+    }
+
+    /// Forwards on a connection of its own, and keeps or closes that.
+    async fn exchange_own(
+        &mut self,
+        served: &Served,
+        ticket: &Ticket<'_>,
+        upstream: Upstream,
+        report: impl FnOnce(&Served, Option<&RequestError>),
+    ) -> Result<Next, RequestError> {
+        let port = self.port;
+        let settings = Rc::clone(&self.settings);
+        let limits = served.limits(&settings.limits);
+        let mut upstream_buffer = Buffer::default();
+        let mut scratch = port.buffers.take_output();
+        let exchange = Exchange {
+            client: self.stream,
+            upstream: &upstream.stream,
+            ticket,
+            request: &served.request,
+            head: &served.head,
+            edits: served.answer_edits(),
+            limits,
+            buffers: &port.buffers,
+            may_persist: !port.closing.is_closed(),
+            progress: &served.progress,
+        };
+        let received = {
+            let exchanged = exchange.run(&mut self.buffer, &mut upstream_buffer, &mut scratch);
+            let received = stream::within(limits.request_max, exchanged).await;
+            received.unwrap_or(Err(RequestError::TookTooLong))
+        };
+        port.buffers.give_output(scratch);
+        report(served, received.as_ref().err());
+        match received {
+            Ok(Received::Upgraded) => {
+                self.upgraded(served, &upstream, upstream_buffer).await;
+                port.pool.part(upstream);
+                Ok(Next::Close)
+            }
+            Ok(Received::Answer {
+                client_persists,
+                upstream_persists,
+            }) => {
+                port.buffers.give(upstream_buffer);
+                self.after_answer(upstream, upstream_persists);
+                Ok(self.next_after(served, client_persists))
+            }
+            Err(error) => {
+                port.buffers.give(upstream_buffer);
+                port.pool.part(upstream);
+                Err(error)
+            }
+        }
+    }
+
+    /// Forwards on a connection that many requests share.
+    async fn exchange_shared(
+        &mut self,
+        served: &Served,
+        ticket: &Ticket<'_>,
+        slot: &Slot,
+    ) -> Result<Next, RequestError> {
+        let (port, settings) = (self.port, Rc::clone(&self.settings));
+        let (limits, request) = (served.limits(&settings.limits), &served.request);
+        let mut answer = PlainAnswer::new(self.stream, &port.buffers, limits, request.version);
+        let mut body = PlainBody::new(
+            self.stream,
+            &port.buffers,
+            &mut self.buffer,
+            limits,
+            request,
+        );
+        let exchange = Http2Exchange {
+            session: slot.session(),
+            ticket,
+            request,
+            head: &served.head,
+            edits: served.answer_edits(),
+            limits,
+            may_persist: !port.closing.is_closed(),
+            progress: &served.progress,
+        };
+        let mut scratch = port.buffers.take_output();
+        let received = {
+            let mut unsent = Unsent::new(&mut body);
+            let exchanged = pin!(exchange.run(&mut unsent, &mut answer, &mut scratch));
+            stream::within(limits.request_max, exchanged).await
+        };
+        port.buffers.give_output(scratch);
+        match received.unwrap_or(Err(RequestError::TookTooLong))? {
+            _ if answer.is_broken => Ok(Next::Close),
+            shared::Received::Tunnelled => Ok(Next::Close),
+            shared::Received::Answer { client_persists } => {
+                Ok(self.next_after(served, client_persists))
             }
         }
     }

@@ -3,8 +3,6 @@
 //! The body is decoded from the connection piece by piece, never collected; the answer is written as HTTP/1 text
 //! with the framing its head announces.
 
-#![allow(dead_code, reason = "pools learn of HTTP/2 upstreams next")]
-
 use std::io::{self, IoSlice};
 
 use bytes::Bytes;

@@ -18,8 +18,9 @@ use tokio::time::timeout;
 use super::hangup::HangupWatch;
 use crate::access_log::{AccessLog, Line};
 use crate::buffer::{Buffer, Buffers};
-use crate::config::{AcmeConfig, Limits, Quic, ServiceConfig};
+use crate::config::{AcmeConfig, Limits, Quic, ServiceConfig, UpstreamProtocol};
 use crate::error::RequestError;
+use crate::http::h2::upstream::Slot;
 use crate::http::request::RequestId;
 use crate::service::inflight::InFlightTable;
 use crate::service::pool::{NoConnection, Pool, Upstream};
@@ -209,13 +210,35 @@ impl Visitor<'_> {
     }
 }
 
+/// The way to an upstream.
+#[derive(Debug)]
+pub(crate) enum Link {
+    /// A connection of the request's own.
+    Own {
+        upstream: Upstream,
+        /// It served another request before, and may have died since.
+        kept: bool,
+    },
+    /// A place on one that many requests share.
+    Shared(Slot),
+}
+
+impl Link {
+    /// Whether it is a connection that served another request before.
+    pub(crate) const fn is_kept(&self) -> bool {
+        matches!(self, Self::Own { kept: true, .. })
+    }
+
+    pub(crate) const fn is_shared(&self) -> bool {
+        matches!(self, Self::Shared(_))
+    }
+}
+
 /// A ticket and the connection it is good for.
 #[derive(Debug)]
 pub(crate) struct Connected<'p> {
     pub(crate) ticket: Ticket<'p>,
-    pub(crate) upstream: Upstream,
-    /// It served another request before, and may have died since.
-    pub(crate) kept: bool,
+    pub(crate) link: Link,
     /// Where the connection leads.
     pub(crate) chosen: Chosen,
 }
@@ -291,13 +314,12 @@ impl Port {
         let mut now = visitor.passage.arrival;
         loop {
             let error = match self.reach(&ticket, may_reuse, &sites, visitor, now).await {
-                Ok((upstream, kept, picked)) => {
+                Ok((link, picked)) => {
                     visitor.passage.server = Some(picked.endpoint().clone());
                     let site = ticket.register().owner;
                     return Ok(Connected {
                         ticket,
-                        upstream,
-                        kept,
+                        link,
                         chosen: Chosen::new(sites, site, picked),
                     });
                 }
@@ -312,6 +334,27 @@ impl Port {
         }
     }
 
+    /// A connection of the request's own: the kept one, or a new one.
+    async fn own(
+        &self,
+        ticket: &Ticket<'_>,
+        picked: &Picked,
+        kept: Option<Upstream>,
+        connect_max: Duration,
+    ) -> Result<Link, NoConnection> {
+        if let Some(upstream) = kept {
+            return Ok(Link::Own {
+                upstream,
+                kept: true,
+            });
+        }
+        let upstream = self.pool.connect(ticket, picked, connect_max).await?;
+        Ok(Link::Own {
+            upstream,
+            kept: false,
+        })
+    }
+
     /// One server after the other, until one can be reached or the gate moves on.
     async fn reach(
         &self,
@@ -320,7 +363,7 @@ impl Port {
         sites: &Sites,
         visitor: &Visitor<'_>,
         now: Instant,
-    ) -> Result<(Upstream, bool, Picked), RequestError> {
+    ) -> Result<(Link, Picked), RequestError> {
         let group = sites.of(ticket.register().owner);
         let key = PickKey::of(group, self.worker, now, visitor.client.ip(), visitor.head);
         let own_connect_max = visitor.passage.connect_max;
@@ -346,16 +389,26 @@ impl Port {
                 waited = true;
                 continue;
             };
-            if group.config().proxy_protocol.is_some() {
+            // On a connection that many share, nobody's address would be the right one.
+            let is_shared = group.config().protocol == UpstreamProtocol::Http2;
+            if group.config().proxy_protocol.is_some() && !is_shared {
                 picked.name_sender(visitor.sender());
             }
-            if may_reuse && let Some(upstream) = self.pool.take(ticket, picked.id()) {
-                return Ok((upstream, true, picked));
-            }
-            match self.pool.connect(ticket, &picked, connect_max).await {
-                Ok(upstream) if ticket.is_current() => return Ok((upstream, false, picked)),
-                Ok(upstream) => {
-                    self.pool.part(upstream);
+            let link = match group.config().protocol {
+                UpstreamProtocol::Http1 => {
+                    let reused = may_reuse.then(|| self.pool.take(ticket, picked.id()));
+                    self.own(ticket, &picked, reused.flatten(), connect_max)
+                        .await
+                }
+                UpstreamProtocol::Http2 => {
+                    let slot = self.pool.slot(ticket, &picked, connect_max).await;
+                    slot.map(Link::Shared)
+                }
+            };
+            match link {
+                Ok(link) if ticket.is_current() => return Ok((link, picked)),
+                Ok(link) => {
+                    self.pool.give_back(link, false);
                     return Err(gate_moved());
                 }
                 Err(NoConnection::GateMoved) => return Err(gate_moved()),

@@ -11,6 +11,7 @@ mod keeper;
 pub(crate) mod pool;
 mod queue;
 mod register;
+mod shared;
 mod ticket;
 mod word;
 

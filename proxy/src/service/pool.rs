@@ -14,8 +14,10 @@ use std::time::{Duration, Instant};
 use cutover_protocol::id::Register;
 use tokio::time::timeout;
 
+use super::shared::Sessions;
 use super::{Gate, Mode, Service, Ticket, Word};
-use crate::listen::port::Current;
+use crate::http::h2::upstream::Slot;
+use crate::listen::port::{Current, Link};
 use crate::stream::Stream;
 use crate::upstream::{Picked, ServerId, connect};
 
@@ -32,7 +34,7 @@ pub(crate) struct Upstream {
     /// For whom, and in which epoch it was made.
     register: Register,
     /// Dropped after the stream: the count must not say zero while the socket is open.
-    _counted: Counted,
+    counted: Counted,
 }
 
 /// A connection as a gate counts it, from before its first packet until this is dropped.
@@ -82,6 +84,8 @@ pub(crate) struct Pool {
     /// By server, the freshest last.
     idle: RefCell<BTreeMap<ServerId, Vec<Idle>>>,
     idle_count: Cell<usize>,
+    /// Those that many requests share.
+    sessions: Sessions,
 }
 
 impl Pool {
@@ -92,6 +96,44 @@ impl Pool {
             current,
             idle: RefCell::default(),
             idle_count: Cell::new(0),
+            sessions: Sessions::default(),
+        }
+    }
+
+    /// A place on a connection that many requests share; makes one where there is none, and gives up as soon as the
+    /// gate no longer wants it made.
+    ///
+    /// # Cancel safety
+    /// Dropping the future drops the attempt.
+    pub(crate) async fn slot(
+        &self,
+        ticket: &Ticket<'_>,
+        server: &Picked,
+        connect_max: Duration,
+    ) -> Result<Slot, NoConnection> {
+        let settings = self.current.settings();
+        let connect = self.connect(ticket, server, connect_max);
+        let slot = self
+            .sessions
+            .slot(server.id(), ticket.register(), &settings.limits, connect);
+        let gate = &self.service.gate;
+        let (register, mut words) = (ticket.register(), gate.subscribe());
+        // Whoever waits for another's attempt does not watch the gate there.
+        let moved = words.wait_for(|word| word.mode == Mode::Holding || word.register != register);
+        tokio::select! {
+            biased;
+            slot = slot => slot,
+            _ = moved => Err(NoConnection::GateMoved),
+        }
+    }
+
+    /// Takes a connection back after a request: `sound` if it may serve another.
+    pub(crate) fn give_back(&self, link: Link, sound: bool) {
+        match link {
+            Link::Own { upstream, .. } if sound => self.put(upstream),
+            Link::Own { upstream, .. } => self.part(upstream),
+            // The others on it go on.
+            Link::Shared(slot) => drop(slot),
         }
     }
 
@@ -140,7 +182,7 @@ impl Pool {
             server: server.id(),
             is_personal: server.sender().is_some(),
             register,
-            _counted: counted,
+            counted,
         })
     }
 
@@ -189,6 +231,9 @@ impl Pool {
             !kept.is_empty()
         });
         self.idle_count.set(count);
+        self.sessions.sweep(idle_max, |server, register| {
+            word.mode != Mode::Holding && leads_there(server) && word.register == register
+        });
         for entry in parting {
             self.part(entry.upstream);
         }
@@ -210,6 +255,11 @@ impl Pool {
 }
 
 impl Upstream {
+    /// The connection, and what keeps it counted until it is dropped.
+    pub(super) fn into_parts(self) -> (Stream, Counted) {
+        (self.stream, self.counted)
+    }
+
     /// Neither closed nor talking out of turn. The reactor hears of either within a turn of its loop, so the kernel
     /// is asked only about connections that have been idle for longer than a turn may take.
     fn is_silent(&self, idle: Duration) -> bool {

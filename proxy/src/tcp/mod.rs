@@ -9,7 +9,7 @@ use std::time::Instant;
 use crate::access_log::Line;
 use crate::error::RequestError;
 use crate::listen::client::Client;
-use crate::listen::port::{Connected, Passage, Port, Presence, Visitor};
+use crate::listen::port::{Connected, Link, Passage, Port, Presence, Visitor};
 use crate::stream::Stream;
 use crate::upstream::Outcome;
 
@@ -42,10 +42,13 @@ async fn forward(
     let ticket = port.admit(&mut visitor).await?;
     let Connected {
         ticket,
-        upstream,
+        link,
         chosen,
-        ..
     } = port.connect(ticket, false, &mut visitor).await?;
+    let Link::Own { upstream, .. } = link else {
+        // Raw bytes have no place on a connection that others use.
+        return Err(RequestError::NoTunnel);
+    };
     ticket.answered();
     // What it says is not ours to understand: that it listens is all we know.
     chosen.report(Outcome::Answered(200));

@@ -124,6 +124,29 @@ fn a_body_of_another_length_than_announced_ends_the_stream_and_not_the_connectio
 }
 
 #[test]
+fn a_counted_body_is_whole_upstream_only_once_its_stream_has_ended() {
+    let (world, stage) = staged();
+    let mut client = client(&world);
+    let request = Request::post("http://h/").header("content-length", "5");
+    let mut stream = client.send(request.body(()).unwrap(), false);
+    stream
+        .body
+        .send_data(Bytes::from_static(b"hel"), false)
+        .unwrap();
+    let mut upstream = stage.accept();
+    upstream.head();
+    assert_eq!(upstream.bytes(3), b"hel");
+    stream
+        .body
+        .send_data(Bytes::from_static(b"lo"), false)
+        .unwrap();
+    // The proxy has seen the rest when it answers this.
+    client.ping();
+    stream.body.send_reset(Reason::CANCEL);
+    assert_eq!(upstream.rest(), "");
+}
+
+#[test]
 fn trailers_pass_both_ways() {
     let (world, stage) = staged();
     let mut client = client(&world);

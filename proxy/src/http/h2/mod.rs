@@ -8,6 +8,7 @@ mod early;
 mod stream;
 pub(crate) mod upstream;
 
+use std::cell::RefCell;
 use std::io;
 use std::rc::Rc;
 use std::time::Duration;
@@ -20,6 +21,7 @@ use tokio::task::JoinSet;
 use tokio::time::timeout;
 
 use super::mux::active::Active;
+use super::mux::head::HeadBuilder;
 use crate::buffer::Buffer;
 use crate::config::Http2;
 use crate::listen::client::Client;
@@ -44,16 +46,19 @@ pub(crate) async fn serve(port: Rc<Port>, stream: Stream, early: Buffer, client:
         return;
     };
     let mut session = Session {
-        port,
-        client: Rc::new(client),
+        shared: Rc::new(Shared {
+            port,
+            client,
+            builder: RefCell::default(),
+            active: Active::new(),
+        }),
         connection,
         streams: JoinSet::new(),
-        active: Active::new(),
         closing: false,
     };
     let ended = session.run(settings.limits.client_idle_max).await;
     if let Err(error) = &ended {
-        tracing::debug!(client = %session.client.address, "an HTTP/2 connection ended: {error}");
+        tracing::debug!(client = %session.shared.client.address, "an HTTP/2 connection ended: {error}");
     }
     session.end().await;
 }
@@ -74,21 +79,26 @@ fn builder(limits: &Http2) -> Builder {
     builder
 }
 
-struct Session {
+/// What the streams of a connection share.
+struct Shared {
     port: Rc<Port>,
-    client: Rc<Client>,
+    client: Client,
+    builder: RefCell<HeadBuilder>,
+    active: Rc<Active>,
+}
+
+struct Session {
+    shared: Rc<Shared>,
     connection: Connection<Early, Bytes>,
     streams: JoinSet<()>,
-    active: Rc<Active>,
     closing: bool,
 }
 
 impl Session {
     /// Accepts streams until the connection ends.
     async fn run(&mut self, idle_max: Duration) -> Result<(), h2::Error> {
-        let port = Rc::clone(&self.port);
-        let active = Rc::clone(&self.active);
-        let mut idle = std::pin::pin!(active.idle(idle_max));
+        let shared = Rc::clone(&self.shared);
+        let mut idle = std::pin::pin!(shared.active.idle(idle_max));
         loop {
             tokio::select! {
                 biased;
@@ -97,7 +107,7 @@ impl Session {
                     Some(Err(error)) => return Err(error),
                     None => return Ok(()),
                 },
-                () = port.closing.closed(), if !self.closing => self.go_away(),
+                () = shared.port.closing.closed(), if !self.closing => self.go_away(),
                 () = &mut idle, if !self.closing => self.go_away(),
             }
         }
@@ -112,10 +122,12 @@ impl Session {
     fn start(&mut self, request: Request<RecvStream>, respond: SendResponse<Bytes>) {
         // Forgets the streams that have ended.
         while self.streams.try_join_next().is_some() {}
-        let running = self.active.begin();
-        let (port, client) = (Rc::clone(&self.port), Rc::clone(&self.client));
+        let shared = Rc::clone(&self.shared);
+        let running = shared.active.begin();
+        // The header list is turned into a head here: the stream's task keeps none of it.
+        let (asked, receive) = stream::read(&shared, request);
         self.streams.spawn_local(async move {
-            stream::serve(&port, &client, request, respond).await;
+            stream::serve(&shared, asked, receive, respond).await;
             drop(running);
         });
     }

@@ -11,42 +11,43 @@ use h2::server::SendResponse;
 use h2::{Reason, RecvStream, SendStream};
 use http::Request;
 
-use super::{to_io, to_io_reason};
-use crate::http::mux::head::{BodyFollows, HeadBuilder, write_head, write_trailer};
+use super::{Shared, to_io, to_io_reason};
+use crate::http::head::HeadError;
+use crate::http::mux::head::{BodyFollows, write_head, write_trailer};
 use crate::http::mux::{
     AnswerHead, AnswerSink, Asked, BodyFailed, More, Part, RequestBody, Reset, answer, serve_stream,
 };
-use crate::listen::client::Client;
-use crate::listen::port::Port;
 
-/// Serves one stream to its end.
-pub(super) async fn serve(
-    port: &Port,
-    client: &Client,
+/// Turns the header list of a request into a head.
+pub(super) fn read(
+    shared: &Shared,
     request: Request<RecvStream>,
-    respond: SendResponse<Bytes>,
-) {
+) -> (Result<Asked, HeadError>, RecvStream) {
     let (parts, receive) = request.into_parts();
     let follows = if receive.is_end_stream() {
         BodyFollows::No
     } else {
         BodyFollows::Yes
     };
-    let mut head = port.buffers.take_output();
+    let mut head = shared.port.buffers.take_output();
+    let mut builder = shared.builder.borrow_mut();
     let protocol = parts.extensions.get::<Protocol>().map(Protocol::as_str);
-    let key = write_head(
-        &mut HeadBuilder::default(),
-        &parts,
-        protocol,
-        follows,
-        &mut head,
-    );
-    drop(parts);
-    let asked = key.map(|key| Asked { head, key });
+    let key = write_head(&mut builder, &parts, protocol, follows, &mut head);
+    (key.map(|key| Asked { head, key }), receive)
+}
+
+/// Serves one stream to its end.
+pub(super) async fn serve(
+    shared: &Shared,
+    asked: Result<Asked, HeadError>,
+    receive: RecvStream,
+    respond: SendResponse<Bytes>,
+) {
     let sending = RefCell::new(Sending::Respond(respond));
     let gone = poll_fn(|context| sending.borrow_mut().poll_gone(context));
-    let mut body = Body(receive);
-    serve_stream(port, client, asked, &mut body, &mut Answer(&sending), gone).await;
+    let (mut body, mut answer) = (Body(receive), Answer(&sending));
+    let Shared { port, client, .. } = shared;
+    serve_stream(port, client, asked, &mut body, &mut answer, gone).await;
 }
 
 struct Body(RecvStream);

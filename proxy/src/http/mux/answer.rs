@@ -79,7 +79,8 @@ pub(crate) fn fields(lines: &[u8]) -> impl Iterator<Item = (&[u8], &[u8])> {
 }
 
 fn to_map<'f>(fields: impl Iterator<Item = (&'f [u8], &'f [u8])>) -> HeaderMap {
-    let mut map = HeaderMap::with_capacity(16);
+    // Room for eight without a second allocation; more would be too large for the allocator's fast path.
+    let mut map = HeaderMap::with_capacity(6);
     for (name, value) in fields {
         if let (Ok(name), Ok(value)) =
             (HeaderName::from_bytes(name), HeaderValue::from_bytes(value))

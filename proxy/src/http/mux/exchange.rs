@@ -4,7 +4,7 @@
 //! it; what the upstream answers is read only as fast as the stream takes it.
 
 use std::io;
-use std::pin::pin;
+use std::pin::{Pin, pin};
 use std::task::Poll;
 use std::time::{Duration, Instant};
 
@@ -55,6 +55,8 @@ pub(super) enum Received {
 pub(crate) struct Unsent<'b, B> {
     pub(crate) body: &'b mut B,
     part: Option<Part>,
+    /// What comes behind it, where that had to be known.
+    after: Option<Part>,
 }
 
 /// How sending ended without blame on the client.
@@ -69,7 +71,11 @@ enum Sent {
 
 impl<'b, B: RequestBody> Unsent<'b, B> {
     pub(crate) const fn new(body: &'b mut B) -> Self {
-        Self { body, part: None }
+        Self {
+            body,
+            part: None,
+            after: None,
+        }
     }
 
     /// The end is there.
@@ -83,9 +89,44 @@ impl<'b, B: RequestBody> Unsent<'b, B> {
     /// Nothing is lost.
     pub(crate) async fn fill(&mut self) -> Result<(), BodyFailed> {
         if self.part.is_none() {
-            self.part = Some(self.body.next().await?);
+            self.part = match self.after.take() {
+                Some(after) => Some(after),
+                None => Some(self.body.next().await?),
+            };
         }
         Ok(())
+    }
+
+    /// Sees to it that the end is what comes next, behind the data that is there: a request that its stream may still
+    /// contradict must not be whole at the upstream.
+    ///
+    /// # Cancel safety
+    /// Nothing is lost.
+    pub(crate) async fn expect_end(&mut self, silence: Duration) -> Result<(), RequestError> {
+        let next = match &mut self.part {
+            Some(Part::End { .. }) => return Ok(()),
+            Some(Part::Data(_)) => &mut self.after,
+            empty @ None => empty,
+        };
+        if next.is_none() {
+            *next = match within(silence, pin!(self.body.next())).await {
+                Some(part) => Some(part?),
+                None => return Err(RequestError::ClientSilent),
+            };
+        }
+        match next {
+            Some(Part::End { .. }) => Ok(()),
+            _ => Err(RequestError::BodyLength),
+        }
+    }
+
+    /// Bytes of the part that is there, and whether it is the end.
+    pub(crate) const fn size(&self) -> (usize, bool) {
+        match &self.part {
+            None => (0, false),
+            Some(Part::Data(data)) => (data.len(), false),
+            Some(Part::End { .. }) => (0, true),
+        }
     }
 
     /// Takes the part: it is about to leave us.
@@ -117,10 +158,14 @@ impl StreamExchange<'_> {
         scratch: &mut Vec<u8>,
     ) -> Result<Received, RequestError> {
         if self.request.framing == Framing::Empty {
+            if self.key.is_none() {
+                unsent.expect_end(self.limits.client_silence_max).await?;
+            }
             self.send_head().await?;
             return self.receive(answer, buffer, scratch).await;
         }
-        let mut sending = pin!(self.send(unsent));
+        // Boxed: most requests have no body, and should not pay for its room.
+        let mut sending = Box::pin(self.send(unsent));
         let mut receiving = pin!(self.receive(answer, buffer, scratch));
         let mut sending_goes_on = true;
         loop {
@@ -182,17 +227,18 @@ impl StreamExchange<'_> {
         let mut prefix = self.head;
         unsent.fill_at_once().await.map_err(RequestError::from)?;
         loop {
+            let (bytes, last) = unsent.size();
+            left = count_down(left, bytes, last)?;
+            intake.take(bytes).map_err(|_| RequestError::BodyTooLong)?;
+            if left == Some(0) && bytes > 0 {
+                unsent.expect_end(self.limits.client_silence_max).await?;
+            }
             let (data, end): (&[u8], _) = match &unsent.part {
                 None => (&[], End::Later),
                 Some(Part::Data(data)) => (data, End::Later),
                 // A counted body has no room for a trailer; it may be dropped (RFC 9110, section 6.5.1).
                 Some(Part::End { trailer }) => (&[], End::Here(trailer)),
             };
-            let last = matches!(end, End::Here(_));
-            left = count_down(left, data.len(), last)?;
-            intake
-                .take(data.len())
-                .map_err(|_| RequestError::BodyTooLong)?;
             let written = body::write(route, prefix, data, encoding, end).await;
             let sent = &self.progress.sent;
             match written {
@@ -209,10 +255,6 @@ impl StreamExchange<'_> {
             }
             if last {
                 return Ok(Sent::Whole);
-            }
-            if left == Some(0) {
-                // Upstream it is whole, though the stream has not said so yet.
-                self.progress.request_done.set(true);
             }
             // Once the answer flows, a client with nothing to say is no slow client.
             let silence = if self.progress.answering.get() {
@@ -255,7 +297,7 @@ impl StreamExchange<'_> {
                 }
                 100..200 => {
                     interim_count += 1;
-                    self.taken(answer.interim(head)).await?;
+                    self.taken(pin!(answer.interim(head))).await?;
                 }
                 _ => return self.answer(answer, buffer, &response, head).await,
             }
@@ -272,7 +314,7 @@ impl StreamExchange<'_> {
             return Err(RequestError::AnswerKey);
         }
         self.begin_answer(200);
-        self.taken(answer.head(head.with_status(200), More::Follows))
+        self.taken(pin!(answer.head(head.with_status(200), More::Follows)))
             .await?;
         Ok(Received::Tunnel)
     }
@@ -292,9 +334,9 @@ impl StreamExchange<'_> {
     ) -> Result<Received, RequestError> {
         self.begin_answer(response.status);
         if response.framing == Framing::Empty {
-            self.taken(answer.head(head, More::Ends)).await?;
+            self.taken(pin!(answer.head(head, More::Ends))).await?;
         } else {
-            self.taken(answer.head(head, More::Follows)).await?;
+            self.taken(pin!(answer.head(head, More::Follows))).await?;
             self.relay(answer, buffer, Body::new(response.framing))
                 .await?;
         }
@@ -323,11 +365,11 @@ impl StreamExchange<'_> {
                 More::Follows
             };
             if !data.is_empty() || more == More::Ends {
-                self.taken(answer.data(data, more)).await?;
+                self.taken(pin!(answer.data(data, more))).await?;
                 self.count(data.len());
             }
             if !trailer.is_empty() {
-                self.taken(answer.trailer(trailer)).await?;
+                self.taken(pin!(answer.trailer(trailer))).await?;
             }
             buffer.consume(piece.used);
             if piece.last {
@@ -337,7 +379,7 @@ impl StreamExchange<'_> {
             match stream::read(self.upstream, self.buffers, buffer, silence).await {
                 Ok(1..) => {}
                 Ok(0) if matches!(body, Body::UntilClose) => {
-                    return self.taken(answer.data(&[], More::Ends)).await;
+                    return self.taken(pin!(answer.data(&[], More::Ends))).await;
                 }
                 Ok(_) => return Err(RequestError::AnswerCut(io::ErrorKind::UnexpectedEof.into())),
                 Err(error) if error.kind() == io::ErrorKind::TimedOut => {
@@ -356,7 +398,7 @@ impl StreamExchange<'_> {
     /// Waits for the stream to take something, as long as a client may be silent.
     async fn taken(
         &self,
-        taking: impl Future<Output = io::Result<()>>,
+        taking: Pin<&mut impl Future<Output = io::Result<()>>>,
     ) -> Result<(), RequestError> {
         match within(self.limits.client_silence_max, taking).await {
             Some(taken) => taken.map_err(RequestError::ClientLeft),
@@ -374,7 +416,7 @@ pub(crate) async fn fill_in_time<B: RequestBody>(
     loop {
         let patience = intake.wait_max(silence);
         let began = Instant::now();
-        let filled = within(patience, unsent.fill()).await;
+        let filled = within(patience, pin!(unsent.fill())).await;
         let bytes = match &unsent.part {
             Some(Part::Data(data)) => data.len() as u64,
             Some(Part::End { .. }) | None => 0,
@@ -406,9 +448,12 @@ pub(crate) fn count_down(
     }
 }
 
-/// Waits for at most this long. A future that is ready costs no look at the clock.
-pub(crate) async fn within<F: Future>(limit: Duration, future: F) -> Option<F::Output> {
-    let mut future = pin!(future);
+/// Waits for at most this long. A future that is ready costs no look at the clock. It is pinned by the caller: moved
+/// in here it would take its room twice.
+pub(crate) async fn within<F: Future>(
+    limit: Duration,
+    mut future: Pin<&mut F>,
+) -> Option<F::Output> {
     let first = std::future::poll_fn(|context| Poll::Ready(future.as_mut().poll(context))).await;
     match first {
         Poll::Ready(output) => Some(output),

@@ -18,10 +18,14 @@ use crate::http::answer::{self, After};
 use crate::http::connection::Served;
 use crate::http::decide::{Rules, decide};
 use crate::http::exchange::Progress;
+use crate::http::h2::upstream::{Http2Exchange, Slot};
 use crate::http::head::{self, HeadError, Scan};
 use crate::http::request::{self, Method};
 use crate::listen::client::{Client, Scheme};
-use crate::listen::port::{Connected, Port, Presence, Visitor};
+use crate::listen::port::{Connected, Link, Port, Presence, Visitor};
+use crate::service::Ticket;
+use crate::service::pool::Upstream;
+use crate::stream;
 
 /// What a header list asked for.
 #[derive(Debug)]
@@ -48,9 +52,9 @@ pub(crate) async fn serve_stream<B: RequestBody, A: AnswerSink>(
         .and_then(|asked| read(port, client, asked));
     let (mut served, key, refusal) = match read {
         Ok(read) => read,
-        Err(error) => return refuse(port, client, answer, &error).await,
+        Err(error) => return Box::pin(refuse(port, client, answer, &error)).await,
     };
-    let mut stream = Forwarding {
+    let mut forwarding = Forwarding {
         port,
         client,
         key,
@@ -59,13 +63,14 @@ pub(crate) async fn serve_stream<B: RequestBody, A: AnswerSink>(
     let outcome = match (refusal, served.redirect()) {
         (Some(error), _) => Err(error),
         (None, Some(_)) => {
-            stream.redirect(&served).await;
+            Box::pin(forwarding.redirect(&served)).await;
             Ok(())
         }
-        (None, None) => stream.forward(&mut served, body, gone.as_mut()).await,
+        (None, None) => forwarding.forward(&mut served, body, gone.as_mut()).await,
     };
     if let Err(error) = outcome {
-        stream.answer_failure(&served, &error).await;
+        // Boxed like all that a held stream has no need of.
+        Box::pin(forwarding.answer_failure(&served, &error)).await;
     }
     port.count(served.progress.status.get());
     port.log(|| Line::served(port, client.address, &served));
@@ -137,7 +142,7 @@ async fn refuse<A: AnswerSink>(port: &Port, client: &Client, answer: &mut A, err
     } else {
         let after = port.settings().limits.client_silence_max;
         // A client that does not take its answer has none.
-        drop(within(after, say(port, answer, status, error, false)).await);
+        drop(within(after, pin!(say(port, answer, status, error, false))).await);
     }
     port.count(status);
     port.count_refusal(error);
@@ -200,7 +205,7 @@ struct Forwarding<'f, A> {
     answer: &'f mut A,
 }
 
-impl<A: AnswerSink> Forwarding<'_, A> {
+impl<'f, A: AnswerSink> Forwarding<'f, A> {
     /// Forwards until the answer is complete, on a second connection where the first was dead before it began.
     async fn forward<B: RequestBody>(
         &mut self,
@@ -208,57 +213,67 @@ impl<A: AnswerSink> Forwarding<'_, A> {
         body: &mut B,
         mut gone: Gone<'_>,
     ) -> Result<(), RequestError> {
-        let port = self.port;
         let mut unsent = Unsent::new(body);
-        let mut ticket = port
+        let mut ticket = self
+            .port
             .admit(&mut visitor(served, self.client, gone.as_mut()))
             .await?;
         let mut may_reuse = true;
         loop {
-            let Connected {
-                ticket: current,
-                upstream,
-                kept,
-                chosen,
-            } = port
-                .connect(
-                    ticket,
-                    may_reuse,
-                    &mut visitor(served, self.client, gone.as_mut()),
-                )
-                .await?;
-            ticket = current;
-            served.passage.register = Some(ticket.register());
-            served.request.set_cookie = chosen.set_cookie(self.client.scheme == Scheme::Https);
-            let what = &served.head[..served.request.line_bytes];
-            let _row = port
-                .in_flight
-                .enter(self.client.address, what, served.arrival);
             // Boxed, so that a held stream is small: none of this exists before a request goes upstream.
-            let exchange = Box::pin(self.exchange(served, &mut unsent, &ticket, &upstream));
-            let received = tokio::select! {
+            let attempt =
+                Box::pin(self.attempt(ticket, may_reuse, served, &mut unsent, gone.as_mut()));
+            match attempt.await? {
+                None => return Ok(()),
+                Some(again) => ticket = again,
+            }
+            may_reuse = false;
+        }
+    }
+
+    /// Forwards on one connection. Gives the ticket back if the request may be sent on another.
+    async fn attempt<B: RequestBody>(
+        &mut self,
+        ticket: Ticket<'f>,
+        may_reuse: bool,
+        served: &mut Served,
+        unsent: &mut Unsent<'_, B>,
+        mut gone: Gone<'_>,
+    ) -> Result<Option<Ticket<'f>>, RequestError> {
+        let port = self.port;
+        let Connected {
+            ticket,
+            link,
+            chosen,
+        } = port
+            .connect(
+                ticket,
+                may_reuse,
+                &mut visitor(served, self.client, gone.as_mut()),
+            )
+            .await?;
+        served.passage.register = Some(ticket.register());
+        served.request.set_cookie = chosen.set_cookie(self.client.scheme == Scheme::Https);
+        let what = &served.head[..served.request.line_bytes];
+        let _row = port
+            .in_flight
+            .enter(self.client.address, what, served.arrival);
+        // A shared connection may have ended since it was looked at, as a kept one may.
+        let kept = link.is_kept() || link.is_shared();
+        let received = {
+            let exchange = pin!(self.exchange(served, unsent, &ticket, &link));
+            tokio::select! {
                 biased;
                 reason = gone.as_mut() => Err(RequestError::ClientLeft(reason)),
                 received = exchange => received,
-            };
-            served.report(&chosen, kept, received.as_ref().err());
-            match received {
-                Ok(true) => {
-                    port.pool.put(upstream);
-                    return Ok(());
-                }
-                Ok(false) => {
-                    port.pool.part(upstream);
-                    return Ok(());
-                }
-                Err(error) => {
-                    port.pool.part(upstream);
-                    if !(may_reuse && served.may_be_sent_again(&error, kept)) {
-                        return Err(error);
-                    }
-                    may_reuse = false;
-                }
             }
+        };
+        served.report(&chosen, kept, received.as_ref().err());
+        port.pool.give_back(link, matches!(received, Ok(true)));
+        match received {
+            Ok(_) => Ok(None),
+            Err(error) if may_reuse && served.may_be_sent_again(&error, kept) => Ok(Some(ticket)),
+            Err(error) => Err(error),
         }
     }
 
@@ -267,8 +282,58 @@ impl<A: AnswerSink> Forwarding<'_, A> {
         &mut self,
         served: &Served,
         unsent: &mut Unsent<'_, B>,
-        ticket: &crate::service::Ticket<'_>,
-        upstream: &crate::service::pool::Upstream,
+        ticket: &Ticket<'_>,
+        link: &Link,
+    ) -> Result<bool, RequestError> {
+        match link {
+            Link::Own { upstream, .. } => {
+                self.exchange_plainly(served, unsent, ticket, upstream)
+                    .await
+            }
+            // Boxed: the way to an HTTP/1 upstream should not pay for its room.
+            Link::Shared(slot) => {
+                Box::pin(self.exchange_shared(served, unsent, ticket, slot)).await
+            }
+        }
+    }
+
+    async fn exchange_shared<B: RequestBody>(
+        &mut self,
+        served: &Served,
+        unsent: &mut Unsent<'_, B>,
+        ticket: &Ticket<'_>,
+        slot: &Slot,
+    ) -> Result<bool, RequestError> {
+        let port = self.port;
+        let settings = port.settings();
+        let limits = served.limits(&settings.limits);
+        let mut scratch = port.buffers.take_output();
+        let exchange = Http2Exchange {
+            session: slot.session(),
+            ticket,
+            request: &served.request,
+            head: &served.head,
+            edits: served.answer_edits(),
+            limits,
+            may_persist: true,
+            progress: &served.progress,
+        };
+        let received = {
+            let exchanged = pin!(exchange.run(unsent, self.answer, &mut scratch));
+            stream::within(limits.request_max, exchanged).await
+        };
+        port.buffers.give_output(scratch);
+        let received = received.unwrap_or(Err(RequestError::TookTooLong));
+        received.map(|_| true)
+    }
+
+    /// True when the upstream's connection may serve another request.
+    async fn exchange_plainly<B: RequestBody>(
+        &mut self,
+        served: &Served,
+        unsent: &mut Unsent<'_, B>,
+        ticket: &Ticket<'_>,
+        upstream: &Upstream,
     ) -> Result<bool, RequestError> {
         let port = self.port;
         let settings = port.settings();
@@ -286,10 +351,12 @@ impl<A: AnswerSink> Forwarding<'_, A> {
             buffers: &port.buffers,
             progress: &served.progress,
         };
-        let exchanged = exchange.run(unsent, self.answer, &mut buffer, &mut scratch);
-        let received = crate::stream::within(limits.request_max, exchanged)
-            .await
-            .unwrap_or(Err(RequestError::TookTooLong));
+        let received = {
+            let exchanged = pin!(exchange.run(unsent, self.answer, &mut buffer, &mut scratch));
+            stream::within(limits.request_max, exchanged)
+                .await
+                .unwrap_or(Err(RequestError::TookTooLong))
+        };
         port.buffers.give_output(scratch);
         match received {
             Ok(Received::Answer { upstream_persists }) => {
@@ -303,7 +370,7 @@ impl<A: AnswerSink> Forwarding<'_, A> {
                     idle_max: limits.tunnel_idle_max,
                     progress: &served.progress,
                 };
-                tunnel.run(buffer, unsent.body, self.answer).await;
+                Box::pin(tunnel.run(buffer, unsent.body, self.answer)).await;
                 Ok(false)
             }
             Err(error) => {
@@ -322,7 +389,7 @@ impl<A: AnswerSink> Forwarding<'_, A> {
         served.progress.status.set(status);
         let limit = self.port.settings().limits.client_silence_max;
         let saying = say_text(self.port, self.answer, status, out);
-        if !matches!(within(limit, saying).await, Some(Ok(_))) {
+        if !matches!(within(limit, pin!(saying)).await, Some(Ok(_))) {
             self.answer.reset(Reset::Cancelled);
         }
     }
@@ -344,7 +411,7 @@ impl<A: AnswerSink> Forwarding<'_, A> {
         let limit = self.port.settings().limits.client_silence_max;
         let is_head = served.request.method == Method::Head;
         let saying = say(self.port, self.answer, status, error, is_head);
-        if let Some(Ok(count)) = within(limit, saying).await {
+        if let Some(Ok(count)) = within(limit, pin!(saying)).await {
             progress.answered.set(count as u64);
         } else {
             self.answer.reset(Reset::Cancelled);

@@ -6,7 +6,7 @@
 
 use std::future::poll_fn;
 use std::io;
-use std::pin::pin;
+use std::pin::{Pin, pin};
 
 use bytes::Bytes;
 use h2::client::ResponseFuture;
@@ -78,6 +78,9 @@ impl Http2Exchange<'_> {
             return self.tunnel(unsent, answer, scratch).await;
         }
         let ends = self.request.framing == Framing::Empty;
+        if ends {
+            unsent.expect_end(self.limits.client_silence_max).await?;
+        }
         let (mut response, mut send) = self.begin(Asks::Answer, ends).await?;
         if ends {
             self.progress.request_done.set(true);
@@ -115,7 +118,7 @@ impl Http2Exchange<'_> {
         let request = request.map_err(RequestError::Head)?;
         let mut sender = self.session.sender();
         let ready = poll_fn(|context| sender.poll_ready(context));
-        let ready = within(self.limits.connect_max, ready).await;
+        let ready = within(self.limits.connect_max, pin!(ready)).await;
         // A connection that takes no stream has taken nothing of the request.
         let begun = match ready {
             Some(Ok(())) => sender.send_request(request, ends).ok(),
@@ -144,15 +147,15 @@ impl Http2Exchange<'_> {
                 self.limits.client_silence_max
             };
             fill_in_time(unsent, &intake, silence).await?;
-            let Some(part) = unsent.take() else { continue };
-            untouched.set(false);
-            let (bytes, last) = match &part {
-                Part::Data(data) => (data.len(), false),
-                Part::End { .. } => (0, true),
-            };
+            let (bytes, last) = unsent.size();
             left = count_down(left, bytes, last)?;
             intake.take(bytes).map_err(|_| RequestError::BodyTooLong)?;
-            let passed = within(self.limits.response_max, pass(send, part)).await;
+            if left == Some(0) && bytes > 0 {
+                unsent.expect_end(self.limits.client_silence_max).await?;
+            }
+            let Some(part) = unsent.take() else { continue };
+            untouched.set(false);
+            let passed = within(self.limits.response_max, pin!(pass(send, part))).await;
             match passed {
                 None => return Err(RequestError::UpstreamSilent),
                 // Whoever reads the answer hears the reason.
@@ -162,10 +165,8 @@ impl Http2Exchange<'_> {
             unsent.body.written(bytes);
             let sent = &self.progress.sent;
             sent.set(sent.get() + bytes as u64);
-            if last || left == Some(0) {
-                self.progress.request_done.set(true);
-            }
             if last {
+                self.progress.request_done.set(true);
                 return Ok(());
             }
         }
@@ -184,9 +185,9 @@ impl Http2Exchange<'_> {
                 if let std::task::Poll::Ready(Some(interim)) = future.poll_informational(context) {
                     return std::task::Poll::Ready(Ok(interim));
                 }
-                std::pin::Pin::new(&mut *future).poll(context).map(Err)
+                Pin::new(&mut *future).poll(context).map(Err)
             });
-            let next = match within(self.limits.response_max, interim).await {
+            let next = match within(self.limits.response_max, pin!(interim)).await {
                 Some(next) => next,
                 // The time runs from the end of the request.
                 None if !self.progress.request_done.get() => continue,
@@ -203,7 +204,11 @@ impl Http2Exchange<'_> {
                 return Err(RequestError::AnswerHead(HeadError::TooManyInterim));
             }
             self.rewrite(status, interim.headers(), Size::Told, true, out)?;
-            taken(self.limits, answer.interim(AnswerHead::new(status, out))).await?;
+            taken(
+                self.limits,
+                pin!(answer.interim(AnswerHead::new(status, out))),
+            )
+            .await?;
         }
     }
 
@@ -258,9 +263,9 @@ impl Http2Exchange<'_> {
         let head = AnswerHead::new(status, out);
         let bodiless = rewritten.framing == Framing::Empty || body.is_end_stream();
         if bodiless {
-            taken(self.limits, answer.head(head, More::Ends)).await?;
+            taken(self.limits, pin!(answer.head(head, More::Ends))).await?;
         } else {
-            taken(self.limits, answer.head(head, More::Follows)).await?;
+            taken(self.limits, pin!(answer.head(head, More::Follows))).await?;
             self.relay(body, answer).await?;
         }
         let counted = bodiless
@@ -279,38 +284,32 @@ impl Http2Exchange<'_> {
         answer: &mut A,
     ) -> Result<(), RequestError> {
         loop {
-            let data = within(
-                self.limits.response_max,
-                poll_fn(|context| body.poll_data(context)),
-            );
-            let data = match data.await {
+            let data = pin!(poll_fn(|context| body.poll_data(context)));
+            let data = match within(self.limits.response_max, data).await {
                 None => return Err(RequestError::UpstreamSilent),
                 Some(None) => break,
                 Some(Some(data)) => data.map_err(cut)?,
             };
             if !data.is_empty() {
-                taken(self.limits, answer.data(&data, More::Follows)).await?;
+                taken(self.limits, pin!(answer.data(&data, More::Follows))).await?;
                 let answered = &self.progress.answered;
                 answered.set(answered.get() + data.len() as u64);
             }
             // Fails only for more than was received.
             body.flow_control().release_capacity(data.len()).ok();
         }
-        let trailer = within(
-            self.limits.response_max,
-            poll_fn(|context| body.poll_trailers(context)),
-        );
-        match trailer.await {
+        let trailer = pin!(poll_fn(|context| body.poll_trailers(context)));
+        match within(self.limits.response_max, trailer).await {
             None => Err(RequestError::UpstreamSilent),
             Some(Err(error)) => Err(cut(error)),
-            Some(Ok(None)) => taken(self.limits, answer.data(&[], More::Ends)).await,
+            Some(Ok(None)) => taken(self.limits, pin!(answer.data(&[], More::Ends))).await,
             Some(Ok(Some(fields))) => {
                 let mut lines = Vec::new();
                 let fields = fields
                     .iter()
                     .map(|(name, value)| (name.as_str().as_bytes(), value.as_bytes()));
                 write_trailer(fields, &mut lines).map_err(RequestError::AnswerHead)?;
-                taken(self.limits, answer.trailer(&lines)).await
+                taken(self.limits, pin!(answer.trailer(&lines))).await
             }
         }
     }
@@ -351,7 +350,7 @@ impl Http2Exchange<'_> {
         self.progress.status.set(101);
         self.progress.answering.set(true);
         let head = AnswerHead::new(200, out);
-        taken(self.limits, answer.head(head, More::Follows)).await?;
+        taken(self.limits, pin!(answer.head(head, More::Follows))).await?;
         self.copy(Begun { response, send }, unsent, answer).await;
         Ok(Received::Tunnelled)
     }
@@ -438,7 +437,7 @@ fn cut(error: h2::Error) -> RequestError {
 /// Waits for the client to take something, as long as it may be silent.
 async fn taken(
     limits: &Limits,
-    taking: impl Future<Output = io::Result<()>>,
+    taking: Pin<&mut impl Future<Output = io::Result<()>>>,
 ) -> Result<(), RequestError> {
     match within(limits.client_silence_max, taking).await {
         Some(taken) => taken.map_err(RequestError::ClientLeft),

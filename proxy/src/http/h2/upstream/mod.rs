@@ -4,13 +4,9 @@
 //! the upstream has closed its end too. It takes no new request once its pool has let go of it, and ends with the
 //! last one it has.
 
-#![allow(dead_code, reason = "pools learn of it next")]
-
 mod exchange;
 mod message;
 mod session;
 
-#[allow(unused_imports, reason = "pools learn of it next")]
 pub(crate) use exchange::{Http2Exchange, Received};
-#[allow(unused_imports, reason = "pools learn of it next")]
 pub(crate) use session::{Session, Slot};

@@ -9,7 +9,7 @@ use std::io::{self, IoSlice};
 use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll, ready};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use h2::client::{Builder, Connection, SendRequest};
@@ -35,9 +35,10 @@ pub(crate) struct Session {
     scheme: &'static str,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct State {
     active: Cell<usize>,
+    idle_since: Cell<Instant>,
     /// It can take no further request.
     ended: Cell<bool>,
     /// The upstream has said what it is ready for.
@@ -65,8 +66,13 @@ impl Slot {
 
 impl Drop for Slot {
     fn drop(&mut self) {
-        let active = &self.session.state.active;
+        let State {
+            active, idle_since, ..
+        } = &*self.session.state;
         active.set(active.get() - 1);
+        if active.get() == 0 {
+            idle_since.set(Instant::now());
+        }
     }
 }
 
@@ -97,7 +103,13 @@ impl Session {
             .handshake(Shared(Rc::clone(&stream)))
             .await
             .map_err(super::super::to_io)?;
-        let state = Rc::new(State::default());
+        let state = Rc::new(State {
+            active: Cell::new(0),
+            idle_since: Cell::new(Instant::now()),
+            ended: Cell::new(false),
+            settled: Cell::new(false),
+            changed: Notify::new(),
+        });
         let driver = Driver {
             connection,
             stream,
@@ -132,9 +144,9 @@ impl Session {
             )
     }
 
-    /// Requests that have a place on it.
-    pub(crate) fn active(&self) -> usize {
-        self.state.active.get()
+    /// For how long no request has had a place on it; `None` while one has.
+    pub(crate) fn idle_for(&self) -> Option<Duration> {
+        (self.state.active.get() == 0).then(|| self.state.idle_since.get().elapsed())
     }
 
     pub(super) fn sender(&self) -> SendRequest<Bytes> {
