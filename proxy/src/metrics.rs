@@ -160,6 +160,7 @@ impl Metrics {
         write(&mut out, &readings, snapshot.access_log.as_ref()).ok();
         write_metrics(&mut out, &snapshot.directory, Instant::now()).ok();
         write_quic(&mut out, &snapshot).ok();
+        write_memory(&mut out, snapshot.guards.memory.is_pressed()).ok();
         let profiles = snapshot.profiles.iter();
         let handshakes = profiles.map(|profile| (profile.name(), &profile.handshakes));
         count::write_metrics(&mut out, handshakes).ok();
@@ -259,6 +260,15 @@ fn write(
         writeln!(out, "{name} {}", log.dropped())?;
     }
     Ok(())
+}
+
+fn write_memory(out: &mut String, pressed: bool) -> std::fmt::Result {
+    let name = "hopgate_memory_pressed";
+    writeln!(
+        out,
+        "# HELP {name} 1 while there is too little memory for new work.\n# TYPE {name} gauge\n{name} {}",
+        u64::from(pressed)
+    )
 }
 
 fn write_refused(out: &mut String, readings: &[Reading<'_>]) -> std::fmt::Result {

@@ -26,6 +26,7 @@ use crate::life::inherited::Inherited;
 use crate::life::permits::Permits;
 use crate::life::successor::{self, Estate, Predecessor, SuccessionError};
 use crate::life::{self, Running, RunningSeed, supervisor};
+use crate::limit::Guards;
 use crate::listen::bound::Place;
 use crate::listen::quic::secrets::SecretsError;
 use crate::service::{Service, StateDir, StateError};
@@ -233,6 +234,7 @@ impl Proxy {
         let ground = Ground {
             state,
             logs: Logs::default(),
+            guards: Guards::new(),
         };
         let logs = ground.logs.clone();
         let snapshot = Snapshot::make(config.clone(), None, &ground, &mut inherited);

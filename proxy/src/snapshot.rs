@@ -19,6 +19,7 @@ use crate::config::{
     Config, ListenAddress, LogConfig, LogTarget, ServiceConfig, TlsConfig, UpstreamRef,
 };
 use crate::life::inherited::Inherited;
+use crate::limit::Guards;
 use crate::listen::bound::{Asker, Bound, Kind, Place};
 use crate::listen::port::Settings;
 use crate::listen::quic::QuicListener;
@@ -44,6 +45,7 @@ pub(crate) struct Snapshot {
     pub(crate) directory: Directory,
     pub(crate) metrics: Option<Arc<Bound>>,
     pub(crate) access_log: Option<AccessLog>,
+    pub(crate) guards: Guards,
     /// TLS profiles, in the order of the configuration.
     pub(crate) profiles: Vec<Arc<Profile>>,
     /// Services that are no longer configured. While connections of one are left, a service of that name is the
@@ -69,6 +71,7 @@ pub(crate) struct Serving {
 pub(crate) struct Ground {
     pub(crate) state: StateDir,
     pub(crate) logs: Logs,
+    pub(crate) guards: Guards,
 }
 
 /// The threads that write access logs; each ends with the last snapshot that names it.
@@ -146,6 +149,7 @@ impl Snapshot {
             directory,
             metrics,
             access_log,
+            guards: ground.guards.clone(),
             profiles,
             gone: Vec::new(),
         };
@@ -242,6 +246,7 @@ impl Serving {
                 .map(|(name, sites)| (name.clone(), Rc::new(sites.clone())))
                 .collect(),
             access_log: snapshot.access_log.clone(),
+            guards: snapshot.guards.clone(),
             acme: snapshot.config.acme(),
         }
     }

@@ -16,6 +16,7 @@ use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 use tokio::task::{AbortHandle, JoinError, JoinSet, LocalSet};
 
 use crate::buffer::Buffers;
+use crate::limit::memory::Memory;
 use crate::listen::bound::{Bound, Keeper, Place};
 use crate::listen::hangup::HangupWatch;
 use crate::listen::port::{Closing, Current, Port, PortSeed};
@@ -93,6 +94,7 @@ impl WorkerSeed {
             buffers: Buffers::new(buffer_size(&self.snapshot)),
             hangup,
             permits: self.permits,
+            memory: Arc::clone(&self.snapshot.guards.memory),
             open: Vec::new(),
             leaving: Vec::new(),
             listening: JoinSet::new(),
@@ -120,6 +122,7 @@ struct Worker {
     buffers: Rc<Buffers>,
     hangup: Rc<HangupWatch>,
     permits: Arc<Semaphore>,
+    memory: Arc<Memory>,
     open: Vec<Open>,
     /// Of services that are no longer configured, until their last connection has ended.
     leaving: Vec<Open>,
@@ -147,8 +150,11 @@ impl Worker {
         questions: &mut mpsc::Receiver<Question>,
         phase: &mut watch::Receiver<Phase>,
     ) -> Farewell {
+        let memory = Arc::clone(&self.memory);
+        let mut pressure = memory.subscribe();
         loop {
             tokio::select! {
+                Ok(()) = pressure.changed() => self.press(),
                 ending = phase.wait_for(|phase| matches!(phase, Phase::Closing(_) | Phase::Cut)) => {
                     return match ending.as_deref() {
                         Ok(Phase::Closing(farewell)) => farewell.clone(),
@@ -159,6 +165,12 @@ impl Worker {
                 Some(ended) = self.listening.join_next() => self.note_end(ended),
             }
         }
+    }
+
+    /// Lets idle clients go while memory is short.
+    fn press(&self) {
+        let pressed = self.memory.is_pressed();
+        self.ports().for_each(|port| port.closing.press(pressed));
     }
 
     /// Waits for every connection to end or for the cut; returns whom that cuts off.

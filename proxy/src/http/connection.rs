@@ -279,6 +279,7 @@ impl Connection<'_> {
         let by = Rules {
             service: &self.settings.service,
             limits: &self.settings.limits,
+            is_pressed: self.settings.guards.memory.is_pressed(),
             client: self.client,
             id,
             now,

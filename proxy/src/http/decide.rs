@@ -23,6 +23,8 @@ use crate::route::{Path, RequestView, Route, bare_host};
 pub(crate) struct Rules<'r> {
     pub(crate) service: &'r ServiceConfig,
     pub(crate) limits: &'r Limits,
+    /// Whether there is too little memory for any request.
+    pub(crate) is_pressed: bool,
     pub(crate) client: &'r Client,
     pub(crate) id: RequestId,
     pub(crate) now: Instant,
@@ -91,7 +93,9 @@ impl Treatment {
 pub(crate) fn decide(by: Rules<'_>, parsed: &Parsed<'_, '_>, out: &mut Vec<u8>) -> Decided {
     let arrived = Arrived::by(by.client, &by.service.trusted_from);
     let plain = Told::plain(&arrived, by.id);
-    let judged = if by.service.rate.is_none() && by.service.routes.is_empty() {
+    let judged = if by.is_pressed {
+        Err(RequestError::Memory)
+    } else if by.service.rate.is_none() && by.service.routes.is_empty() {
         Ok(None)
     } else {
         judge(by, parsed, &arrived, out)

@@ -27,6 +27,7 @@ use tokio::time::timeout;
 
 use crate::acme;
 use crate::config::AcmeConfig;
+use crate::limit::memory::Watermark;
 use crate::listen::bound::Bound;
 use crate::metrics::Metrics;
 use crate::service::keep;
@@ -94,6 +95,8 @@ struct Tended {
     profiles: Option<AbortHandle>,
     /// Checks servers, and resolves their names.
     care: Option<Care>,
+    /// Watches how much memory is in use.
+    memory: Option<AbortHandle>,
     /// Orders certificates. A reload that changes nothing about that does not disturb it.
     orders: Option<(Vec<AcmeConfig>, AbortHandle)>,
 }
@@ -158,6 +161,12 @@ impl Running {
         let profiles = snapshot.profiles.clone();
         let profiles = tokio::task::spawn_local(profile::keep(profiles)).abort_handle();
         if let Some(before) = tended.profiles.replace(profiles) {
+            before.abort();
+        }
+        let memory = Arc::clone(&snapshot.guards.memory);
+        let mark = Watermark::of(&snapshot.config.limits);
+        let memory = tokio::task::spawn_local(memory.keep(mark)).abort_handle();
+        if let Some(before) = tended.memory.replace(memory) {
             before.abort();
         }
         let gates_of = |group: &Arc<Group>| {

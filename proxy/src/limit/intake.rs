@@ -72,3 +72,44 @@ impl<'p> Intake<'p> {
         pace.waited(time)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SILENCE: Duration = Duration::from_secs(30);
+
+    fn intake(body_bytes_max: u64, answering: &Cell<bool>) -> Intake<'_> {
+        let pace = PaceLimit {
+            bytes_per_s_min: 100,
+            window: Duration::from_secs(10),
+        };
+        Intake {
+            left: Cell::new(body_bytes_max),
+            pace: RefCell::new(Pace::new(pace)),
+            answering,
+        }
+    }
+
+    #[test]
+    fn a_body_is_taken_up_to_its_limit() {
+        let answering = Cell::new(false);
+        let intake = intake(5, &answering);
+        assert_eq!(intake.take(5), Ok(()));
+        assert_eq!(intake.take(0), Ok(()));
+        assert_eq!(intake.take(1), Err(TooLong));
+    }
+
+    #[test]
+    fn a_client_that_streams_both_ways_may_be_silent_once_the_answer_flows() {
+        let answering = Cell::new(false);
+        let intake = intake(5, &answering);
+        assert_eq!(intake.wait_max(SILENCE), Duration::from_secs(10));
+        assert_eq!(intake.waited(Duration::from_secs(9), 0), Ok(()));
+        answering.set(true);
+        assert_eq!(intake.wait_max(SILENCE), SILENCE);
+        assert_eq!(intake.waited(Duration::from_secs(3600), 0), Ok(()));
+        answering.set(false);
+        assert_eq!(intake.waited(Duration::from_secs(1), 0), Err(TooSlow));
+    }
+}

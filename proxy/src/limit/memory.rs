@@ -5,12 +5,16 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use tokio::sync::watch;
 
+use crate::config::Limits;
+
 /// Between two looks.
-pub(crate) const LOOK_EVERY: std::time::Duration = std::time::Duration::from_secs(1);
+const LOOK_EVERY: Duration = Duration::from_secs(1);
 
 /// Pressure ends this many hundredths below the watermark, so that it does not flicker.
 const RELIEF_PERCENT: u64 = 95;
@@ -62,8 +66,16 @@ impl Watermark {
         }
     }
 
+    /// What these limits ask for.
+    pub(crate) const fn of(limits: &Limits) -> Self {
+        Self {
+            resident_bytes_max: limits.memory_bytes_max,
+            cgroup_percent_max: limits.memory_percent_max,
+        }
+    }
+
     /// Whether there is anything to look at.
-    pub(crate) const fn is_set(self) -> bool {
+    const fn is_set(self) -> bool {
         self.resident_bytes_max > 0 || self.cgroup_percent_max > 0
     }
 }
@@ -106,8 +118,40 @@ impl Memory {
         });
     }
 
+    /// Completes when new work may be taken.
+    pub(crate) async fn relaxed(&self) {
+        if self.is_pressed() {
+            let mut changes = self.subscribe();
+            // The sender is ours.
+            drop(
+                changes
+                    .wait_for(|pressure| *pressure == Pressure::Relaxed)
+                    .await,
+            );
+        }
+    }
+
+    /// Looks about once a second, for ever.
+    pub(crate) async fn keep(self: Arc<Self>, mark: Watermark) {
+        if !mark.is_set() {
+            self.set(Pressure::Relaxed);
+            return;
+        }
+        let gauge = Gauge::open();
+        loop {
+            let before = self.pressure();
+            let usage = gauge.usage();
+            let now = mark.judge(before, usage);
+            if now != before {
+                tracing::warn!(?usage, "memory: {now:?}");
+            }
+            self.set(now);
+            tokio::time::sleep(LOOK_EVERY).await;
+        }
+    }
+
     /// What was told last.
-    pub(crate) fn pressure(&self) -> Pressure {
+    fn pressure(&self) -> Pressure {
         *self.changes.borrow()
     }
 }

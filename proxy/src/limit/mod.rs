@@ -4,13 +4,29 @@
 //! counted by its reason. A limit that is not configured must not cost a lock or an allocation.
 
 pub(crate) mod address;
-#[allow(dead_code)] // until listeners lead here
 pub(crate) mod connections;
 pub(crate) mod intake;
-#[allow(dead_code)] // until listeners lead here
 pub(crate) mod memory;
 pub(crate) mod pace;
 pub(crate) mod rate;
 pub(crate) mod reason;
 
 pub(crate) use reason::{Reason, Refusals};
+
+use std::sync::Arc;
+
+/// What all workers share to keep the limits of the whole proxy. It outlives every configuration.
+#[derive(Debug, Clone)]
+pub(crate) struct Guards {
+    pub(crate) connections: Arc<connections::AddressConnections>,
+    pub(crate) memory: Arc<memory::Memory>,
+}
+
+impl Guards {
+    pub(crate) fn new() -> Self {
+        Self {
+            connections: connections::AddressConnections::new(),
+            memory: Arc::default(),
+        }
+    }
+}

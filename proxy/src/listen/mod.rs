@@ -27,6 +27,8 @@ use tokio::time::timeout;
 
 use crate::acme;
 use crate::config::{ListenConfig, Protocol};
+use crate::limit::Reason;
+use crate::limit::connections::Seat;
 use crate::stream::{Socket, Stream};
 use crate::tls::profile::{Offer, Profile};
 use crate::tls::stream::TlsStream;
@@ -131,7 +133,7 @@ pub(crate) async fn serve(
         let next = tokio::select! {
             biased;
             manner = listening.ended() => break manner,
-            next = next_client(&listener, &permits) => next,
+            next = next_client(&port, &listener, &permits) => next,
         };
         match next {
             Ok((accepted, permit)) => start(&port, &listening, accepted, permit, &mut connections),
@@ -186,11 +188,14 @@ async fn empty(
 /// # Cancel safety
 /// Nothing is taken off the kernel's queue until it returns.
 async fn next_client(
+    port: &Port,
     listener: &AsyncFd<OwnedFd>,
     permits: &Arc<Semaphore>,
 ) -> io::Result<(Accepted, OwnedSemaphorePermit)> {
     loop {
         let mut ready = listener.readable().await?;
+        // Short of memory, clients wait in the kernel.
+        port.settings().guards.memory.relaxed().await;
         let permit = Arc::clone(permits)
             .acquire_owned()
             .await
@@ -257,6 +262,10 @@ async fn greet(port: Rc<Port>, door: &Door, socket: Socket, mut client: Client) 
             None => return,
         }
     }
+    let Ok(_seat) = take_seat(&port, &client) else {
+        port.count_reason(Reason::AddressConnections);
+        return;
+    };
     let stream = match &door.tls {
         None => Stream::Plain(socket),
         Some(profile) => match shake(&port, door, profile, socket).await {
@@ -273,6 +282,23 @@ async fn greet(port: Rc<Port>, door: &Door, socket: Socket, mut client: Client) 
         // Its future is larger than an idle HTTP connection's, which would have to have room for it.
         Protocol::Tcp => Box::pin(crate::tcp::serve(port, stream, client)).await,
     }
+}
+
+/// One client more than an address may have.
+struct NoSeat;
+
+/// Counts the connection as one of its address, where that is limited. Unix sockets have no address, and a trusted
+/// peer is many clients. Whoever gets no seat is closed unanswered: an answer would cost what the limit is to save.
+fn take_seat(port: &Port, client: &Client) -> Result<Option<Seat>, NoSeat> {
+    let settings = port.settings();
+    let most = settings.limits.address_connections_max;
+    let address = client.address.ip();
+    let is_one = client.address.port() != 0 && !settings.service.trusted_from.believes(address);
+    if most == 0 || !is_one {
+        return Ok(None);
+    }
+    let seat = settings.guards.connections.enter(address, most);
+    seat.map(Some).ok_or(NoSeat)
 }
 
 /// Reads who the client is from the balancer in front of us, within the time a client has for its head.

@@ -22,6 +22,7 @@ use crate::config::{AcmeConfig, Limits, Quic, ServiceConfig, UpstreamProtocol};
 use crate::error::RequestError;
 use crate::http::h2::upstream::Slot;
 use crate::http::request::RequestId;
+use crate::limit::{Guards, Reason};
 use crate::service::inflight::InFlightTable;
 use crate::service::pool::{NoConnection, Pool, Upstream};
 use crate::service::{Admission, Parked, Service, Ticket};
@@ -39,6 +40,7 @@ pub(crate) struct Settings {
     /// Those of routes that have servers of their own, by the route's name.
     pub(crate) route_sites: BTreeMap<String, Rc<Sites>>,
     pub(crate) access_log: Option<AccessLog>,
+    pub(crate) guards: Guards,
     /// Whose proofs are shown to authorities.
     pub(crate) acme: Vec<AcmeConfig>,
 }
@@ -94,6 +96,8 @@ pub(crate) struct Port {
 pub(crate) struct Closing {
     /// Once it is: how long a client that is idle may go on being so.
     idle_grace: Cell<Option<Duration>>,
+    /// The proxy is short of memory: whoever is idle has to go.
+    pressed: Cell<bool>,
     notify: Notify,
 }
 
@@ -105,13 +109,30 @@ impl Closing {
         self.notify.notify_waiters();
     }
 
+    /// Says whether idle clients have to go because memory is short.
+    pub(crate) fn press(&self, pressed: bool) {
+        self.pressed.set(pressed);
+        if pressed {
+            self.notify.notify_waiters();
+        }
+    }
+
     pub(crate) const fn is_closed(&self) -> bool {
         self.idle_grace.get().is_some()
     }
 
     /// Completes when a client that is idle has to go.
     pub(crate) async fn idle_over(&self) {
-        self.closed().await;
+        loop {
+            let notified = self.notify.notified();
+            if self.pressed.get() {
+                return;
+            }
+            if self.is_closed() {
+                break;
+            }
+            notified.await;
+        }
         match self.idle_grace.get() {
             None | Some(Duration::ZERO) => {}
             Some(grace) => tokio::time::sleep(grace).await,
@@ -120,8 +141,11 @@ impl Closing {
 
     /// Completes once closed.
     pub(crate) async fn closed(&self) {
-        let notified = self.notify.notified();
-        if !self.is_closed() {
+        loop {
+            let notified = self.notify.notified();
+            if self.is_closed() {
+                return;
+            }
             notified.await;
         }
     }
@@ -465,8 +489,14 @@ impl Port {
     /// Counts an answer of ours by its reason, if it is a refusal.
     pub(crate) fn count_refusal(&self, error: &RequestError) {
         if let Some(reason) = error.reason() {
-            self.service.gate.shard(self.worker).refusals.count(reason);
+            self.count_reason(reason);
         }
+    }
+
+    /// Counts somebody who was refused.
+    pub(crate) fn count_reason(&self, reason: Reason) {
+        let shard = self.service.gate.shard(self.worker);
+        shard.refusals.count(reason);
     }
 
     /// Writes an access line, if anybody wants one.

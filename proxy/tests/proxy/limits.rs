@@ -163,29 +163,6 @@ fn a_body_slower_than_its_least_pace_gets_408() {
 }
 
 #[test]
-fn a_client_that_streams_both_ways_may_be_silent_once_the_answer_flows() {
-    let stage = Stage::new();
-    let world = Plan::new(stage.address(), stage.address())
-        .limits("client_body_bytes_per_s_min = 1000\nclient_body_window_ms = 1")
-        .start();
-    let mut client = world.client();
-    client.send("POST / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n1\r\na\r\n");
-    let mut upstream = stage.accept();
-    upstream.head();
-    upstream.send("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nb\r\n");
-    assert_eq!(client.head().status(), 200);
-    // Many windows pass while these go to and fro, one byte at a time.
-    for _ in 0..20 {
-        std::thread::yield_now();
-        upstream.send("1\r\nc\r\n");
-        assert_eq!(client.line(), "1");
-        client.line();
-    }
-    client.send("0\r\n\r\n");
-    assert_eq!(upstream.chunks(), b"a");
-}
-
-#[test]
 fn a_head_past_its_limits_is_counted_by_which() {
     let origin = Origin::new("source");
     for (request, reason, status) in [
@@ -243,4 +220,79 @@ fn whoever_cannot_be_held_is_counted() {
         (503, Some("5"))
     );
     assert_eq!(refused(&world, "held_full"), 1);
+}
+
+#[test]
+fn an_address_with_all_its_connections_gets_no_other_until_one_ends() {
+    let origin = Origin::new("source");
+    let world = world(&origin, "address_connections_max = 2", "");
+    let (mut first, mut second) = (world.client(), world.client());
+    assert_eq!(first.get("/1").message().status(), 200);
+    assert_eq!(second.get("/2").message().status(), 200);
+    assert!(world.client().is_closed());
+    assert_eq!(refused(&world, "address_connections"), 1);
+    drop(first);
+    // Its place is free once the proxy has seen it go.
+    let served = (0..10_000).any(|_| {
+        let mut next = world.client();
+        let _ = next
+            .socket()
+            .write_all(b"GET /3 HTTP/1.1\r\nHost: h\r\n\r\n");
+        !next.is_closed()
+    });
+    assert!(served);
+}
+
+#[test]
+fn a_trusted_peer_has_as_many_connections_as_it_wants() {
+    let origin = Origin::new("source");
+    let world = world(
+        &origin,
+        "address_connections_max = 1",
+        "trusted_from = \"127.0.0.1\"",
+    );
+    let mut clients: Vec<Peer> = (0..5).map(|_| world.client()).collect();
+    for client in &mut clients {
+        assert_eq!(client.get("/").message().status(), 200);
+    }
+}
+
+#[test]
+fn a_proxy_without_memory_to_spare_answers_503_and_recovers() {
+    let origin = Origin::new("source");
+    let world = world(
+        &origin,
+        "memory_bytes_max = 400000000\nmemory_percent_max = 0",
+        "",
+    );
+    let pressed = || world.metrics().contains("hopgate_memory_pressed 1\n");
+    let mut idle = world.client();
+    assert_eq!(idle.get("/1").message().status(), 200);
+    let mut busy = world.client();
+    busy.send("GET /2 HTTP/1.1\r\n");
+    let ballast = vec![1_u8; 600_000_000];
+    while !pressed() {
+        std::thread::yield_now();
+    }
+    assert!(idle.is_closed());
+    busy.send("Host: h\r\n\r\n");
+    let answer = busy.message();
+    assert_eq!(answer.first_line, "HTTP/1.1 503 Service Unavailable");
+    assert_eq!(answer.field("Retry-After"), Some("5"));
+    assert_eq!(
+        answer.body,
+        "Service Unavailable: this proxy has no memory to spare\n"
+    );
+    assert_eq!(refused(&world, "memory"), 1);
+    // Whoever comes now waits until there is memory again.
+    let mut newcomer = world.client();
+    newcomer.get("/3");
+    assert_eq!(
+        ballast.iter().map(|byte| usize::from(*byte)).sum::<usize>(),
+        ballast.len()
+    );
+    drop(ballast);
+    assert_eq!(newcomer.message().status(), 200);
+    assert!(!pressed());
+    assert_eq!(origin.seen(), ["GET /1", "GET /3"]);
 }

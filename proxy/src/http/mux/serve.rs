@@ -95,6 +95,7 @@ fn read(port: &Port, client: &Client, asked: Asked) -> Result<Read, RequestError
         let by = Rules {
             service: &settings.service,
             limits: &settings.limits,
+            is_pressed: settings.guards.memory.is_pressed(),
             client,
             id,
             now: arrival,
