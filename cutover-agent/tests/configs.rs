@@ -104,8 +104,10 @@ fn every_configuration_of_the_lab_loads() {
     let apps: Vec<PathBuf> = std::fs::read_dir(lab)
         .unwrap()
         .map(|entry| entry.unwrap().path())
+        // The benchmark's folder has no application that hops.
+        .filter(|folder| folder.join("plan.toml").exists())
         .collect();
-    assert!(!apps.is_empty());
+    assert!(apps.len() >= 2, "{apps:?}");
     for app in apps {
         assert_loads(Meant::Agent, &app.join("source.toml"));
         assert_loads(Meant::Agent, &app.join("target.toml"));
