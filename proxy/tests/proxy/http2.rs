@@ -273,8 +273,9 @@ fn a_stream_that_is_reset_lets_go_of_its_upstream() {
         .unwrap();
     let mut upstream = stage.accept();
     upstream.head();
+    assert_eq!(upstream.bytes(9), b"4\r\nhalf\r\n");
     stream.body.send_reset(Reason::CANCEL);
-    assert_eq!(upstream.rest(), "4\r\nhalf\r\n");
+    assert_eq!(upstream.rest(), "");
     world.until(|status| status.in_flight == 0);
     // While it waits for an answer, too.
     let mut stream = client.get("/wait");
