@@ -1,6 +1,6 @@
 //! Upstream groups: which server takes a request, and whether it may.
 //!
-//! Begin with [`Group::pick`]. A [`Directory`] holds all groups of a configuration by name; a service that names a
+//! Begin with `Group::pick`. A `Directory` holds all groups of a configuration by name; a service that names a
 //! plain address gets a group of one. Workers pick without locks; everything that changes a group (checks, names,
 //! ejections, a reload) happens elsewhere and is swapped in. Nothing here holds or releases requests: that is the
 //! gate's, and a group of one site never knows of the other.
