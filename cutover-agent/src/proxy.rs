@@ -3,8 +3,10 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use cutover_protocol::hold::{Answer, Command, InFlight, LINE_BYTES_MAX, ServiceStatus};
-use cutover_protocol::id::{Register, ServiceName};
+use cutover_protocol::hold::{
+    Answer, Claim, Command, InFlight, LINE_BYTES_MAX, Order, Refusal, ServiceStatus,
+};
+use cutover_protocol::id::{Holder, Register, ServiceName};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 
 use crate::sockets;
@@ -39,6 +41,8 @@ pub enum ProxyError {
     /// It refused.
     #[error("the proxy refused: {message}")]
     Refused {
+        /// Of which kind.
+        reason: Refusal,
         /// In the proxy's words.
         message: String,
         /// The register that beat us.
@@ -70,14 +74,25 @@ fn oldest(left: &[InFlight]) -> String {
 #[derive(Debug, Clone)]
 pub struct Proxy {
     path: PathBuf,
+    claim: Claim,
 }
 
 impl Proxy {
-    /// The proxy behind this socket; nothing is connected yet.
+    /// The proxy behind this socket, commanded in nobody's name; nothing is connected yet.
     #[must_use]
     pub fn new(path: &Path) -> Self {
         Self {
             path: path.to_owned(),
+            claim: Claim::Nobody,
+        }
+    }
+
+    /// The same, commanded in this holder's name: what it holds, nobody else decides about.
+    #[must_use]
+    pub fn in_name_of(self, holder: Holder) -> Self {
+        Self {
+            claim: Claim::Holder(holder),
+            ..self
         }
     }
 
@@ -95,29 +110,45 @@ impl Proxy {
         }
     }
 
-    /// Gives a command that changes something and returns the service as it is afterwards.
+    /// Gives a command that changes one service and returns that as it is afterwards.
     ///
     /// # Errors
     /// [`ProxyError`]; with [`ProxyError::NotDrained`] the gate holds.
     pub async fn command(&self, command: &Command) -> Result<ServiceStatus, ProxyError> {
-        let drain_ms = if let Command::Hold { drain_ms_max, .. } = command {
-            *drain_ms_max
-        } else {
-            0
-        };
-        match self
-            .ask(command, ANSWER_MAX + Duration::from_millis(drain_ms))
-            .await?
-        {
+        match self.ask(command, answer_max(command)).await? {
             Answer::Done { service } => Ok(service),
             Answer::NotDrained { service, left } => Err(ProxyError::NotDrained {
                 service: service.service,
                 left,
             }),
-            Answer::Refused {
-                message, register, ..
-            } => Err(ProxyError::Refused { message, register }),
-            other @ Answer::Status { .. } => Err(unexpected(&other)),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Gives a command that changes several services, all of them or none.
+    ///
+    /// # Errors
+    /// [`ProxyError`]; nothing was changed then, also with [`ProxyError::NotDrained`].
+    pub async fn command_all(&self, command: &Command) -> Result<Vec<ServiceStatus>, ProxyError> {
+        match self.ask(command, answer_max(command)).await? {
+            Answer::DoneAll { services } => Ok(services),
+            Answer::RefusedAll {
+                service,
+                reason: Refusal::NotDrained,
+                left,
+                ..
+            } => Err(ProxyError::NotDrained { service, left }),
+            Answer::RefusedAll {
+                service,
+                reason,
+                message,
+                ..
+            } => Err(ProxyError::Refused {
+                reason,
+                message: format!("{service}: {message}"),
+                register: None,
+            }),
+            other => Err(unexpected(&other)),
         }
     }
 
@@ -128,7 +159,11 @@ impl Proxy {
         };
         let exchange = async {
             let mut stream = sockets::dial(&self.path)?;
-            let mut line = serde_json::to_vec(command)?;
+            let order = Order {
+                claim: self.claim.clone(),
+                command: command.clone(),
+            };
+            let mut line = serde_json::to_vec(&order)?;
             line.push(b'\n');
             stream.write_all(&line).await?;
             let mut answer = String::new();
@@ -150,11 +185,27 @@ impl Proxy {
         }
         match serde_json::from_str(&answer) {
             Ok(Answer::Refused {
-                message, register, ..
-            }) => Err(ProxyError::Refused { message, register }),
+                reason,
+                message,
+                register,
+            }) => Err(ProxyError::Refused {
+                reason,
+                message,
+                register,
+            }),
             Ok(answer) => Ok(answer),
             Err(error) => Err(ProxyError::Nonsense(error.to_string())),
         }
+    }
+}
+
+/// A drain takes as long as it may.
+const fn answer_max(command: &Command) -> Duration {
+    match command {
+        Command::Hold { drain_ms_max, .. } | Command::HoldAll { drain_ms_max, .. } => {
+            ANSWER_MAX.saturating_add(Duration::from_millis(*drain_ms_max))
+        }
+        _ => ANSWER_MAX,
     }
 }
 

@@ -1,19 +1,21 @@
 //! `hopgate-proxy ctl`: a person's hand on the gates. It reads the epoch itself; agents name the one they believe in.
 
+mod gates;
 mod process;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::bail;
 use clap::{Args, Subcommand};
 use cutover_protocol::hold::{
-    Answer, CheckStatus, Command, Gate, Refusal, ServerState, ServerStatus, ServiceStatus,
+    Answer, CheckStatus, Command, Gate, InFlight, ServerState, ServerStatus, ServiceStatus,
 };
 use cutover_protocol::id::{ServiceName, Site};
 use hopgate_proxy::control::client::ControlClient;
 use hopgate_proxy::control::words::ProcessCommand;
+
+use gates::Gates;
 
 /// Exit code of a hold that stands without being drained.
 const NOT_DRAINED: u8 = 3;
@@ -45,29 +47,43 @@ enum Verb {
         #[arg(long)]
         binary: Option<PathBuf>,
     },
-    /// Hold new requests and wait until nothing is in flight.
+    /// Hold new requests and wait until nothing is in flight. Several services are held in this order, each drained
+    /// before the next, or none of them.
     Hold {
-        /// The service.
-        service: ServiceName,
+        /// The services, the one clients meet first in front.
+        #[arg(required = true)]
+        services: Vec<ServiceName>,
         /// The hold reopens by itself after this time, such as 60s.
         #[arg(long, default_value = "60s", value_parser = duration)]
         lease: Duration,
         /// How long requests in flight may take to finish.
         #[arg(long, default_value = "10s", value_parser = duration)]
         drain: Duration,
+        /// Take over a hold that somebody else has begun.
+        #[arg(long)]
+        force: bool,
     },
-    /// Let the held through to a site; to the other site than the owner this is the commit.
+    /// Let the held through to a site; to the other site than the owner this is the commit. Of several services the
+    /// last named is let through first.
     Release {
-        /// The service.
-        service: ServiceName,
+        /// The services, in the order they were held.
+        #[arg(required = true)]
+        services: Vec<ServiceName>,
         /// The site that is to serve from now on.
         #[arg(long, value_parser = site)]
         to: Site,
+        /// Even if somebody else holds; never while that is a hop that may still commit.
+        #[arg(long)]
+        force: bool,
     },
     /// Abort the hold and let the held through to the owner.
     Reopen {
-        /// The service.
-        service: ServiceName,
+        /// The services, in the order they were held.
+        #[arg(required = true)]
+        services: Vec<ServiceName>,
+        /// Even if somebody else holds.
+        #[arg(long)]
+        force: bool,
     },
 }
 
@@ -88,12 +104,17 @@ pub(crate) fn execute(arguments: &Arguments) -> anyhow::Result<ExitCode> {
             service: service.clone(),
         })?,
         Verb::Hold {
-            service,
+            services,
             lease,
             drain,
-        } => hold(&mut client, service, *lease, *drain)?,
-        Verb::Release { service, to } => release(&mut client, service, *to)?,
-        Verb::Reopen { service } => reopen(&mut client, service)?,
+            force,
+        } => Gates::of(&mut client, services, *force).hold(*lease, *drain)?,
+        Verb::Release {
+            services,
+            to,
+            force,
+        } => Gates::of(&mut client, services, *force).release(*to)?,
+        Verb::Reopen { services, force } => Gates::of(&mut client, services, *force).reopen()?,
     };
     if arguments.json {
         println!("{}", serde_json::to_string(&answer)?);
@@ -101,116 +122,22 @@ pub(crate) fn execute(arguments: &Arguments) -> anyhow::Result<ExitCode> {
         print(&answer);
     }
     Ok(match answer {
-        Answer::Status { .. } | Answer::Done { .. } => ExitCode::SUCCESS,
+        Answer::Status { .. } | Answer::Done { .. } | Answer::DoneAll { .. } => ExitCode::SUCCESS,
         Answer::NotDrained { .. } => ExitCode::from(NOT_DRAINED),
-        Answer::Refused { .. } => ExitCode::FAILURE,
+        Answer::Refused { .. } | Answer::RefusedAll { .. } => ExitCode::FAILURE,
     })
-}
-
-/// The service's status, or the refusal to tell it.
-fn status(
-    client: &mut ControlClient,
-    service: &ServiceName,
-) -> anyhow::Result<Result<ServiceStatus, Answer>> {
-    match client.command(&Command::Status {
-        service: Some(service.clone()),
-    })? {
-        Answer::Status { mut services } if services.len() == 1 => Ok(Ok(services.remove(0))),
-        refused @ Answer::Refused { .. } => Ok(Err(refused)),
-        other => bail!(
-            "the proxy answered a question about {service} with {other:?}; are both of the same version?"
-        ),
-    }
-}
-
-fn hold(
-    client: &mut ControlClient,
-    service: &ServiceName,
-    lease: Duration,
-    drain: Duration,
-) -> anyhow::Result<Answer> {
-    let status = match status(client, service)? {
-        Ok(status) => status,
-        Err(refused) => return Ok(refused),
-    };
-    Ok(client.command(&Command::Hold {
-        service: service.clone(),
-        epoch: status.register.epoch,
-        lease_ms: milliseconds(lease),
-        drain_ms_max: milliseconds(drain),
-    })?)
-}
-
-fn release(client: &mut ControlClient, service: &ServiceName, to: Site) -> anyhow::Result<Answer> {
-    let status = match status(client, service)? {
-        Ok(status) => status,
-        Err(refused) => return Ok(refused),
-    };
-    let epoch = status.register.epoch;
-    let after = if status.register.owner == to {
-        // Decided already, or a hold that is given up: only the proxy knows which, so the milder word first.
-        match client.command(&Command::Release {
-            service: service.clone(),
-            epoch,
-            to,
-        })? {
-            Answer::Refused {
-                reason: Refusal::WrongEpoch,
-                register: Some(register),
-                ..
-            } if register.epoch == epoch => client.command(&Command::Abort {
-                service: service.clone(),
-                epoch,
-            })?,
-            other => return Ok(other),
-        }
-    } else {
-        client.command(&Command::Commit {
-            service: service.clone(),
-            epoch,
-            to,
-        })?
-    };
-    release_after(client, service, after, to)
-}
-
-fn reopen(client: &mut ControlClient, service: &ServiceName) -> anyhow::Result<Answer> {
-    let status = match status(client, service)? {
-        Ok(status) => status,
-        Err(refused) => return Ok(refused),
-    };
-    release(client, service, status.register.owner)
-}
-
-fn release_after(
-    client: &mut ControlClient,
-    service: &ServiceName,
-    decided: Answer,
-    to: Site,
-) -> anyhow::Result<Answer> {
-    let Answer::Done { service: status } = decided else {
-        return Ok(decided);
-    };
-    Ok(client.command(&Command::Release {
-        service: service.clone(),
-        epoch: status.register.epoch,
-        to,
-    })?)
 }
 
 fn print(answer: &Answer) {
     match answer {
-        Answer::Status { services } => services.iter().for_each(print_service),
+        Answer::Status { services } | Answer::DoneAll { services } => {
+            services.iter().for_each(print_service);
+        }
         Answer::Done { service } => print_service(service),
         Answer::NotDrained { service, left } => {
             print_service(service);
             println!("  not drained; still in flight:");
-            for entry in left {
-                println!(
-                    "    {:>8} ms  {}  {}",
-                    entry.age_ms, entry.client, entry.what
-                );
-            }
+            left.iter().for_each(print_in_flight);
         }
         Answer::Refused {
             message, register, ..
@@ -223,7 +150,25 @@ fn print(answer: &Answer) {
                 );
             }
         }
+        Answer::RefusedAll {
+            service,
+            message,
+            left,
+            services,
+            ..
+        } => {
+            eprintln!("refused because of {service}: {message}");
+            left.iter().for_each(print_in_flight);
+            services.iter().for_each(print_service);
+        }
     }
+}
+
+fn print_in_flight(entry: &InFlight) {
+    println!(
+        "    {:>8} ms  {}  {}",
+        entry.age_ms, entry.client, entry.what
+    );
 }
 
 fn print_service(status: &ServiceStatus) {
@@ -233,11 +178,19 @@ fn print_service(status: &ServiceStatus) {
         Gate::Holding => "holding",
         Gate::Releasing => "releasing",
     };
+    let holder = status
+        .holder
+        .as_ref()
+        .map_or_else(String::new, |holder| format!(" for {holder}"));
+    let decided = match status.held_since {
+        Some(since) if !status.is_undecided() => format!(", decided since epoch {since}"),
+        _ => String::new(),
+    };
     let lease = status.lease_ms_left.map_or_else(String::new, |left| {
         format!(", lease {}.{:03} s", left / 1000, left % 1000)
     });
     println!(
-        "{}: {gate}, epoch {}, owner {}{lease}",
+        "{}: {gate}{holder}, epoch {}, owner {}{decided}{lease}",
         status.service, status.register.epoch, status.register.owner
     );
     println!(
@@ -275,10 +228,6 @@ fn print_server(server: &ServerStatus) {
             println!(", check {verdict} {age_ms} ms ago: {reason}");
         }
     }
-}
-
-fn milliseconds(duration: Duration) -> u64 {
-    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }
 
 fn site(text: &str) -> Result<Site, String> {

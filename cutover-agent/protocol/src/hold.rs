@@ -3,13 +3,70 @@
 //! Every command that changes anything names the epoch it expects, and repeating a command that already took
 //! effect answers with success. A commit and an abort are both a compare-and-set of the register from the same
 //! epoch, so exactly one of them wins and the loser is told the register that beat it.
+//!
+//! A hold may have a holder. Until it ends, only commands given in the holder's name change it, or such as insist.
 
 use serde::{Deserialize, Serialize};
 
-use crate::id::{Epoch, Register, ServiceName, Site};
+use crate::id::{Epoch, Holder, Register, ServiceName, Site};
 
 /// Longest line of the control protocol, in bytes, in either direction.
 pub const LINE_BYTES_MAX: usize = 1 << 20;
+
+/// Most services of one command.
+pub const SERVICES_MAX: usize = 64;
+
+/// One line to the proxy: a command, and in whose name it is given.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Order {
+    /// In whose name.
+    #[serde(default, skip_serializing_if = "Claim::is_nobodys")]
+    pub claim: Claim,
+    /// What is to be done.
+    #[serde(flatten)]
+    pub command: Command,
+}
+
+/// In whose name a command is given. A hold that is begun in a holder's name is that holder's until it ends.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Claim {
+    /// Nobody's in particular: enough for a hold without a holder.
+    #[default]
+    Nobody,
+    /// This holder's.
+    Holder(Holder),
+    /// Whoever the holder is: a person who insists. A hold that is begun, or held on to, by force has no holder.
+    Force,
+}
+
+impl Claim {
+    /// Whether there is nothing to be said of it.
+    #[must_use]
+    pub const fn is_nobodys(&self) -> bool {
+        matches!(self, Self::Nobody)
+    }
+
+    /// Whether it suffices to change what `holder` holds.
+    #[must_use]
+    pub fn suffices_for(&self, holder: Option<&Holder>) -> bool {
+        match (self, holder) {
+            (Self::Force, _) | (_, None) => true,
+            (Self::Holder(ours), Some(holder)) => ours == holder,
+            (Self::Nobody, Some(_)) => false,
+        }
+    }
+}
+
+/// A service, and the epoch its commander believes in.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Expected {
+    /// The service.
+    pub service: ServiceName,
+    /// Its epoch, as the command would name it for this service alone.
+    pub epoch: Epoch,
+}
 
 /// One command to the proxy.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -67,6 +124,35 @@ pub enum Command {
         /// The site the caller believes to be the owner.
         to: Site,
     },
+    /// Hold several services, each drained before the next is held: the one clients meet first comes first. If one
+    /// cannot be held, or is not drained in time, those this command has held are reopened.
+    HoldAll {
+        /// The services, from the outside in; each once, [`SERVICES_MAX`] at most.
+        services: Vec<Expected>,
+        /// Each hold aborts by itself when it is not renewed for this long after the answer, in milliseconds.
+        lease_ms: u64,
+        /// How long the drain of all of them together may take, in milliseconds.
+        drain_ms_max: u64,
+    },
+    /// [`Command::Commit`] for several services, in this order, or for none of them.
+    CommitAll {
+        /// The held services, from the outside in.
+        services: Vec<Expected>,
+        /// The new owner of all of them.
+        to: Site,
+    },
+    /// [`Command::Abort`] for several services, in this order, or for none of them.
+    AbortAll {
+        /// The services, from the outside in.
+        services: Vec<Expected>,
+    },
+    /// [`Command::Release`] for several services, the last one first, or for none of them.
+    ReleaseAll {
+        /// The held services, from the outside in.
+        services: Vec<Expected>,
+        /// The site the caller believes to be the owner of all of them.
+        to: Site,
+    },
 }
 
 /// What came of a command.
@@ -100,6 +186,25 @@ pub enum Answer {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         register: Option<Register>,
     },
+    /// A command for several services took effect for all of them, or had already.
+    DoneAll {
+        /// The services after the command, in its order.
+        services: Vec<ServiceStatus>,
+    },
+    /// A command for several services came to nothing because of one of them.
+    RefusedAll {
+        /// Because of which.
+        service: ServiceName,
+        /// Why, for a program.
+        reason: Refusal,
+        /// Why, for a person, and what to do.
+        message: String,
+        /// What of that service was still in flight when the drain ran out of time, as in [`Answer::NotDrained`].
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        left: Vec<InFlight>,
+        /// The services now, in the command's order; unknown ones are left out.
+        services: Vec<ServiceStatus>,
+    },
 }
 
 /// Why a command was refused.
@@ -114,6 +219,10 @@ pub enum Refusal {
     WrongOwner,
     /// The gate does not hold.
     NotHolding,
+    /// The hold is another's, who alone may change it.
+    HeldByOther,
+    /// Something was still in flight at the end of the time for it.
+    NotDrained,
     /// The state could not be made durable, so nothing was changed.
     NotDurable,
     /// The proxy is being replaced by another process, or the one before it has not ended; repeat it shortly.
@@ -148,6 +257,12 @@ pub struct ServiceStatus {
     /// What is left of the lease in milliseconds, while the gate holds under one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lease_ms_left: Option<u64>,
+    /// Who holds, while the gate holds in somebody's name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub holder: Option<Holder>,
+    /// The epoch at which the hold began, while the gate holds; while it is the register's, the hold is undecided.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub held_since: Option<Epoch>,
     /// Requests (or raw connections) between their admission and their last byte.
     pub in_flight: u64,
     /// Open connections to upstreams, idle ones included.
@@ -165,6 +280,14 @@ pub struct ServiceStatus {
     /// The servers of both sites, where the question was for the status.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub servers: Vec<ServerStatus>,
+}
+
+impl ServiceStatus {
+    /// Whether the gate holds and neither a commit nor an abort has moved the register since.
+    #[must_use]
+    pub fn is_undecided(&self) -> bool {
+        self.held_since == Some(self.register.epoch)
+    }
 }
 
 /// One server of a service, as the proxy sees it.

@@ -88,6 +88,17 @@ name_type! {
     /// One hop, unique for ever at the agent that drives it.
     HopId
 }
+name_type! {
+    /// Who holds a gate and alone may decide about it: for an agent, the hop it drives.
+    Holder
+}
+
+impl From<&HopId> for Holder {
+    fn from(hop: &HopId) -> Self {
+        // A name is a name.
+        Self(hop.0.clone())
+    }
+}
 
 /// One of the two sites of a hop.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]

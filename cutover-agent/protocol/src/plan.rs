@@ -49,7 +49,7 @@ pub struct RawPlan {
     /// How long a hold lasts when this agent dies, in milliseconds.
     #[serde(default = "default_lease_ms")]
     pub lease_ms: u64,
-    /// How long requests in flight may take to drain, in milliseconds.
+    /// How long requests in flight may take to drain, those of all services together, in milliseconds.
     #[serde(default = "default_drain_ms_max")]
     pub drain_ms_max: u64,
     /// The stall to stay within, in milliseconds; guides the number of rounds, and preflight warns past it.

@@ -4,7 +4,8 @@
 #![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
 
 use cutover_protocol::hold::{
-    Answer, CheckStatus, Command, Gate, InFlight, Refusal, ServerState, ServerStatus, ServiceStatus,
+    Answer, CheckStatus, Claim, Command, Expected, Gate, InFlight, Order, Refusal, ServerState,
+    ServerStatus, ServiceStatus,
 };
 use cutover_protocol::hop::{ActionName, Bounds, Ending, Event, Failure, Link, Round, Undo};
 use cutover_protocol::id::{Epoch, Register, ServiceName, Site};
@@ -30,6 +31,8 @@ fn status() -> ServiceStatus {
         register: target_won(),
         gate: Gate::Holding,
         lease_ms_left: None,
+        holder: None,
+        held_since: None,
         in_flight: 1,
         upstream_connections: 2,
         held_now: 3,
@@ -108,6 +111,76 @@ fn every_command_is_this_line() {
 }
 
 #[test]
+fn every_command_for_several_services_is_this_line() {
+    let expected = |service: &str, epoch| Expected {
+        service: service.parse().unwrap(),
+        epoch: Epoch(epoch),
+    };
+    let services = || vec![expected("web", 7), expected("db", 3)];
+    let text = r#"[{"service":"web","epoch":7},{"service":"db","epoch":3}]"#;
+    let to = Site::Target;
+    let hold = Command::HoldAll {
+        services: services(),
+        lease_ms: 10_000,
+        drain_ms_max: 5000,
+    };
+    assert_line(
+        &hold,
+        &format!(
+            r#"{{"command":"hold_all","services":{text},"lease_ms":10000,"drain_ms_max":5000}}"#
+        ),
+    );
+    let services = services();
+    for (command, word, more) in [
+        (
+            Command::CommitAll {
+                services: services.clone(),
+                to,
+            },
+            "commit_all",
+            r#","to":"target""#,
+        ),
+        (
+            Command::AbortAll {
+                services: services.clone(),
+            },
+            "abort_all",
+            "",
+        ),
+        (
+            Command::ReleaseAll { services, to },
+            "release_all",
+            r#","to":"target""#,
+        ),
+    ] {
+        let line = format!(r#"{{"command":"{word}","services":{text}{more}}}"#);
+        assert_line(&command, &line);
+    }
+}
+
+#[test]
+fn a_command_in_nobodys_name_is_the_command_alone() {
+    let order = |claim| Order {
+        claim,
+        command: Command::Abort {
+            service: web(),
+            epoch: Epoch(7),
+        },
+    };
+    let rest = r#""command":"abort","service":"web","epoch":7}"#;
+    assert_line(&order(Claim::Nobody), &format!("{{{rest}"));
+    let holder = Claim::Holder("hop-1".parse().unwrap());
+    assert_line(
+        &order(holder),
+        &format!(r#"{{"claim":{{"holder":"hop-1"}},{rest}"#),
+    );
+    assert_line(
+        &order(Claim::Force),
+        &format!(r#"{{"claim":"force",{rest}"#),
+    );
+}
+
+#[test]
 fn every_answer_is_this_line() {
     let services = vec![status()];
     assert_line(
@@ -144,6 +217,24 @@ fn every_answer_is_this_line() {
         &refused(None),
         r#"{"answer":"refused","reason":"wrong_epoch","message":"read the status"}"#,
     );
+    let services = vec![status()];
+    assert_line(
+        &Answer::DoneAll { services },
+        &format!(r#"{{"answer":"done_all","services":[{STATUS}]}}"#),
+    );
+    let refused_all = Answer::RefusedAll {
+        service: "db".parse().unwrap(),
+        reason: Refusal::NotDrained,
+        message: "db did not drain".to_owned(),
+        left: Vec::new(),
+        services: vec![status()],
+    };
+    assert_line(
+        &refused_all,
+        &format!(
+            r#"{{"answer":"refused_all","service":"db","reason":"not_drained","message":"db did not drain","services":[{STATUS}]}}"#
+        ),
+    );
 }
 
 #[test]
@@ -153,6 +244,8 @@ fn every_word_of_an_answer_is_spelled_so() {
         (Refusal::WrongEpoch, "wrong_epoch"),
         (Refusal::WrongOwner, "wrong_owner"),
         (Refusal::NotHolding, "not_holding"),
+        (Refusal::HeldByOther, "held_by_other"),
+        (Refusal::NotDrained, "not_drained"),
         (Refusal::NotDurable, "not_durable"),
         (Refusal::BadCommand, "bad_command"),
     ] {
@@ -181,6 +274,27 @@ fn a_lease_is_told_only_while_there_is_one() {
         r#""gate":"holding","lease_ms_left":9,"#,
     );
     assert_line(&held, &text);
+}
+
+#[test]
+fn a_hold_is_told_with_its_holder_and_its_beginning() {
+    let held = ServiceStatus {
+        holder: Some("hop-1".parse().unwrap()),
+        held_since: Some(Epoch(7)),
+        ..status()
+    };
+    let text = STATUS.replace(
+        r#""gate":"holding","#,
+        r#""gate":"holding","holder":"hop-1","held_since":7,"#,
+    );
+    assert_line(&held, &text);
+    assert!(!held.is_undecided());
+    let undecided = ServiceStatus {
+        held_since: Some(target_won().epoch),
+        ..status()
+    };
+    assert!(undecided.is_undecided());
+    assert!(!status().is_undecided());
 }
 
 #[test]
@@ -250,6 +364,8 @@ fn a_command_with_a_word_too_many_or_too_few_is_refused() {
         (r#"{"service":"web"}"#, "missing field `command`"),
     ] {
         let error = from_str::<Command>(line).unwrap_err().to_string();
+        assert!(error.contains(complaint), "{line}: {error}");
+        let error = from_str::<Order>(line).unwrap_err().to_string();
         assert!(error.contains(complaint), "{line}: {error}");
     }
 }

@@ -3,14 +3,13 @@
 use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
-use cutover_protocol::hold::Command;
+use cutover_protocol::hold::{Command, Expected};
 use cutover_protocol::hop::{Action, Event, Round};
 use cutover_protocol::id::{ContainerName, Epoch, ServiceName};
 use cutover_protocol::plan::Engine;
 use cutover_protocol::wire::{Request, Response, Severity};
 
 use super::Driver;
-use super::lease::Lease;
 use super::link::SyncJob;
 use crate::engine::pre_dump;
 use crate::open_files;
@@ -253,22 +252,17 @@ impl Driver {
         self.report.stall_ms_predicted = self.hop.predicted_stall_ms();
         let settings = self.header.plan.settings();
         let (lease_ms, drain_ms_max) = (settings.lease_ms, settings.drain_ms_max);
-        self.lease = Some(Lease::keep(self.proxy.clone(), Vec::new(), lease_ms));
-        let mut held = Vec::new();
-        for (service, epoch) in self.holds() {
-            let command = Command::Hold {
-                service: service.clone(),
-                epoch,
-                lease_ms,
-                drain_ms_max,
-            };
-            self.proxy
-                .command(&command)
-                .await
-                .map_err(|error| error.to_string())?;
-            held.push((service, epoch));
-            self.lease = Some(Lease::keep(self.proxy.clone(), held.clone(), lease_ms));
-        }
+        let expected = |(service, epoch)| Expected { service, epoch };
+        let command = Command::HoldAll {
+            services: self.holds().into_iter().map(expected).collect(),
+            lease_ms,
+            drain_ms_max,
+        };
+        // The leases of before a restart are no longer renewed for a hold that is begun anew.
+        self.lease = None;
+        let held = self.proxy.command_all(&command).await;
+        held.map_err(|error| error.to_string())?;
+        self.renew_leases();
         Ok(())
     }
 

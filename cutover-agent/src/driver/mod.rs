@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 use cutover_protocol::hop::{
     Action, Bounds, Ending, Event, Failure, Hop, Phase, Step, StepError, Undo, stall_ms,
 };
-use cutover_protocol::id::{Epoch, HopId, ServiceName, Site};
+use cutover_protocol::id::{Epoch, Holder, HopId, ServiceName, Site};
 use cutover_protocol::plan::{Engine, Plan};
 use cutover_protocol::wire::{Finding, Inspect, Inspected, Request, Response};
 use tokio::sync::{broadcast, watch};
@@ -207,6 +207,7 @@ impl Driver {
         fail_at: Option<Phase>,
     ) -> Self {
         let report = Report::new(header.hop.clone(), header.plan.settings().engine.as_str());
+        let proxy = proxy.in_name_of(Holder::from(&header.hop));
         let watch = Watch::new(header.hop.clone());
         let link = Arc::new(Link::new(&host.config, header.plan.settings()));
         Self {

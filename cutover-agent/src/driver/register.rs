@@ -1,7 +1,7 @@
 //! What follows the register: commit, settle, redirect, and the undos. Nothing here decides; it asks the register,
 //! and brings gates and containers where the register says they belong.
 
-use cutover_protocol::hold::{Command, Gate, ServiceStatus};
+use cutover_protocol::hold::{Command, Gate, Refusal, ServiceStatus};
 use cutover_protocol::hop::Undo;
 use cutover_protocol::id::{Epoch, Register, ServiceName, Site};
 use cutover_protocol::plan::Engine;
@@ -31,14 +31,15 @@ impl Driver {
         self.register_after(&command).await
     }
 
-    /// A refusal that names the register is an answer: somebody else was first.
+    /// A refusal that names the register is an answer: somebody else was first. Not so where another may still decide.
     async fn register_after(&mut self, command: &Command) -> Result<Register, String> {
         match self.proxy.command(command).await {
             Ok(status) => Ok(status.register),
             Err(ProxyError::Refused {
                 register: Some(register),
+                reason,
                 ..
-            }) => Ok(register),
+            }) if reason != Refusal::HeldByOther => Ok(register),
             Err(error) => Err(error.to_string()),
         }
     }

@@ -4,7 +4,7 @@ use std::io::{self, BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
-use cutover_protocol::hold::{Answer, Command, LINE_BYTES_MAX};
+use cutover_protocol::hold::{Answer, Command, LINE_BYTES_MAX, Order};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
@@ -57,6 +57,14 @@ impl ControlClient {
     /// The connection breaks, or the answer makes no sense.
     pub fn command(&mut self, command: &Command) -> Result<Answer, ClientError> {
         self.ask(command)
+    }
+
+    /// The same in somebody's name.
+    ///
+    /// # Errors
+    /// The connection breaks, or the answer makes no sense.
+    pub fn order(&mut self, order: &Order) -> Result<Answer, ClientError> {
+        self.ask(order)
     }
 
     /// The same for what is asked of the process.

@@ -5,14 +5,17 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use cutover_protocol::hold::{Answer, Command, InFlight, Refusal, ServerStatus, ServiceStatus};
+use cutover_protocol::hold::{
+    Answer, Claim, Command, InFlight, Order, Refusal, ServerStatus, ServiceStatus,
+};
 use cutover_protocol::id::{ServiceName, Site};
 use tokio::sync::oneshot;
 use tokio::time::{Instant, timeout};
 
+use super::together::HoldLimits;
 use super::words::{ProcessAnswer, ProcessCommand};
 use crate::life::{self, Running};
-use crate::service::{Drain, Refused, Service};
+use crate::service::{Change, Drain, Hold, Refused, Service};
 use crate::snapshot::Serving;
 use crate::worker::Question;
 
@@ -20,6 +23,20 @@ use crate::worker::Question;
 const LEFT_MAX: usize = 100;
 /// How long a worker may take to say who is in flight; it answers between two polls of its tasks.
 const QUESTION_MS_MAX: Duration = Duration::from_secs(1);
+
+/// No service has that name; which there are.
+#[derive(Debug)]
+pub(super) struct Unknown(pub(super) String);
+
+impl From<Unknown> for Answer {
+    fn from(Unknown(message): Unknown) -> Self {
+        Self::Refused {
+            reason: Refusal::UnknownService,
+            message,
+            register: None,
+        }
+    }
+}
 
 /// Whoever obeys.
 #[derive(Debug)]
@@ -32,7 +49,8 @@ impl Commander {
     ///
     /// # Cancel safety
     /// Dropped while a drain is waited for, the hold stands and its lease runs.
-    pub(crate) async fn execute(&self, command: Command) -> Answer {
+    pub(crate) async fn execute(&self, order: Order) -> Answer {
+        let Order { claim, command } = order;
         if let Some(message) = self.running.refuses(&command) {
             return Answer::Refused {
                 reason: Refusal::Busy,
@@ -41,49 +59,52 @@ impl Commander {
             };
         }
         match command {
-            Command::Status { service: None } => Answer::Status {
-                services: self
-                    .running
-                    .shared
-                    .load()
-                    .services
-                    .iter()
-                    .map(whole_status)
-                    .collect(),
-            },
-            Command::Status {
-                service: Some(name),
-            } => match self.find(&name) {
-                Ok(service) => Answer::Status {
-                    services: vec![self.status_of(&service)],
-                },
-                Err(unknown) => *unknown,
-            },
+            Command::Status { service } => self.status(service.as_ref()),
             Command::Hold {
                 service,
                 epoch,
                 lease_ms,
                 drain_ms_max,
             } => match self.find(&service) {
-                Ok(service) => match service.hold(epoch, lease_ms) {
-                    Ok(hold) => self.drain(&service, hold, drain_ms_max).await,
+                Ok(service) => match service.hold(epoch, lease_ms, &claim) {
+                    Ok(hold) => self.drain(&service, &hold, drain_ms_max).await,
                     Err(refused) => refusal(refused),
                 },
-                Err(unknown) => *unknown,
+                Err(unknown) => unknown.into(),
             },
             Command::Renew {
                 service,
                 epoch,
                 lease_ms,
-            } => self.apply(&service, |service| service.renew(epoch, lease_ms)),
+            } => self.change(&service, Change::Renew { epoch, lease_ms }, &claim),
             Command::Commit { service, epoch, to } => {
-                self.apply(&service, |service| service.commit(epoch, to))
+                self.change(&service, Change::Commit { epoch, to }, &claim)
             }
             Command::Abort { service, epoch } => {
-                self.apply(&service, |service| service.abort(epoch))
+                self.change(&service, Change::Abort { epoch }, &claim)
             }
             Command::Release { service, epoch, to } => {
-                self.apply(&service, |service| service.release(epoch, to))
+                self.change(&service, Change::Release { epoch, to }, &claim)
+            }
+            Command::HoldAll {
+                services,
+                lease_ms,
+                drain_ms_max,
+            } => {
+                let limits = HoldLimits {
+                    lease_ms,
+                    drain_ms_max,
+                };
+                self.hold_all(&services, limits, &claim).await
+            }
+            Command::CommitAll { services, to } => {
+                self.change_all(&services, |epoch| Change::Commit { epoch, to }, &claim)
+            }
+            Command::AbortAll { services } => {
+                self.change_all(&services, |epoch| Change::Abort { epoch }, &claim)
+            }
+            Command::ReleaseAll { services, to } => {
+                self.change_all(&services, |epoch| Change::Release { epoch, to }, &claim)
             }
         }
     }
@@ -118,52 +139,60 @@ impl Commander {
         }
     }
 
+    fn status(&self, service: Option<&ServiceName>) -> Answer {
+        let Some(name) = service else {
+            let snapshot = self.running.shared.load();
+            return Answer::Status {
+                services: snapshot.services.iter().map(whole_status).collect(),
+            };
+        };
+        match self.find(name) {
+            Ok(service) => Answer::Status {
+                services: vec![self.status_of(&service)],
+            },
+            Err(unknown) => unknown.into(),
+        }
+    }
+
     fn status_of(&self, service: &Arc<Service>) -> ServiceStatus {
         let snapshot = self.running.shared.load();
         let serving = snapshot.serving(service.name());
         serving.map_or_else(|| service.status(), whole_status)
     }
 
-    fn apply(
-        &self,
-        name: &ServiceName,
-        change: impl FnOnce(&Service) -> Result<(), Refused>,
-    ) -> Answer {
+    fn change(&self, name: &ServiceName, change: Change, claim: &Claim) -> Answer {
         match self.find(name) {
-            Ok(service) => match change(&service) {
+            Ok(service) => match service.change(change, claim) {
                 Ok(()) => Answer::Done {
                     service: service.status(),
                 },
                 Err(refused) => refusal(refused),
             },
-            Err(unknown) => *unknown,
+            Err(unknown) => unknown.into(),
         }
     }
 
-    fn find(&self, name: &ServiceName) -> Result<Arc<Service>, Box<Answer>> {
+    /// A service by its name.
+    ///
+    /// # Errors
+    /// There is none; what there is.
+    pub(super) fn find(&self, name: &ServiceName) -> Result<Arc<Service>, Unknown> {
         let snapshot = self.running.shared.load();
         snapshot.service(name).map(Arc::clone).ok_or_else(|| {
             let services = snapshot.services.iter();
             let known: Vec<&str> = services
                 .map(|serving| serving.service.name().as_str())
                 .collect();
-            let message = format!(
+            Unknown(format!(
                 "no service is called {name}; there is: {}",
                 known.join(", ")
-            );
-            let reason = Refusal::UnknownService;
-            Box::new(Answer::Refused {
-                reason,
-                message,
-                register: None,
-            })
+            ))
         })
     }
 
-    async fn drain(&self, service: &Service, hold: u64, drain_ms_max: u64) -> Answer {
-        // Past a century nobody waits; without the bound the sum could overflow the clock.
-        let limit = Duration::from_millis(drain_ms_max.min(u64::from(u32::MAX) * 1000));
-        match service.gate.drained(hold, Instant::now() + limit).await {
+    async fn drain(&self, service: &Service, hold: &Hold, drain_ms_max: u64) -> Answer {
+        let deadline = Instant::now() + drain_limit(drain_ms_max);
+        match service.gate.drained(hold.mark, deadline).await {
             Drain::Quiet => Answer::Done {
                 service: service.status(),
             },
@@ -178,7 +207,8 @@ impl Commander {
         }
     }
 
-    async fn left(&self, service: &Service) -> Vec<InFlight> {
+    /// Who is still in flight, oldest first, a hundred at most.
+    pub(super) async fn left(&self, service: &Service) -> Vec<InFlight> {
         let mut left = Vec::new();
         for worker in &self.running.workers {
             let (reply, answer) = oneshot::channel();
@@ -196,6 +226,12 @@ impl Commander {
         left.truncate(LEFT_MAX);
         left
     }
+}
+
+/// How long a drain may take.
+pub(super) fn drain_limit(drain_ms_max: u64) -> Duration {
+    // Past a century nobody waits; without the bound the sum could overflow the clock.
+    Duration::from_millis(drain_ms_max.min(u64::from(u32::MAX) * 1000))
 }
 
 /// A service and its servers, also those of its routes; each once.

@@ -3,4 +3,5 @@
 pub mod client;
 pub(crate) mod commands;
 pub(crate) mod server;
+mod together;
 pub mod words;

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use cutover_protocol::hold::{Answer, Command, LINE_BYTES_MAX, Refusal};
+use cutover_protocol::hold::{Answer, Command, LINE_BYTES_MAX, Order, Refusal, ServiceStatus};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::unix::UCred;
 use tokio::net::{UnixListener, UnixStream};
@@ -206,17 +206,21 @@ async fn obey(
 }
 
 async fn obey_for_service(line: &[u8], commander: &Commander, peer: Option<&UCred>) -> Answer {
-    let command = match serde_json::from_slice::<Command>(line) {
-        Ok(command) => command,
+    let order = match serde_json::from_slice::<Order>(line) {
+        Ok(order) => order,
         Err(error) => return bad(&format!("not a command: {error}")),
     };
-    let changes = !matches!(command, Command::Status { .. });
-    let said = changes.then(|| serde_json::to_string(&command).unwrap_or_default());
+    let changes = !matches!(order.command, Command::Status { .. });
+    let said = changes.then(|| serde_json::to_string(&order).unwrap_or_default());
     // A hold takes its time: who began it must be known even if we die before its end.
-    if let (Some(said), Command::Hold { .. }) = (&said, &command) {
+    let takes_time = matches!(
+        order.command,
+        Command::Hold { .. } | Command::HoldAll { .. }
+    );
+    if let Some(said) = said.as_ref().filter(|_| takes_time) {
         audit(peer, said, "begun");
     }
-    let answer = commander.execute(command).await;
+    let answer = commander.execute(order).await;
     if let Some(said) = &said {
         audit(peer, said, &outcome(&answer));
     }
@@ -237,6 +241,18 @@ fn outcome(answer: &Answer) -> String {
             format!("not drained, {} in flight", service.in_flight)
         }
         Answer::Refused { message, .. } => format!("refused: {message}"),
+        Answer::DoneAll { services } => {
+            let epochs = services.iter().map(|status| {
+                let ServiceStatus {
+                    service, register, ..
+                } = status;
+                format!("{service} at epoch {}", register.epoch)
+            });
+            format!("done, {}", epochs.collect::<Vec<_>>().join(", "))
+        }
+        Answer::RefusedAll {
+            service, message, ..
+        } => format!("refused for {service}: {message}"),
     }
 }
 

@@ -149,7 +149,9 @@ impl Running {
                 Some("an upgrade is under way; repeat this in a moment".to_owned())
             }
             (Passing::Over, _) => Some("another process has taken over; connect again".to_owned()),
-            (Passing::No, Some(before)) if matches!(command, Command::Hold { .. }) => {
+            (Passing::No, Some(before))
+                if matches!(command, Command::Hold { .. } | Command::HoldAll { .. }) =>
+            {
                 Some(format!(
                     "the process before the last upgrade{} still finishes what it began, and would not be held; repeat this when it has ended",
                     pid(*before)

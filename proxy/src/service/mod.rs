@@ -1,8 +1,7 @@
 //! A service: one gate, one register, and the commands that change them.
 //!
 //! Every change is made durable before it takes effect, and every command is a compare-and-set from the epoch it
-//! names. The rules of repetition: a command that already took effect answers with success, and one that lost
-//! against another is told the register that beat it. Commands run on the control thread only; workers never wait
+//! names; what it makes of the record is told by `rules`. Commands run on the control thread only; workers never wait
 //! for the disk.
 
 mod gate;
@@ -11,6 +10,7 @@ mod keeper;
 pub(crate) mod pool;
 mod queue;
 mod register;
+mod rules;
 mod shared;
 mod ticket;
 mod word;
@@ -18,8 +18,8 @@ mod word;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use cutover_protocol::hold::{self, Refusal, ServiceStatus};
-use cutover_protocol::id::{Epoch, Register, ServiceName, Site};
+use cutover_protocol::hold::{self, Claim, Refusal, ServiceStatus};
+use cutover_protocol::id::{Epoch, Register, ServiceName};
 
 use crate::config::Config;
 
@@ -28,7 +28,9 @@ pub(crate) use keeper::keep;
 pub(crate) use queue::{Eviction, HOLD_BUCKETS_MS, HeldCounts, HoldTimes, Parked};
 pub(crate) use register::StateDir;
 pub use register::StateError;
-use register::{Decision, GateRecord, Record, StateFile};
+use register::{GateRecord, Record, StateFile};
+use rules::judge;
+pub(crate) use rules::{Change, Refused};
 pub(crate) use ticket::Ticket;
 pub(crate) use word::{Mode, Word};
 
@@ -51,12 +53,21 @@ struct Ledger {
     lease_until: Option<Instant>,
 }
 
-/// A command that changed nothing, and why.
-#[derive(Debug)]
-pub(crate) struct Refused {
-    pub(crate) reason: Refusal,
-    pub(crate) message: String,
-    pub(crate) register: Register,
+/// A hold, as whoever ordered it knows it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Hold {
+    /// Changes with every hold and release; for [`Gate::drained`].
+    pub(crate) mark: u64,
+    pub(crate) began: Began,
+}
+
+/// Whether a command closed the gate itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Began {
+    /// It did.
+    Now,
+    /// The gate held already.
+    Before,
 }
 
 impl Service {
@@ -68,9 +79,9 @@ impl Service {
     ) -> Result<Self, StateError> {
         let file = state.file(name);
         let record = file.load_or_create()?;
-        let (mode, lease_until) = match record.gate {
+        let (mode, lease_until) = match &record.gate {
             GateRecord::Open => (Mode::Open, None),
-            GateRecord::Holding { lease_ms, .. } => (Mode::Holding, Some(lease_end(lease_ms))),
+            GateRecord::Holding { lease_ms, .. } => (Mode::Holding, Some(lease_end(*lease_ms))),
         };
         let limits = GateLimits::of(config);
         let gate = Arc::new(Gate::new(limits, config.workers, mode, record.register));
@@ -101,15 +112,23 @@ impl Service {
             Mode::Holding if in_flight == 0 && upstream_connections == 0 => hold::Gate::Holding,
             Mode::Holding => hold::Gate::Draining,
         };
-        let lease = self
-            .lock()
-            .lease_until
-            .map(|until| until.saturating_duration_since(Instant::now()));
+        let (lease, holder, held_since) = {
+            let ledger = self.lock();
+            let held_since = match ledger.record.gate {
+                GateRecord::Holding { epoch, .. } => Some(epoch),
+                GateRecord::Open => None,
+            };
+            let holder = ledger.record.holder().cloned();
+            (ledger.lease_until, holder, held_since)
+        };
+        let lease = lease.map(|until| until.saturating_duration_since(Instant::now()));
         ServiceStatus {
             service: self.name().clone(),
             register: word.register,
             gate,
             lease_ms_left: lease.map(milliseconds),
+            holder,
+            held_since,
             in_flight,
             upstream_connections,
             held_now: counts.held_now,
@@ -121,24 +140,48 @@ impl Service {
         }
     }
 
-    /// Closes the gate. Returns the mark of this hold, for [`Gate::drained`].
-    pub(crate) fn hold(&self, epoch: Epoch, lease_ms: u64) -> Result<u64, Refused> {
+    /// Makes a change durable, then lets it take effect; one that already did is done again in vain.
+    ///
+    /// # Errors
+    /// Why nothing was changed.
+    pub(crate) fn change(&self, change: Change, claim: &Claim) -> Result<(), Refused> {
         let mut ledger = self.lock();
-        let record = ledger.record;
-        if record.register.epoch != epoch {
-            return Err(ledger.wrong_epoch(epoch));
-        }
-        let gate = GateRecord::Holding { epoch, lease_ms };
-        self.store(&mut ledger, Record { gate, ..record })?;
-        ledger.lease_until = Some(lease_end(lease_ms));
-        let holds_already =
-            matches!(record.gate, GateRecord::Holding { epoch: since, .. } if since == epoch);
-        if holds_already {
-            self.gate.keeper.notify_one();
-        } else {
-            self.gate.close(record.register);
-        }
-        Ok(self.gate.with_held(queue::Held::hold_generation))
+        self.perform(&mut ledger, change, claim)
+    }
+
+    /// Closes the gate, or holds on where it is closed already.
+    ///
+    /// # Errors
+    /// Why nothing was changed.
+    pub(crate) fn hold(&self, epoch: Epoch, lease_ms: u64, claim: &Claim) -> Result<Hold, Refused> {
+        let mut ledger = self.lock();
+        let was_open = !ledger.record.holds_since(epoch);
+        self.perform(&mut ledger, Change::Hold { epoch, lease_ms }, claim)?;
+        Ok(Hold {
+            mark: self.gate.with_held(queue::Held::hold_generation),
+            began: if was_open { Began::Now } else { Began::Before },
+        })
+    }
+
+    /// Lets the lease that runs end later by so much, this once.
+    pub(crate) fn prolong_lease(&self, by: Duration) {
+        let mut ledger = self.lock();
+        ledger.lease_until = ledger.lease_until.and_then(|until| until.checked_add(by));
+        self.gate.keeper.notify_one();
+    }
+
+    /// Whether a change would be made, were it asked for now.
+    ///
+    /// # Errors
+    /// Why it would not.
+    pub(crate) fn may(&self, change: Change, claim: &Claim) -> Result<(), Refused> {
+        judge(&self.lock().record, change, claim).map(drop)
+    }
+
+    /// Whether the gate still holds as it did when this hold began.
+    pub(crate) fn stands(&self, hold: &Hold) -> bool {
+        self.gate.word().mode == Mode::Holding
+            && self.gate.with_held(queue::Held::hold_generation) == hold.mark
     }
 
     /// What a drain is told whose hold has ended, or made way for another.
@@ -146,124 +189,41 @@ impl Service {
         let message =
             "another command ended this hold before the drain was complete; read the status"
                 .to_owned();
-        self.lock().refused(Refusal::NotHolding, message)
+        self.lock().record.refused(Refusal::NotHolding, message)
     }
 
-    /// Gives the hold another lease, from now.
-    pub(crate) fn renew(&self, epoch: Epoch, lease_ms: u64) -> Result<(), Refused> {
-        let mut ledger = self.lock();
-        let record = ledger.record;
-        let GateRecord::Holding {
-            epoch: since,
-            lease_ms: before,
-        } = record.gate
-        else {
-            return Err(ledger.not_holding(epoch));
-        };
-        if epoch != since && epoch != record.register.epoch {
-            return Err(ledger.wrong_epoch(epoch));
+    /// A refusal with the register as it is now.
+    pub(crate) fn refused(&self, reason: Refusal, message: String) -> Refused {
+        self.lock().record.refused(reason, message)
+    }
+
+    fn perform(&self, ledger: &mut Ledger, change: Change, claim: &Claim) -> Result<(), Refused> {
+        let after = judge(&ledger.record, change, claim)?;
+        let before = self.store(ledger, after)?;
+        let register = ledger.record.register;
+        match change {
+            Change::Hold { epoch, lease_ms } => {
+                ledger.lease_until = Some(lease_end(lease_ms));
+                if before.holds_since(epoch) {
+                    self.gate.keeper.notify_one();
+                } else {
+                    self.gate.close(register);
+                }
+            }
+            Change::Renew { lease_ms, .. } => {
+                ledger.lease_until = Some(lease_end(lease_ms));
+                self.gate.keeper.notify_one();
+            }
+            Change::Commit { .. } | Change::Abort { .. } if before.register != register => {
+                self.gate.advance(register);
+            }
+            Change::Release { .. } if before.gate != GateRecord::Open => {
+                ledger.lease_until = None;
+                self.gate.release(register);
+            }
+            Change::Commit { .. } | Change::Abort { .. } | Change::Release { .. } => {}
         }
-        if before != lease_ms {
-            self.store(
-                &mut ledger,
-                Record {
-                    gate: GateRecord::Holding {
-                        epoch: since,
-                        lease_ms,
-                    },
-                    ..record
-                },
-            )?;
-        }
-        ledger.lease_until = Some(lease_end(lease_ms));
-        self.gate.keeper.notify_one();
         Ok(())
-    }
-
-    /// `(epoch, owner)` → `(epoch + 1, to)`; the gate goes on holding.
-    pub(crate) fn commit(&self, epoch: Epoch, to: Site) -> Result<(), Refused> {
-        let mut ledger = self.lock();
-        let record = ledger.record;
-        let after = Register {
-            epoch: epoch.next(),
-            owner: to,
-        };
-        if record.register == after && record.decided == Decision::Commit {
-            return Ok(());
-        }
-        if record.register.epoch != epoch {
-            return Err(ledger.wrong_epoch(epoch));
-        }
-        if record.gate == GateRecord::Open {
-            return Err(ledger.not_holding(epoch));
-        }
-        if record.register.owner == to {
-            return Err(ledger.refused(
-                Refusal::WrongOwner,
-                format!("{to} owns epoch {epoch} already; commit to the other site, or abort"),
-            ));
-        }
-        self.store(
-            &mut ledger,
-            Record {
-                register: after,
-                decided: Decision::Commit,
-                ..record
-            },
-        )?;
-        self.gate.advance(after);
-        Ok(())
-    }
-
-    /// `(epoch, owner)` → `(epoch + 1, owner)`; the gate stays as it is.
-    pub(crate) fn abort(&self, epoch: Epoch) -> Result<(), Refused> {
-        let mut ledger = self.lock();
-        let record = ledger.record;
-        if record.register.epoch == epoch.next() && record.decided == Decision::Abort {
-            return Ok(());
-        }
-        if record.register.epoch != epoch {
-            return Err(ledger.wrong_epoch(epoch));
-        }
-        let after = Register {
-            epoch: epoch.next(),
-            owner: record.register.owner,
-        };
-        self.store(
-            &mut ledger,
-            Record {
-                register: after,
-                decided: Decision::Abort,
-                ..record
-            },
-        )?;
-        self.gate.advance(after);
-        Ok(())
-    }
-
-    /// Opens the gate towards the owner, which must be `to` at exactly this epoch.
-    pub(crate) fn release(&self, epoch: Epoch, to: Site) -> Result<(), Refused> {
-        let mut ledger = self.lock();
-        let record = ledger.record;
-        if record.register.epoch != epoch {
-            return Err(ledger.wrong_epoch(epoch));
-        }
-        if record.register.owner != to {
-            let owner = record.register.owner;
-            return Err(ledger.refused(
-                Refusal::WrongOwner,
-                format!("{owner} owns epoch {epoch}, not {to}; release to {owner}"),
-            ));
-        }
-        match record.gate {
-            GateRecord::Open => Ok(()),
-            // A commit from this epoch could still arrive: somebody has to win first.
-            GateRecord::Holding { epoch: since, .. } if since == epoch => Err(ledger.refused(
-                Refusal::WrongEpoch,
-                format!("the hold at epoch {epoch} is undecided; commit or abort first, then release at the epoch after"),
-            )),
-            GateRecord::Holding { .. } => self.open_gate(&mut ledger),
-        }
     }
 
     /// Aborts a hold whose lease has run out, unless it was decided already, and releases to whoever owns. What
@@ -285,58 +245,33 @@ impl Service {
     }
 
     fn abort_expired(&self, ledger: &mut Ledger) -> Result<(), Refused> {
-        let record = ledger.record;
-        let GateRecord::Holding { epoch: since, .. } = record.gate else {
+        let GateRecord::Holding { epoch: since, .. } = ledger.record.gate else {
             ledger.lease_until = None;
             return Ok(());
         };
-        if since == record.register.epoch {
-            let after = Register {
-                epoch: since.next(),
-                owner: record.register.owner,
-            };
-            self.store(
-                ledger,
-                Record {
-                    register: after,
-                    decided: Decision::Abort,
-                    ..record
-                },
-            )?;
-            self.gate.advance(after);
+        // Whoever held had the time of the lease to say more.
+        if since == ledger.record.register.epoch {
+            self.perform(ledger, Change::Abort { epoch: since }, &Claim::Force)?;
         }
-        self.open_gate(ledger)?;
         let Register { epoch, owner } = ledger.record.register;
+        self.perform(ledger, Change::Release { epoch, to: owner }, &Claim::Force)?;
         tracing::warn!(target: "audit", service = %self.name(), %epoch, %owner, "lease ran out: released to the owner");
         Ok(())
     }
 
-    fn open_gate(&self, ledger: &mut Ledger) -> Result<(), Refused> {
-        let record = Record {
-            gate: GateRecord::Open,
-            ..ledger.record
-        };
-        self.store(ledger, record)?;
-        ledger.lease_until = None;
-        self.gate.release(record.register);
-        Ok(())
-    }
-
-    fn store(&self, ledger: &mut Ledger, record: Record) -> Result<(), Refused> {
+    /// Returns the record as it was before.
+    fn store(&self, ledger: &mut Ledger, record: Record) -> Result<Record, Refused> {
         if record == ledger.record {
-            return Ok(());
+            return Ok(record);
         }
         match ledger.file.store(&record) {
-            Ok(()) => {
-                ledger.record = record;
-                Ok(())
-            }
+            Ok(()) => Ok(std::mem::replace(&mut ledger.record, record)),
             Err(error) => {
                 let cause = std::error::Error::source(&error)
                     .map(ToString::to_string)
                     .unwrap_or_default();
                 tracing::error!(service = %self.name(), "{error}: {cause}");
-                Err(ledger.refused(
+                Err(ledger.record.refused(
                     Refusal::NotDurable,
                     format!(
                         "{error}: {cause}; nothing was changed, make room and repeat the command"
@@ -348,36 +283,6 @@ impl Service {
 
     fn lock(&self) -> MutexGuard<'_, Ledger> {
         self.ledger.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl Ledger {
-    fn refused(&self, reason: Refusal, message: String) -> Refused {
-        Refused {
-            reason,
-            message,
-            register: self.record.register,
-        }
-    }
-
-    fn wrong_epoch(&self, named: Epoch) -> Refused {
-        let Register { epoch, owner } = self.record.register;
-        let message = format!(
-            "the register is at epoch {epoch} with owner {owner}, not at epoch {named}; read the status"
-        );
-        self.refused(Refusal::WrongEpoch, message)
-    }
-
-    /// After a lease ran out the epoch has moved: that is the better reason, where it is true.
-    fn not_holding(&self, named: Epoch) -> Refused {
-        if self.record.register.epoch == named {
-            self.refused(
-                Refusal::NotHolding,
-                "the gate does not hold; hold it first".to_owned(),
-            )
-        } else {
-            self.wrong_epoch(named)
-        }
     }
 }
 

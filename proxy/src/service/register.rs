@@ -9,14 +9,14 @@ use std::io::{self, Write};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
-use cutover_protocol::id::{Epoch, Register, ServiceName, Site};
+use cutover_protocol::id::{Epoch, Holder, Register, ServiceName, Site};
 use serde::{Deserialize, Serialize};
 
 /// Version of the file's layout.
 const VERSION: u32 = 1;
 
 /// What the file says.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct Record {
     pub(super) version: u32,
@@ -41,7 +41,7 @@ pub(crate) enum Decision {
 }
 
 /// The gate as far as it must survive a crash.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "is", rename_all = "snake_case", deny_unknown_fields)]
 pub(crate) enum GateRecord {
     /// Open, or being released: those held before the crash are gone with their connections.
@@ -52,6 +52,9 @@ pub(crate) enum GateRecord {
         epoch: Epoch,
         /// Time without renewal after which the hold aborts by itself, in milliseconds.
         lease_ms: u64,
+        /// In whose name, if in somebody's.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        holder: Option<Holder>,
     },
 }
 
@@ -255,9 +258,22 @@ mod tests {
         record.gate = GateRecord::Holding {
             epoch: Epoch(3),
             lease_ms: 77,
+            holder: Some("hop-1".parse().unwrap()),
         };
         file.store(&record).unwrap();
         assert_eq!(file.load_or_create().unwrap(), record);
+    }
+
+    #[test]
+    fn a_record_from_before_there_were_holders_is_read() {
+        let folder = tempfile::tempdir().unwrap();
+        let state = StateDir::open(folder.path()).unwrap();
+        let text = r#"{"version":1,"register":{"epoch":4,"owner":"target"},"decided":"commit","gate":{"is":"holding","epoch":3,"lease_ms":9}}"#;
+        std::fs::write(folder.path().join("web.json"), text).unwrap();
+        let record = state.file(&"web".parse().unwrap()).load_or_create();
+        let record = record.unwrap();
+        assert!(record.holds_since(Epoch(3)));
+        assert_eq!(record.holder(), None);
     }
 
     #[test]

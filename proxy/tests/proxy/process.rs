@@ -2,6 +2,7 @@
 
 use std::io::{BufRead, BufReader};
 use std::net::SocketAddr;
+use std::os::fd::{AsFd, AsRawFd as _, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStderr, Command as Process, Output, Stdio};
 use std::sync::Arc;
@@ -10,6 +11,7 @@ use std::thread::JoinHandle;
 
 use hopgate_proxy::control::client::ControlClient;
 use hopgate_proxy::control::words::{ProcessAnswer, ProcessCommand};
+use rustix::io::{FdFlags, fcntl_dupfd_cloexec, fcntl_setfd};
 use tempfile::TempDir;
 
 use crate::world::Peer;
@@ -129,6 +131,31 @@ impl Drop for Running {
         self.child.kill().ok();
         self.child.wait().unwrap();
     }
+}
+
+/// A copy of a socket that the next program gets, far from the numbers it is to have there.
+pub(crate) fn pass(socket: impl AsFd) -> OwnedFd {
+    let copy = fcntl_dupfd_cloexec(socket, 100).unwrap();
+    fcntl_setfd(&copy, FdFlags::empty()).unwrap();
+    copy
+}
+
+/// Starts the proxy as systemd would: sockets from number 3 on, and a word to whom they are given.
+pub(crate) fn activate(folder: &TempDir, sockets: &[OwnedFd]) -> Running {
+    let moves: Vec<String> = sockets
+        .iter()
+        .enumerate()
+        .map(|(index, socket)| {
+            let (from, to) = (socket.as_raw_fd(), index + 3);
+            format!("exec {to}<&{from} {from}<&-")
+        })
+        .collect();
+    let script = format!(
+        "{}\nLISTEN_PID=$$ LISTEN_FDS={} exec {BINARY} \"$@\"",
+        moves.join("\n"),
+        sockets.len()
+    );
+    Running::start_by(Path::new("bash"), &["-c", &script, "proxy"], folder)
 }
 
 pub(crate) fn run(folder: &TempDir, arguments: &[&str]) -> Output {

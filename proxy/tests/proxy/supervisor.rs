@@ -1,15 +1,13 @@
 //! What a supervisor hears, and what it may give.
 
 use std::net::{TcpListener, UdpSocket};
-use std::os::fd::{AsFd, AsRawFd as _, OwnedFd};
 use std::os::unix::net::{UnixDatagram, UnixListener};
 use std::path::Path;
 
-use rustix::io::{FdFlags, fcntl_dupfd_cloexec, fcntl_setfd};
 use rustix::process::Signal;
 use tempfile::TempDir;
 
-use crate::process::{BINARY, Running, run, serving};
+use crate::process::{Running, activate, pass, run, serving};
 use crate::world::{Origin, PATIENCE, Peer, Plan, Stage};
 
 /// A supervisor that only listens.
@@ -104,31 +102,6 @@ fn it_gives_signs_of_life_when_they_are_wanted() {
                 .filter(|word| word == "WATCHDOG=1"),
         );
     }
-}
-
-/// A copy of a socket that the next program gets, far from the numbers it is to have there.
-fn pass(socket: impl AsFd) -> OwnedFd {
-    let copy = fcntl_dupfd_cloexec(socket, 100).unwrap();
-    fcntl_setfd(&copy, FdFlags::empty()).unwrap();
-    copy
-}
-
-/// Starts the proxy as systemd would: sockets from number 3 on, and a word to whom they are given.
-fn activate(folder: &TempDir, sockets: &[OwnedFd]) -> Running {
-    let moves: Vec<String> = sockets
-        .iter()
-        .enumerate()
-        .map(|(index, socket)| {
-            let (from, to) = (socket.as_raw_fd(), index + 3);
-            format!("exec {to}<&{from} {from}<&-")
-        })
-        .collect();
-    let script = format!(
-        "{}\nLISTEN_PID=$$ LISTEN_FDS={} exec {BINARY} \"$@\"",
-        moves.join("\n"),
-        sockets.len()
-    );
-    Running::start_by(Path::new("bash"), &["-c", &script, "proxy"], folder)
 }
 
 #[test]

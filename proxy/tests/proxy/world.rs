@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
 
-use cutover_protocol::hold::{Answer, Command, ServiceStatus};
+use cutover_protocol::hold::{Answer, Command, Order, ServiceStatus};
 use cutover_protocol::id::{Epoch, ServiceName, Site};
 use hopgate_proxy::Proxy;
 use hopgate_proxy::config::Config;
@@ -222,6 +222,10 @@ impl Control {
 
     pub(crate) fn say(&mut self, command: &Command) -> Answer {
         self.0.command(command).unwrap()
+    }
+
+    pub(crate) fn order(&mut self, order: &Order) -> Answer {
+        self.0.order(order).unwrap()
     }
 
     pub(crate) fn process(&mut self, command: &ProcessCommand) -> ProcessAnswer {

@@ -153,6 +153,10 @@ impl World {
             Command::Commit { epoch, to, .. } => self.compare_and_set(*epoch, *to),
             Command::Abort { epoch, .. } => self.compare_and_set(*epoch, Site::Source),
             Command::Release { epoch, to, .. } => self.release(*epoch, *to),
+            Command::HoldAll { .. }
+            | Command::CommitAll { .. }
+            | Command::AbortAll { .. }
+            | Command::ReleaseAll { .. } => unreachable!("here a hop has one service"),
         };
         self.check();
         if obeyed {
