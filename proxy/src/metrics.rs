@@ -173,7 +173,7 @@ impl Metrics {
     /// # Cancel safety
     /// Dropping the future drops the scrapes under way.
     pub(crate) async fn serve(self: Arc<Self>, bound: &Bound) -> io::Result<()> {
-        let socket = bound.part_of(0, 1)?.pop();
+        let socket = bound.part_of(0)?.pop();
         let socket = socket.ok_or(io::ErrorKind::NotFound)?;
         let listener = TcpListener::from_std(socket.into())?;
         let mut scrapes = JoinSet::new();

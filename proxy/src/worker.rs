@@ -90,7 +90,6 @@ impl WorkerSeed {
         helpers.spawn_local(watch_hangups(Rc::clone(&hangup)));
         let mut worker = Worker {
             index: self.index,
-            workers: self.snapshot.config.workers,
             buffers: Buffers::new(buffer_size(&self.snapshot)),
             hangup,
             permits: self.permits,
@@ -118,7 +117,6 @@ impl WorkerSeed {
 
 struct Worker {
     index: usize,
-    workers: usize,
     buffers: Rc<Buffers>,
     hangup: Rc<HangupWatch>,
     permits: Arc<Semaphore>,
@@ -306,7 +304,7 @@ impl Worker {
 
     fn begin(&mut self, port: &Rc<Port>, bound: &Arc<Bound>, door: Door) -> Rc<Listening> {
         let listening = Rc::new(Listening::new(Arc::clone(bound), door));
-        match bound.part_of(self.index, self.workers) {
+        match bound.part_of(self.index) {
             Ok(sockets) => {
                 for socket in sockets {
                     let (port, listening) = (Rc::clone(port), Rc::clone(&listening));
@@ -329,7 +327,7 @@ impl Worker {
         door: Door,
     ) -> Rc<Listening> {
         let listening = Rc::new(Listening::new(Arc::clone(&quic.bound), door));
-        match quic.bound.part_of(self.index, self.workers) {
+        match quic.bound.part_of(self.index) {
             Ok(sockets) => {
                 let (port, quic) = (Rc::clone(port), Arc::clone(quic));
                 let permits = Arc::clone(&self.permits);

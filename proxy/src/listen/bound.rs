@@ -75,7 +75,10 @@ pub(crate) struct Bound {
     pub(crate) keeper: Keeper,
     /// With the port the kernel chose; `None` for a unix socket.
     pub(crate) address: Option<SocketAddr>,
-    sockets: Mutex<Vec<OwnedFd>>,
+    /// Among whom the sockets are parted.
+    workers: usize,
+    /// Each until it is let go of.
+    sockets: Mutex<Vec<Option<OwnedFd>>>,
 }
 
 impl Bound {
@@ -129,24 +132,34 @@ impl Bound {
             place,
             keeper,
             address,
-            sockets: Mutex::new(sockets),
+            workers: workers.max(1),
+            sockets: Mutex::new(sockets.into_iter().map(Some).collect()),
         })
     }
 
     /// A worker's part of the sockets, each in a descriptor of its own. A process that was handed more sockets than
     /// it has workers serves them all: nobody may wait in a queue that no one looks at.
-    pub(crate) fn part_of(&self, worker: usize, workers: usize) -> io::Result<Vec<OwnedFd>> {
+    pub(crate) fn part_of(&self, worker: usize) -> io::Result<Vec<OwnedFd>> {
         let sockets = self.lock();
-        let mine = sockets.iter().skip(worker).step_by(workers.max(1));
-        mine.map(OwnedFd::try_clone).collect()
+        let mine = sockets.iter().skip(worker).step_by(self.workers);
+        mine.flatten().map(OwnedFd::try_clone).collect()
+    }
+
+    /// Lets go of a worker's part. Those of others stay: one that is slow to begin still finds whoever waits in its
+    /// queue.
+    pub(crate) fn release_part_of(&self, worker: usize) {
+        let mut sockets = self.lock();
+        let mine = sockets.iter_mut().skip(worker).step_by(self.workers);
+        mine.for_each(|socket| *socket = None);
     }
 
     /// Descriptors of all sockets, for another process.
     pub(crate) fn all(&self) -> io::Result<Vec<OwnedFd>> {
-        self.lock().iter().map(OwnedFd::try_clone).collect()
+        let sockets = self.lock();
+        sockets.iter().flatten().map(OwnedFd::try_clone).collect()
     }
 
-    /// Lets go of the sockets; workers close theirs by themselves.
+    /// Lets go of all sockets; workers close theirs by themselves.
     pub(crate) fn release(&self) {
         self.lock().clear();
     }
@@ -157,7 +170,7 @@ impl Bound {
         chosen.unwrap_or_else(|| self.place.address.clone())
     }
 
-    fn lock(&self) -> MutexGuard<'_, Vec<OwnedFd>> {
+    fn lock(&self) -> MutexGuard<'_, Vec<Option<OwnedFd>>> {
         self.sockets.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -255,4 +268,30 @@ fn bind_unix(path: &Path) -> io::Result<OwnedFd> {
     socket.bind(&address)?;
     socket.listen(BACKLOG)?;
     Ok(socket.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::TcpStream;
+
+    use super::*;
+
+    #[test]
+    fn a_worker_that_is_slow_to_begin_finds_its_queue_when_another_has_ended_already() {
+        let address = ListenAddress::Tcp(SocketAddr::from(([127, 0, 0, 1], 0)));
+        let asker = Asker {
+            service: None,
+            turn: 0,
+        };
+        let place = Place::new(Kind::Stream, &address, asker);
+        let bound = Bound::open(place, 2, false).unwrap();
+        bound.release_part_of(0);
+        let client = TcpStream::connect(bound.address.unwrap()).unwrap();
+        assert!(bound.part_of(0).unwrap().is_empty());
+        let mut slow = bound.part_of(1).unwrap();
+        let queue = std::net::TcpListener::from(slow.remove(0));
+        queue.set_nonblocking(false).unwrap();
+        let (_, met) = queue.accept().unwrap();
+        assert_eq!(met, client.local_addr().unwrap());
+    }
 }

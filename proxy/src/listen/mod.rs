@@ -142,7 +142,7 @@ pub(crate) async fn serve(
     };
     if let Manner::Empty { linger } = manner {
         // Closed with its file: a descriptor of the same socket elsewhere would let clients wait for nobody.
-        listening.bound.release();
+        listening.bound.release_part_of(port.worker);
         let mut accept = |accepted, permit| {
             start(&port, &listening, accepted, permit, &mut connections);
         };

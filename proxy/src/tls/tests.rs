@@ -244,11 +244,13 @@ fn a_reader_without_room_for_a_record_gets_all_of_it_in_time() {
     run(async {
         let (ours, theirs) = serve(&World::new(), |mut client| {
             client.write_all(&pattern(100_000)).unwrap();
+            // Closed with our tickets unread it would reset the connection, and take back what is under way.
+            client
         })
         .await;
         let text = read_exact(&ours.unwrap(), 100_000, 7).await;
         assert_eq!(text, pattern(100_000));
-        theirs.join().unwrap();
+        drop(theirs.join().unwrap());
     });
 }
 
@@ -412,10 +414,15 @@ fn a_write_that_the_kernel_has_not_taken_has_provably_not_left_us() {
             ours.try_write(&[IoSlice::new(&flood)]).unwrap();
         }
         assert!(ours.left_since(before));
-        let after = ours.mark();
-        let refused = ours.try_write(&[IoSlice::new(b"request")]);
-        assert_eq!(refused.unwrap_err().kind(), io::ErrorKind::WouldBlock);
-        assert!(!ours.left_since(after));
+        // The kernel may have made room since, for what it moves on to the peer; not for ever.
+        loop {
+            let after = ours.mark();
+            if let Err(refused) = ours.try_write(&[IoSlice::new(b"request")]) {
+                assert_eq!(refused.kind(), io::ErrorKind::WouldBlock);
+                assert!(!ours.left_since(after));
+                break;
+            }
+        }
         drop(theirs.join().unwrap());
     });
 }

@@ -113,9 +113,11 @@ fn a_body_of_another_length_than_announced_ends_the_stream_and_not_the_connectio
         .unwrap();
     let mut upstream = stage.accept();
     upstream.head();
+    // The wrong end may undo what has come with it and is not yet passed on.
+    assert_eq!(upstream.bytes(5), b"hello");
     short.body.send_data(Bytes::new(), true).unwrap();
     assert_eq!(client.reset(short), Some(Reason::PROTOCOL_ERROR));
-    assert_eq!(upstream.rest(), "hello");
+    assert_eq!(upstream.rest(), "");
     let next = client.get("/next");
     let mut upstream = stage.accept();
     upstream.message();

@@ -52,6 +52,36 @@ fn a_hundred_streams_of_one_connection_are_answered_each_with_its_own() {
 }
 
 #[test]
+fn connections_over_quic_and_over_tcp_are_counted_together_for_their_address() {
+    let origin = Origin::new("source");
+    let world = Plan::new(origin.address(), origin.address())
+        .table("[metrics]\nlisten = \"127.0.0.1:0\"")
+        .limits("address_connections_max = 2")
+        .start_http3();
+    let (mut first, mut second) = (world.client(), world.client());
+    for client in [&mut first, &mut second] {
+        let stream = client.get("/");
+        assert_eq!(client.answer(stream).status, 200);
+    }
+    let connect = || {
+        let transport = TransportConfig::default();
+        Client3::connect(world.world.address(), &world.certificate, transport)
+    };
+    assert!(connect().is_err());
+    assert!(Peer::connect(world.world.address()).is_closed());
+    let metrics = world.world.metrics();
+    let counted = "hopgate_refused_total{service=\"web\",reason=\"address_connections\"} 2\n";
+    assert!(metrics.contains(counted), "{metrics}");
+    // Whoever is there goes on.
+    let stream = first.get("/");
+    assert_eq!(first.answer(stream).status, 200);
+    drop(second);
+    // Its place is free once the proxy has seen it go.
+    let served = (0..10_000).any(|_| connect().is_ok());
+    assert!(served);
+}
+
+#[test]
 fn a_stream_reaches_the_upstream_as_an_http1_request() {
     let (world, stage) = staged();
     let mut client = world.client();

@@ -30,9 +30,11 @@ use tokio::task::JoinSet;
 use tokio::time::timeout;
 
 use super::bound::Bound;
+use super::client::Client;
 use super::port::{Port, Settings};
-use super::{Listening, Manner};
+use super::{Listening, Manner, take_seat};
 use crate::config::Quic;
+use crate::limit::Reason;
 use crate::tls::profile::Offer;
 use connection_id::{Generation, Place};
 use relay::Outlet;
@@ -44,6 +46,8 @@ use socket::Demultiplexer;
 const SOCKET_BUFFER_BYTES: usize = 2 * 1024 * 1024;
 /// `H3_NO_ERROR` (RFC 9114, section 8.1).
 const NO_ERROR: VarInt = VarInt::from_u32(0x100);
+/// `H3_EXCESSIVE_LOAD` of the same section.
+const EXCESSIVE_LOAD: VarInt = VarInt::from_u32(0x107);
 
 /// The HTTP/3 side of a listener: its sockets, and what its workers share. It outlives reloads with its sockets.
 #[derive(Debug)]
@@ -175,7 +179,7 @@ pub(crate) async fn serve(
             manner = listening.ended() => {
                 if manner != Manner::Leave {
                     // Its descriptors would keep the address taken when the last connection has ended.
-                    listening.bound.release();
+                    listening.bound.release_part_of(port.worker);
                 }
                 break;
             }
@@ -307,6 +311,11 @@ impl Acceptor {
         if under_way >= settings.quic.handshakes_max {
             return self.refuse(incoming);
         }
+        // Only a look: who has not proved its address must not take a place of whoever has it.
+        if take_seat(&self.port, &Client::new(incoming.remote_address())).is_err() {
+            self.port.count_reason(Reason::AddressConnections);
+            return self.refuse(incoming);
+        }
         if under_way >= settings.quic.retry_from && !incoming.remote_address_validated() {
             counts.retried.fetch_add(1, Ordering::Relaxed);
             // An unproven address may always be asked to prove itself.
@@ -350,7 +359,14 @@ impl Acceptor {
             match connection {
                 Ok(connection) => {
                     let _counted = Counted::new(&counts.connections);
-                    crate::http::h3::serve(port, connection).await;
+                    // By where it has begun, wherever it moves to.
+                    match take_seat(&port, &Client::new(connection.remote_address())) {
+                        Ok(_seat) => crate::http::h3::serve(port, connection).await,
+                        Err(_) => {
+                            port.count_reason(Reason::AddressConnections);
+                            connection.close(EXCESSIVE_LOAD, b"");
+                        }
+                    }
                 }
                 Err(error) => {
                     counts.handshakes_failed.fetch_add(1, Ordering::Relaxed);
