@@ -122,7 +122,8 @@ struct Json<'l> {
 enum What<'l> {
     Request(&'l [u8]),
     Refused(&'l RequestError),
-    Tcp,
+    /// A raw connection, and the name it asked for where that was looked at.
+    Raw(Option<&'l str>),
 }
 
 impl<'l> Line<'l> {
@@ -193,7 +194,8 @@ impl<'l> Line<'l> {
         match self.what {
             What::Request(line) => String::from_utf8_lossy(line),
             What::Refused(error) => format!("({error})").into(),
-            What::Tcp => "tcp".into(),
+            What::Raw(None) => "tcp".into(),
+            What::Raw(Some(name)) => format!("tcp {name}").into(),
         }
     }
 
@@ -222,20 +224,20 @@ impl<'l> Line<'l> {
     pub(crate) fn raw(
         port: &'l Port,
         client: SocketAddr,
-        id: RequestId,
+        name: Option<&'l str>,
         passage: &Passage,
         outcome: &Result<Moved, RequestError>,
     ) -> Self {
         Self {
             service: port.service.name().as_str(),
             client,
-            what: What::Tcp,
+            what: What::Raw(name),
             status: if outcome.is_ok() { 200 } else { 0 },
             bytes: outcome.as_ref().map_or(0, |moved| moved.to_client),
             age: passage.arrival.elapsed(),
             held: passage.held,
             upstream: upstream(passage),
-            id,
+            id: port.next_id(),
         }
     }
 }

@@ -40,6 +40,9 @@ pub enum RequestError {
     /// The request's path is not acceptable where routes look at paths.
     #[error("the request has {0}")]
     Path(PathError),
+    /// A raw connection asks for a server name of no route, where only those are served.
+    #[error("nobody of that name is served here")]
+    ServerName,
     /// More requests than `rate` allows.
     #[error("too many requests; come back in {after} s", after = .0.retry_after_s())]
     Rate(TooMany),
@@ -130,6 +133,7 @@ impl RequestError {
         match self {
             Self::Head(_)
             | Self::Path(_)
+            | Self::ServerName
             | Self::Rate(_)
             | Self::BodyTooLong
             | Self::BodyTooSlow
@@ -174,6 +178,7 @@ impl RequestError {
         match self {
             Self::Head(_)
             | Self::Path(_)
+            | Self::ServerName
             | Self::Rate(_)
             | Self::Memory
             | Self::HeadTooLong
@@ -220,7 +225,8 @@ impl RequestError {
             Self::HeadTimeout | Self::ClientSilent | Self::BodyTooSlow => Some(408),
             Self::BodyTooLong => Some(413),
             Self::Rate(_) => Some(429),
-            Self::ClientLeft(_) => None,
+            // The latter is told in the words of TLS.
+            Self::ClientLeft(_) | Self::ServerName => None,
             Self::HeldFull | Self::HeldTooLong | Self::Shutdown | Self::Memory | Self::NoServer => {
                 Some(503)
             }
@@ -247,6 +253,7 @@ impl RequestError {
             Self::HeadTooLong => Reason::HeadBytes,
             Self::HeadTimeout => Reason::HeadSlow,
             Self::Path(_) => Reason::Path,
+            Self::ServerName => Reason::ServerName,
             Self::Rate(_) => Reason::Rate,
             Self::Memory => Reason::Memory,
             Self::BodyTooLong => Reason::BodyBytes,

@@ -184,7 +184,7 @@ pub fn proxy_protocol(bytes: &[u8]) {
 
 /// A ClientHello: whatever it is, there is a name in it or none.
 pub fn client_hello(bytes: &[u8]) {
-    if let Look::Seen(Some(name)) = hello::parse(bytes) {
+    if let Look::Seen(hello::Greeting::Named(name)) = hello::parse(bytes) {
         assert!(!name.is_empty() && name == name.to_ascii_lowercase());
     }
 }

@@ -9,6 +9,7 @@ use toml::Table;
 
 use super::http2::{self, Http2};
 use super::quic;
+use super::raw;
 use super::route;
 use super::table::{Problem, Section};
 use super::tls::{self, TlsConfig};
@@ -87,6 +88,7 @@ const SERVICE_KEYS: &[&str] = &[
     "target",
     "trusted_from",
     "rate",
+    "unknown_name",
     "route",
 ];
 const LISTEN_KEYS: &[&str] = &["address", "tls", "http3", "proxy_protocol_from"];
@@ -265,6 +267,7 @@ fn service(section: &Section<'_>, around: Around<'_>) -> Result<ServiceConfig, P
         .ok_or_else(|| section.missing("source", "source = \"10.0.0.1:80\""))?;
     let target = reference(section, "target", around.upstreams)?
         .ok_or_else(|| section.missing("target", "target = \"10.0.1.1:80\""))?;
+    let routes = route::routes(section, protocol, around.limits, around.upstreams)?;
     Ok(ServiceConfig {
         name,
         listen,
@@ -273,7 +276,8 @@ fn service(section: &Section<'_>, around: Around<'_>) -> Result<ServiceConfig, P
         target,
         trusted_from: route::networks(section, "trusted_from")?,
         rate: route::rate(section)?,
-        routes: route::routes(section, around.limits, around.upstreams)?,
+        unknown_name: raw::unknown_name(section, protocol, &routes)?,
+        routes,
     })
 }
 

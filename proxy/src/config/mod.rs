@@ -6,6 +6,7 @@
 mod http2;
 mod load;
 mod quic;
+mod raw;
 mod route;
 mod table;
 mod tls;
@@ -25,6 +26,7 @@ use crate::route::RouteTable;
 pub use http2::Http2;
 pub use load::ConfigError;
 pub use quic::Quic;
+pub use raw::UnknownName;
 pub use table::Problem;
 pub use tls::{
     AcmeConfig, CertificateConfig, Challenge, ClientsConfig, Demand, TlsConfig, TlsVersion,
@@ -164,6 +166,8 @@ pub struct ServiceConfig {
     pub(crate) rate: Option<Arc<RateLimit>>,
     /// What part of the requests needs other treatment.
     pub(crate) routes: RouteTable,
+    /// What becomes of raw connections that no route is for.
+    pub unknown_name: UnknownName,
 }
 
 impl ServiceConfig {

@@ -12,13 +12,16 @@ use regex::{Regex, RegexBuilder};
 use toml::{Table, Value};
 
 use super::load::{to_u64, to_usize};
+use super::raw;
 use super::table::{Problem, Section};
 use super::upstream::reference;
-use super::{Limits, UpstreamConfig};
+use super::{Limits, Protocol, UpstreamConfig};
 use crate::forwarded::TrustedFrom;
 use crate::limit::rate::{Rate, RateLimit};
 use crate::route::action::{FieldEdits, Redirect, RedirectStatus, Rewrite, may_edit};
-use crate::route::condition::{Condition, FieldPattern, HostPattern, PathPattern, Wanted};
+use crate::route::condition::{
+    Condition, FieldPattern, HostPattern, PathPattern, PlacePattern, Wanted,
+};
 use crate::route::template::{BadTemplate, Template};
 use crate::route::{Path, Route, RouteServers, RouteTable};
 
@@ -30,6 +33,7 @@ const ROUTE_KEYS: &[&str] = &[
     "method",
     "header",
     "sni",
+    "connect",
     "source",
     "target",
     "redirect",
@@ -48,7 +52,7 @@ const ROUTE_KEYS: &[&str] = &[
     "tunnel_idle_ms_max",
 ];
 /// Those from here on take the place of one in `[limits]`.
-const FIRST_LIMIT: usize = 15;
+const FIRST_LIMIT: usize = 16;
 const _: () = assert!(matches!(
     ROUTE_KEYS[FIRST_LIMIT].as_bytes(),
     b"body_bytes_max"
@@ -89,6 +93,7 @@ fn inner<'t>(
 /// All routes of a service. `limits` are those of the proxy; a route's own take their place.
 pub(super) fn routes(
     service: &Section<'_>,
+    protocol: Protocol,
     limits: &Limits,
     upstreams: &[UpstreamConfig],
 ) -> Result<RouteTable, Problem> {
@@ -98,6 +103,7 @@ pub(super) fn routes(
         _ => format!("[[service.route]] number {}", index + 1),
     };
     for section in service.sections_at("route", place, ROUTE_KEYS)? {
+        raw::route_fits(&section, protocol)?;
         let next = route(&section, limits, upstreams)?;
         if routes.iter().any(|other| other.name == next.name) {
             return Err(service.together("has two routes with the same name; give each its own"));
@@ -154,6 +160,7 @@ fn condition(section: &Section<'_>) -> Result<Condition, Problem> {
         methods: methods(section, "method")?.unwrap_or_default(),
         fields: field_patterns(section)?,
         sni: hosts(section, "sni")?,
+        connect: places(section)?,
     })
 }
 
@@ -163,6 +170,16 @@ fn hosts(section: &Section<'_>, key: &'static str) -> Result<Vec<HostPattern>, P
     let patterns = texts
         .into_iter()
         .map(|text| HostPattern::parse(text).ok_or_else(|| section.bad_text(key, text, WANTED)));
+    patterns.collect()
+}
+
+fn places(section: &Section<'_>) -> Result<Vec<PlacePattern>, Problem> {
+    const KEY: &str = "connect";
+    const WANTED: &str = "a host and a port, such as db.example.org:5432 or *.example.org:443";
+    let texts = section.text_or_texts(KEY)?.unwrap_or_default();
+    let patterns = texts
+        .into_iter()
+        .map(|text| PlacePattern::parse(text).ok_or_else(|| section.bad_text(KEY, text, WANTED)));
     patterns.collect()
 }
 
@@ -396,15 +413,8 @@ pub(super) fn rate(section: &Section<'_>) -> Result<Option<Arc<RateLimit>>, Prob
 
 /// The proxy's limits with those that the route names in place, if it names any.
 fn own_limits(section: &Section<'_>, limits: &Limits) -> Result<Option<Box<Limits>>, Problem> {
-    const OWN: [&str; 6] = [
-        "body_bytes_max",
-        "connect_ms_max",
-        "response_ms_max",
-        "between_bytes_ms_max",
-        "client_silence_ms_max",
-        "tunnel_idle_ms_max",
-    ];
-    if !OWN.iter().any(|key| section.has(key)) {
+    let mut own_keys = ROUTE_KEYS[FIRST_LIMIT..].iter();
+    if !own_keys.any(|key| section.has(key)) {
         return Ok(None);
     }
     let mut own = limits.clone();

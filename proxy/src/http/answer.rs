@@ -44,6 +44,9 @@ pub(crate) fn write(
     }
 }
 
+/// The answer to a CONNECT: behind it come the tunnel's bytes.
+pub(crate) const TUNNEL: &[u8] = b"HTTP/1.1 200 Connection Established\r\n\r\n";
+
 /// Appends what an authority reads to be sure that we control a name (RFC 8555, section 8.3).
 pub(crate) fn write_proof(out: &mut Vec<u8>, proof: &[u8]) {
     // Writing to a vector cannot fail.

@@ -241,6 +241,10 @@ impl Connection<'_> {
         let outcome = match (decided.refusal, served.redirect()) {
             (Some(error), _) => Err(error),
             (None, Some(_)) => Ok(self.redirect(&served).await),
+            // Boxed: few have any.
+            (None, None) if served.request.method == Method::Connect => {
+                Box::pin(self.connect(&mut served)).await
+            }
             (None, None) => self.forward(&mut served).await,
         };
         let next = match outcome {
@@ -336,6 +340,38 @@ impl Connection<'_> {
             }
             may_reuse = false;
         }
+    }
+
+    /// Opens the tunnel that a CONNECT asks for, and carries bytes both ways to its end. It is held like a request.
+    async fn connect(&mut self, served: &mut Served) -> Result<Next, RequestError> {
+        let port = self.port;
+        let ticket = port.admit(&mut self.visitor(served)).await?;
+        let connected = port
+            .connect(ticket, false, &mut self.visitor(served))
+            .await?;
+        let Connected {
+            ticket,
+            link,
+            chosen,
+        } = connected;
+        let Link::Own { upstream, .. } = link else {
+            return Err(RequestError::NoTunnel);
+        };
+        served.passage.register = Some(ticket.register());
+        let what = &served.head[..served.request.line_bytes];
+        let _row = port
+            .in_flight
+            .enter(self.client.address, what, served.arrival);
+        ticket.answered();
+        // What is said in it is not ours to understand: that it listens is all we know.
+        chosen.report(Outcome::Answered(200));
+        served.progress.status.set(200);
+        served.progress.answering.set(true);
+        self.write(answer::TUNNEL).await;
+        served.progress.answered.set(answer::TUNNEL.len() as u64);
+        self.upgraded(served, &upstream, Buffer::default()).await;
+        port.pool.part(upstream);
+        Ok(Next::Close)
     }
 
     /// Forwards on a connection of its own, and keeps or closes that.

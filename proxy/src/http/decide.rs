@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::head::{Framing, HeadError};
-use super::request::{Parsed, Request, RequestId, Told};
+use super::request::{Method, Parsed, Request, RequestId, Told, class};
 use crate::config::{Limits, ServiceConfig};
 use crate::error::RequestError;
 use crate::forwarded::{AddressText, Arrived};
@@ -95,6 +95,8 @@ pub(crate) fn decide(by: Rules<'_>, parsed: &Parsed<'_, '_>, out: &mut Vec<u8>) 
     let plain = Told::plain(&arrived, by.id);
     let judged = if by.is_pressed {
         Err(RequestError::Memory)
+    } else if class(parsed.method) == Method::Connect {
+        judge_tunnel(by, parsed, &arrived, out)
     } else if by.service.rate.is_none() && by.service.routes.is_empty() {
         Ok(None)
     } else {
@@ -181,6 +183,32 @@ fn judge(
     };
     let treatment = treat(route, &values, target.as_deref().map(|_| parsed))?;
     Ok(Some((parsed.write(told, out), Some(Box::new(treatment)))))
+}
+
+/// The same for a CONNECT: it goes where a route has its place in the list, and nowhere else.
+fn judge_tunnel(
+    by: Rules<'_>,
+    parsed: &Parsed<'_, '_>,
+    arrived: &Arrived<'_>,
+    out: &mut Vec<u8>,
+) -> Result<Option<Treated>, RequestError> {
+    let client = arrived.client(parsed.said(), &by.service.trusted_from);
+    if let Some(rate) = &by.service.rate {
+        rate.take(client, by.now).map_err(RequestError::Rate)?;
+    }
+    let route = by.service.routes.find_place(parsed.path);
+    let route = route.ok_or(RequestError::Head(HeadError::Connect))?;
+    if let Some(rate) = &route.rate {
+        rate.take(client, by.now).map_err(RequestError::Rate)?;
+    }
+    let treatment = Treatment {
+        route: Arc::clone(route),
+        answer_lines: Vec::new(),
+        asked: None,
+        redirect: None,
+    };
+    let request = parsed.write(Told::plain(arrived, by.id), out);
+    Ok(Some((request, Some(Box::new(treatment)))))
 }
 
 fn split_query(target: &str) -> (&str, &str) {

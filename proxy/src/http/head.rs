@@ -59,9 +59,12 @@ pub enum HeadError {
     /// Interim answers without end.
     #[error("too many interim answers")]
     TooManyInterim,
-    /// CONNECT, which is not ours to grant.
+    /// CONNECT to a place that no route of the service has in its list.
     #[error("the method CONNECT")]
     Connect,
+    /// CONNECT with a body: what follows it belongs to the tunnel, or to the body, as each reader likes.
+    #[error("a body and the method CONNECT")]
+    ConnectBody,
     /// A stream's pseudo-header that is missing, unknown, repeated, empty or behind other fields.
     #[error("a pseudo-header that is missing, repeated or out of place")]
     Pseudo,

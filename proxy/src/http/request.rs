@@ -9,6 +9,7 @@ use super::head::{
 };
 use crate::forwarded::{Arrived, OurField, Said, Seen};
 use crate::route::action::FieldEdits;
+use crate::route::condition::Place;
 use crate::route::template::Values;
 
 /// What we need to know of a request after its head was written for the upstream.
@@ -36,6 +37,8 @@ pub(crate) enum Method {
     Head,
     /// GET and OPTIONS: asking twice is asking once (RFC 9110, section 9.2.1).
     Safe,
+    /// CONNECT: what comes behind the head is no HTTP, so the head is for us alone.
+    Connect,
     /// Everything else.
     Other,
 }
@@ -101,7 +104,7 @@ pub(crate) type FieldRoom<'h> = [MaybeUninit<httparse::Header<'h>>; FIELDS_MAX];
 #[derive(Debug)]
 pub(crate) struct Parsed<'f, 'h> {
     pub(crate) method: &'h str,
-    /// What is forwarded: a path with its query, or `*`.
+    /// What is forwarded: a path with its query, or `*`. Of a CONNECT the place it asks for.
     pub(crate) path: &'h str,
     /// From the Host field or the absolute target; they agree.
     pub(crate) host: &'h [u8],
@@ -170,8 +173,15 @@ pub(crate) fn parse<'f, 'h>(
     let path = parsed.path.ok_or(HeadError::Target)?;
     let (path, host) = target(method, path, version, read.host)?;
     let framing = read.lengths.framing(version)?.unwrap_or(Framing::Empty);
+    let connects = class(method) == Method::Connect;
+    if connects && framing != Framing::Empty {
+        return Err(HeadError::ConnectBody);
+    }
     // With a body under way the connection cannot change its language.
-    let asks = version == Version::Http11 && framing == Framing::Empty && read.connection.upgrade;
+    let asks = version == Version::Http11
+        && framing == Framing::Empty
+        && read.connection.upgrade
+        && !connects;
     Ok(Parsed {
         method,
         path,
@@ -199,7 +209,9 @@ impl Parsed<'_, '_> {
             method: class(self.method),
             line_bytes: out.len(),
             framing: self.framing,
-            persists: self.connection.persists(self.version),
+            // Behind a CONNECT come the tunnel's bytes, granted or not.
+            persists: self.connection.persists(self.version)
+                && class(self.method) != Method::Connect,
             upgrade: self.upgrade.map_or(Upgrade::None, |_| Upgrade::Asked),
             expects_continue: self.expects_continue,
             set_cookie: None,
@@ -301,10 +313,12 @@ impl<'h> Fields<'h> {
     }
 }
 
-fn class(method: &str) -> Method {
+/// What we need to know of a method.
+pub(crate) fn class(method: &str) -> Method {
     match method {
         "HEAD" => Method::Head,
         "GET" | "OPTIONS" => Method::Safe,
+        "CONNECT" => Method::Connect,
         _ => Method::Other,
     }
 }
@@ -333,7 +347,7 @@ fn target<'h>(
     host: Option<&'h [u8]>,
 ) -> Result<(&'h str, &'h [u8]), HeadError> {
     if method == "CONNECT" {
-        return Err(HeadError::Connect);
+        return place(target, version, host);
     }
     if is_misspelt(method) {
         return Err(HeadError::MethodLetters);
@@ -364,6 +378,24 @@ fn target<'h>(
         "" => Ok(("/", authority.as_bytes())),
         path if path.starts_with('/') => Ok((path, authority.as_bytes())),
         _ => Err(HeadError::Target),
+    }
+}
+
+/// The place a CONNECT asks for, twice: a host and a port (RFC 9110, section 9.3.6).
+fn place<'h>(
+    target: &'h str,
+    version: Version,
+    host: Option<&'h [u8]>,
+) -> Result<(&'h str, &'h [u8]), HeadError> {
+    let place = target.as_bytes();
+    if !is_host(place) || Place::parse(target).is_none() {
+        return Err(HeadError::Target);
+    }
+    match host {
+        None if version == Version::Http11 => Err(HeadError::Host),
+        // As for any other target, the two must agree.
+        Some(host) if !host.eq_ignore_ascii_case(place) => Err(HeadError::Host),
+        _ => Ok((target, place)),
     }
 }
 

@@ -30,6 +30,8 @@ pub(crate) enum Reason {
     Head,
     /// A path that could be read in two ways.
     Path,
+    /// A TLS client of a raw service asks for a name that is not served.
+    ServerName,
     /// Too many are held.
     HeldFull,
     /// Held for too long.
@@ -40,7 +42,7 @@ pub(crate) enum Reason {
 
 impl Reason {
     /// All of them, in the order of their declaration.
-    pub(crate) const ALL: [Self; 14] = [
+    pub(crate) const ALL: [Self; 15] = [
         Self::Rate,
         Self::AddressConnections,
         Self::Memory,
@@ -52,6 +54,7 @@ impl Reason {
         Self::HeadSlow,
         Self::Head,
         Self::Path,
+        Self::ServerName,
         Self::HeldFull,
         Self::HeldTooLong,
         Self::Shutdown,
@@ -72,6 +75,7 @@ impl Reason {
             Self::HeadSlow => "head_slow",
             Self::Head => "head",
             Self::Path => "path",
+            Self::ServerName => "server_name",
             Self::HeldFull => "held_full",
             Self::HeldTooLong => "held_too_long",
             Self::Shutdown => "shutdown",

@@ -37,15 +37,17 @@ pub(crate) struct Condition {
     pub(crate) path: Option<PathPattern>,
     pub(crate) methods: Vec<String>,
     pub(crate) fields: Vec<FieldPattern>,
-    /// Names in a TLS greeting; for raw services only.
-    #[allow(dead_code)] // until raw services read greetings
+    /// Names in a TLS greeting; of raw services, whose routes have nothing else.
     pub(crate) sni: Vec<HostPattern>,
+    /// Places that a CONNECT may ask for; a route with any is for nothing else.
+    pub(crate) connect: Vec<PlacePattern>,
 }
 
 impl Condition {
     /// Whether a request with this reading of its path fulfils all of it.
     pub(crate) fn is_met(&self, request: &RequestView<'_>, path: &str) -> bool {
-        self.fits_host(request.host)
+        self.connect.is_empty()
+            && self.fits_host(request.host)
             && (self.methods.is_empty()
                 || self.methods.iter().any(|method| method == request.method))
             && self.path.as_ref().is_none_or(|pattern| pattern.fits(path))
@@ -105,6 +107,48 @@ impl HostPattern {
                 })
             }
         }
+    }
+}
+
+/// A host and a port, as a CONNECT names them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Place<'p> {
+    /// Without final dot; in brackets if it is an IPv6 address.
+    pub(crate) host: &'p str,
+    pub(crate) port: u16,
+}
+
+impl<'p> Place<'p> {
+    /// Reads `example.org:443`; `None` without a host, or without a port that is one.
+    pub(crate) fn parse(text: &'p str) -> Option<Self> {
+        let (host, port) = text.rsplit_once(':')?;
+        let plain = !port.is_empty() && port.bytes().all(|byte| byte.is_ascii_digit());
+        let port = port.parse().ok().filter(|port| plain && *port > 0)?;
+        let bare = std::str::from_utf8(bare_host(host.as_bytes())).ok()?;
+        // What looks like a second port is none.
+        let is_whole = host.strip_suffix('.').unwrap_or(host) == bare;
+        (!bare.is_empty() && is_whole).then_some(Self { host: bare, port })
+    }
+}
+
+/// Which places.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct PlacePattern {
+    host: HostPattern,
+    port: u16,
+}
+
+impl PlacePattern {
+    /// Reads `example.org:443` or `*.example.org:443`; `None` for anything else.
+    pub(crate) fn parse(text: &str) -> Option<Self> {
+        let Place { host, port } = Place::parse(text)?;
+        let host = HostPattern::parse(host)?;
+        Some(Self { host, port })
+    }
+
+    /// Whether this place is meant.
+    pub(crate) fn fits(&self, place: Place<'_>) -> bool {
+        self.port == place.port && self.host.fits(place.host.as_bytes())
     }
 }
 
@@ -213,6 +257,33 @@ mod tests {
             assert_eq!(HostPattern::parse(text), None, "{text}");
         }
         assert!(HostPattern::parse("[::1]").is_some_and(|pattern| pattern.fits(b"[::1]")));
+    }
+
+    #[test]
+    fn a_place_is_a_host_and_a_port_and_both_have_to_fit() {
+        let exact = PlacePattern::parse("db.example.org:5432").unwrap();
+        let below = PlacePattern::parse("*.example.org:443").unwrap();
+        let literal = PlacePattern::parse("[::1]:443").unwrap();
+        for (place, fitting) in [
+            ("db.example.org:5432", Some(&exact)),
+            ("DB.EXAMPLE.ORG.:5432", Some(&exact)),
+            ("db.example.org:443", Some(&below)),
+            ("[::1]:443", Some(&literal)),
+            ("[::1]:5432", None),
+            ("example.org:443", None),
+            ("db.example.org.evil.net:5432", None),
+        ] {
+            let place = Place::parse(place).unwrap();
+            for pattern in [&exact, &below, &literal] {
+                assert_eq!(pattern.fits(place), fitting == Some(pattern), "{place:?}");
+            }
+        }
+        for text in [
+            "", ":443", "a", "a:", "a:0", "a:65536", "a:+1", "a:1:2", "a: 1", "[::1]", "[::1]x:1",
+            ".:1",
+        ] {
+            assert_eq!(Place::parse(text), None, "{text}");
+        }
     }
 
     #[test]

@@ -13,7 +13,7 @@ use std::sync::Arc;
 use crate::config::{Limits, UpstreamRef};
 use crate::limit::rate::RateLimit;
 use action::{FieldEdits, Redirect, Rewrite};
-use condition::Condition;
+use condition::{Condition, Place};
 pub(crate) use condition::{RequestView, bare_host};
 pub(crate) use path::{Path, PathError};
 
@@ -130,13 +130,21 @@ impl RouteTable {
         same.then_some(found).ok_or(PathError::Ambiguous)
     }
 
+    /// The first route for a place that a CONNECT asks for.
+    pub(crate) fn find_place(&self, place: &str) -> Option<&Arc<Route>> {
+        let place = Place::parse(place)?;
+        self.routes.iter().find(|route| {
+            let mut places = route.condition.connect.iter();
+            places.any(|pattern| pattern.fits(place))
+        })
+    }
+
     /// The first route for a name in a TLS greeting.
-    #[allow(dead_code)] // until raw services read greetings
     pub(crate) fn find_sni(&self, name: &str) -> Option<&Arc<Route>> {
         let name = bare_host(name.as_bytes());
         self.routes.iter().find(|route| {
-            let names = &route.condition.sni;
-            names.is_empty() || names.iter().any(|pattern| pattern.fits(name))
+            let mut names = route.condition.sni.iter();
+            names.any(|pattern| pattern.fits(name))
         })
     }
 }

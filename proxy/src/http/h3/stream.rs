@@ -63,6 +63,7 @@ fn refused(port: &Port, client: &Client, error: &RequestError) {
         _ => 0,
     };
     port.count(status);
+    port.count_refusal(error);
     port.log(|| Line::refused(port, client.address, status, 0, error));
 }
 

@@ -375,7 +375,7 @@ impl StreamExchange<'_> {
             if piece.last {
                 return Ok(());
             }
-            let silence = self.limits.response_max;
+            let silence = self.limits.between_bytes_max;
             match stream::read(self.upstream, self.buffers, buffer, silence).await {
                 Ok(1..) => {}
                 Ok(0) if matches!(body, Body::UntilClose) => {

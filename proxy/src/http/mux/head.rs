@@ -139,12 +139,7 @@ impl HeadBuilder {
     fn write(&self, body: BodyFollows, out: &mut Vec<u8>) -> Result<Option<Key>, HeadError> {
         let connect = self.method == b"CONNECT";
         if connect && self.protocol.is_empty() {
-            // The reader of heads says what becomes of a CONNECT that names only an authority.
-            return Err(if self.scheme.is_empty() && self.path.is_empty() {
-                HeadError::Connect
-            } else {
-                HeadError::Pseudo
-            });
+            return self.write_connect(out).map(|()| None);
         }
         if !connect && !self.protocol.is_empty() {
             return Err(HeadError::Pseudo);
@@ -192,6 +187,31 @@ impl HeadBuilder {
         }
         out.extend_from_slice(b"\r\n");
         Ok(key)
+    }
+
+    /// A CONNECT that names only a place (RFC 9113, section 8.5): what follows is no body, whatever it says.
+    fn write_connect(&self, out: &mut Vec<u8>) -> Result<(), HeadError> {
+        if !self.scheme.is_empty() || !self.path.is_empty() || self.authority.is_empty() {
+            return Err(HeadError::Pseudo);
+        }
+        if self.length.is_some() {
+            return Err(HeadError::ConnectBody);
+        }
+        let visible = |byte: &u8| (0x21..0x7f).contains(byte);
+        if !self.authority.iter().all(visible) {
+            return Err(HeadError::Target);
+        }
+        out.extend_from_slice(b"CONNECT ");
+        out.extend_from_slice(&self.authority);
+        out.extend_from_slice(b" HTTP/1.1\r\nHost: ");
+        out.extend_from_slice(self.host()?);
+        out.extend_from_slice(b"\r\n");
+        out.extend_from_slice(&self.lines);
+        if !self.cookie.is_empty() {
+            write_line(out, b"cookie", &self.cookie);
+        }
+        out.extend_from_slice(b"\r\n");
+        Ok(())
     }
 
     /// The one host of the request: whoever checks one and routes by the other is being fooled.

@@ -26,6 +26,7 @@ use crate::listen::port::{Connected, Link, Port, Presence, Visitor};
 use crate::service::Ticket;
 use crate::service::pool::Upstream;
 use crate::stream;
+use crate::upstream::Outcome;
 
 /// What a header list asked for.
 #[derive(Debug)]
@@ -65,6 +66,9 @@ pub(crate) async fn serve_stream<B: RequestBody, A: AnswerSink>(
         (None, Some(_)) => {
             Box::pin(forwarding.redirect(&served)).await;
             Ok(())
+        }
+        (None, None) if served.request.method == Method::Connect => {
+            Box::pin(forwarding.connect(&mut served, body, gone.as_mut())).await
         }
         (None, None) => forwarding.forward(&mut served, body, gone.as_mut()).await,
     };
@@ -230,6 +234,60 @@ impl<'f, A: AnswerSink> Forwarding<'f, A> {
             }
             may_reuse = false;
         }
+    }
+
+    /// Opens the tunnel that a CONNECT asks for, and carries bytes both ways to its end. It is held like a request.
+    async fn connect<B: RequestBody>(
+        &mut self,
+        served: &mut Served,
+        body: &mut B,
+        mut gone: Gone<'_>,
+    ) -> Result<(), RequestError> {
+        let port = self.port;
+        let mut visitor = visitor(served, self.client, gone.as_mut());
+        let ticket = port.admit(&mut visitor).await?;
+        let Connected {
+            ticket,
+            link,
+            chosen,
+        } = port.connect(ticket, false, &mut visitor).await?;
+        let Link::Own { upstream, .. } = link else {
+            return Err(RequestError::NoTunnel);
+        };
+        served.passage.register = Some(ticket.register());
+        let what = &served.head[..served.request.line_bytes];
+        let _row = port
+            .in_flight
+            .enter(self.client.address, what, served.arrival);
+        ticket.answered();
+        // What is said in it is not ours to understand: that it listens is all we know.
+        chosen.report(Outcome::Answered(200));
+        served.progress.status.set(200);
+        served.progress.answering.set(true);
+        let settings = port.settings();
+        let limits = served.limits(&settings.limits);
+        let tunnel = Tunnel {
+            upstream: &upstream.stream,
+            buffers: &port.buffers,
+            idle_max: limits.tunnel_idle_max,
+            progress: &served.progress,
+        };
+        let carried = async {
+            let head = AnswerHead::new(200, answer::TUNNEL);
+            let silence = limits.client_silence_max;
+            let said = within(silence, pin!(self.answer.head(head, More::Follows))).await;
+            said.ok_or(RequestError::ClientSilent)?
+                .map_err(RequestError::ClientLeft)?;
+            tunnel.run(Buffer::default(), body, self.answer).await;
+            Ok(())
+        };
+        let outcome = tokio::select! {
+            biased;
+            reason = gone.as_mut() => Err(RequestError::ClientLeft(reason)),
+            carried = carried => carried,
+        };
+        port.pool.part(upstream);
+        outcome
     }
 
     /// Forwards on one connection. Gives the ticket back if the request may be sent on another.

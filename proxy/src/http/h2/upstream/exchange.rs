@@ -285,7 +285,7 @@ impl Http2Exchange<'_> {
     ) -> Result<(), RequestError> {
         loop {
             let data = pin!(poll_fn(|context| body.poll_data(context)));
-            let data = match within(self.limits.response_max, data).await {
+            let data = match within(self.limits.between_bytes_max, data).await {
                 None => return Err(RequestError::UpstreamSilent),
                 Some(None) => break,
                 Some(Some(data)) => data.map_err(cut)?,
@@ -299,7 +299,7 @@ impl Http2Exchange<'_> {
             body.flow_control().release_capacity(data.len()).ok();
         }
         let trailer = pin!(poll_fn(|context| body.poll_trailers(context)));
-        match within(self.limits.response_max, trailer).await {
+        match within(self.limits.between_bytes_max, trailer).await {
             None => Err(RequestError::UpstreamSilent),
             Some(Err(error)) => Err(cut(error)),
             Some(Ok(None)) => taken(self.limits, pin!(answer.data(&[], More::Ends))).await,

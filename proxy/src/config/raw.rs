@@ -1,0 +1,93 @@
+//! What of a service and its routes is for raw connections or tunnels only, and what is for requests only: in the
+//! wrong place each is refused, never ignored.
+
+use super::Protocol;
+use super::table::{Problem, Section};
+use crate::route::RouteTable;
+
+/// What becomes of a raw connection that asks for a name of no route, or for none.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum UnknownName {
+    /// The service's own servers get it.
+    Forward,
+    /// A TLS client is told `unrecognized_name`; anybody else is closed.
+    Refuse,
+}
+
+/// Keys of a route that say something of requests that an upstream reads.
+const OF_REQUESTS: &[&str] = &[
+    "host",
+    "path_prefix",
+    "path_regex",
+    "method",
+    "header",
+    "redirect",
+    "rewrite",
+    "request_headers",
+    "response_headers",
+    "retry_methods",
+    "body_bytes_max",
+    "response_ms_max",
+    "between_bytes_ms_max",
+    "request_ms_max",
+    "client_silence_ms_max",
+    "client_body_bytes_per_s_min",
+];
+
+/// Refuses a route whose conditions can never be met, or whose rules never apply, by what its service speaks.
+pub(super) fn route_fits(section: &Section<'_>, protocol: Protocol) -> Result<(), Problem> {
+    match protocol {
+        Protocol::Http => {
+            section.refuse_useless(&["sni"], "protocol = \"tcp\"")?;
+            if section.has("connect") {
+                tunnel_fits(section)
+            } else {
+                Ok(())
+            }
+        }
+        Protocol::Tcp => {
+            const NEEDS: &str = "protocol = \"http\"";
+            section.refuse_useless(OF_REQUESTS, NEEDS)?;
+            section.refuse_useless(&["rate", "connect"], NEEDS)?;
+            if section.has("sni") {
+                Ok(())
+            } else {
+                Err(section.missing("sni", "sni = [\"db.example.org\"]"))
+            }
+        }
+    }
+}
+
+/// A tunnel leads where the operator says and nowhere else, and nobody reads what is in it.
+fn tunnel_fits(section: &Section<'_>) -> Result<(), Problem> {
+    section.refuse_useless(
+        OF_REQUESTS,
+        "requests; one with \"connect\" has tunnels only",
+    )?;
+    if section.has("source") || section.has("target") {
+        return Ok(());
+    }
+    Err(section.together(
+        "has \"connect\" without \"source\" and \"target\"; name the servers that its tunnels lead to",
+    ))
+}
+
+/// Reads `unknown_name`, and refuses what raw services cannot do.
+pub(super) fn unknown_name(
+    service: &Section<'_>,
+    protocol: Protocol,
+    routes: &RouteTable,
+) -> Result<UnknownName, Problem> {
+    match protocol {
+        Protocol::Http => service.refuse_useless(&["unknown_name"], "protocol = \"tcp\"")?,
+        Protocol::Tcp => service.refuse_useless(&["rate"], "protocol = \"http\"")?,
+    }
+    if routes.is_empty() {
+        service.refuse_useless(&["unknown_name"], "a route with \"sni\"")?;
+    }
+    match service.text("unknown_name")? {
+        None | Some("forward") => Ok(UnknownName::Forward),
+        Some("refuse") => Ok(UnknownName::Refuse),
+        Some(other) => Err(service.bad_text("unknown_name", other, "\"forward\" or \"refuse\"")),
+    }
+}
