@@ -2,6 +2,7 @@
 //! turns outcomes into exit codes.
 
 use std::io::Write;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
@@ -134,6 +135,22 @@ enum Command {
         #[arg(long, value_name = "AT_ONCE")]
         hold: Option<usize>,
     },
+    /// The target's end of Hopgate's own copies in a benchmark.
+    #[command(hide = true)]
+    BytesTarget {
+        /// Where to listen.
+        listen: SocketAddr,
+        #[command(flatten)]
+        end: EndOptions,
+    },
+    /// The source's end of them; reads what to do from standard input.
+    #[command(hide = true)]
+    BytesSource {
+        /// The target's end.
+        connect: SocketAddr,
+        #[command(flatten)]
+        end: EndOptions,
+    },
     /// The server behind the proxies of a benchmark.
     #[command(hide = true)]
     BenchOrigin,
@@ -152,8 +169,21 @@ enum Command {
     },
 }
 
+/// What both ends of a copy are told.
+#[derive(Debug, clap::Args)]
+struct EndOptions {
+    /// The folder of the certificates.
+    #[arg(long)]
+    tls: PathBuf,
+    /// The tree.
+    #[arg(long)]
+    tree: PathBuf,
+}
+
 #[derive(Debug, Subcommand)]
 enum Bench {
+    /// Copies data sets over emulated links, beside rsync and iperf3 on the same link in the same run.
+    Bytes(BytesOptions),
     /// Runs HAProxy, nginx and Hopgate in turn, on one core, and prints medians and the bars of each case.
     Proxy(ProxyOptions),
     /// Sends siege, wrk and ab through Hopgate at full speed; its memory must stay flat and no request may fail.
@@ -165,6 +195,28 @@ enum Bench {
         #[arg(long, value_name = "FILE")]
         hopgate: Option<PathBuf>,
     },
+}
+
+#[derive(Debug, clap::Args)]
+struct BytesOptions {
+    /// Only the cases whose name contains this, such as noise@800mbit; may be given more than once.
+    #[arg(long = "case", value_name = "FILTER")]
+    cases: Vec<String>,
+    /// Only the data sets whose name contains this; may be given more than once.
+    #[arg(long = "set", value_name = "FILTER")]
+    sets: Vec<String>,
+    /// Only the links whose name contains this; may be given more than once.
+    #[arg(long = "link", value_name = "FILTER")]
+    links: Vec<String>,
+    /// An eighth of every data set: a quick look, no bar is about it.
+    #[arg(long)]
+    quick: bool,
+    /// Also write all figures to this file, as JSON; to standard output for "-".
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Lists the cases and ends.
+    #[arg(long)]
+    list: bool,
 }
 
 fn minutes(text: &str) -> Result<f64, String> {
@@ -245,6 +297,16 @@ fn run(arguments: Arguments, progress: &Progress) -> anyhow::Result<ExitCode> {
                 ExitCode::FAILURE
             });
         }
+        Command::Bench {
+            what: Bench::Bytes(options),
+        } => return bench_bytes(options, progress),
+        Command::BytesTarget { listen, end } => {
+            let never = bench::bytes::agent::target(listen, &end.tls, end.tree)?;
+            match never {}
+        }
+        Command::BytesSource { connect, end } => {
+            bench::bytes::agent::source(connect, &end.tls, &end.tree)?;
+        }
         Command::BenchClient { plan, hold } => bench_client(&plan, hold)?,
         Command::BenchOrigin => bench::origin::run()?,
         Command::World { app, link } => {
@@ -296,15 +358,7 @@ fn bench_proxy(options: &ProxyOptions, progress: &Progress) -> anyhow::Result<Ex
         return Ok(ExitCode::SUCCESS);
     }
     interrupt::listen()?;
-    // Standard output belongs to the JSON where it is asked for there.
-    let json_out = options.json.as_deref() == Some(Path::new("-"));
-    let show = |text: &str| {
-        if json_out {
-            eprintln!("{text}");
-        } else {
-            println!("{text}");
-        }
-    };
+    let show = shower(options.json.as_deref());
     let wish = bench::run::Options {
         cases,
         length: Duration::from_secs_f64(options.seconds),
@@ -316,17 +370,80 @@ fn bench_proxy(options: &ProxyOptions, progress: &Progress) -> anyhow::Result<Ex
     })?;
     progress.done();
     show(&format!("\n{}", report.summary()));
-    match options.json.as_deref() {
-        Some(_) if json_out => print!("{}", report.json()?),
-        Some(path) => std::fs::write(path, report.json()?)
-            .with_context(|| format!("cannot write {}", path.display()))?,
-        None => {}
-    }
+    write_json(options.json.as_deref(), || report.json())?;
     Ok(if report.is_clean() {
         ExitCode::SUCCESS
     } else {
         ExitCode::FAILURE
     })
+}
+
+fn bench_bytes(options: BytesOptions, progress: &Progress) -> anyhow::Result<ExitCode> {
+    use bench::bytes::{case, report, run};
+    let filters = case::Filters {
+        cases: options.cases,
+        sets: options.sets,
+        links: options.links,
+    };
+    let cases =
+        case::chosen(&filters).map_err(|vain| anyhow!("no case fits {vain}; see --list"))?;
+    if options.list {
+        let lines = cases.iter().map(|case| {
+            format!(
+                "{:<24}{}, over {}\n",
+                case.name(),
+                case.set.title(),
+                case.link.link
+            )
+        });
+        // Whoever reads may have seen enough.
+        let _ = std::io::stdout().write_all(lines.collect::<String>().as_bytes());
+        return Ok(ExitCode::SUCCESS);
+    }
+    interrupt::listen()?;
+    let thoroughness = if options.quick {
+        case::Thoroughness::Quick
+    } else {
+        case::Thoroughness::Full
+    };
+    let show = shower(options.json.as_deref());
+    let reports = run::run(&cases, thoroughness, &Folders::find()?, progress, |case| {
+        progress.aside(|| show(case.table().trim_end()));
+    })?;
+    progress.done();
+    show(&format!("\n{}", report::summary(&reports)));
+    write_json(options.json.as_deref(), || report::json(&reports))?;
+    let clean = reports.iter().all(|report| report.failures.is_empty());
+    Ok(if clean {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
+}
+
+/// Prints for a person: standard output belongs to the JSON where it is asked for there.
+fn shower(json: Option<&Path>) -> impl Fn(&str) {
+    let json_out = json == Some(Path::new("-"));
+    move |text: &str| {
+        if json_out {
+            eprintln!("{text}");
+        } else {
+            println!("{text}");
+        }
+    }
+}
+
+fn write_json(
+    json: Option<&Path>,
+    text: impl Fn() -> serde_json::Result<String>,
+) -> anyhow::Result<()> {
+    match json {
+        Some(path) if path == Path::new("-") => print!("{}", text()?),
+        Some(path) => std::fs::write(path, text()?)
+            .with_context(|| format!("cannot write {}", path.display()))?,
+        None => {}
+    }
+    Ok(())
 }
 
 fn bench_client(plan: &str, hold: Option<usize>) -> anyhow::Result<()> {

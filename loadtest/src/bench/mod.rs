@@ -1,8 +1,10 @@
 //! The benchmark: HAProxy, nginx and Hopgate in one run, one after the other in each round, each on the same core.
 //!
-//! Entry points are [`run::run`] for `cargo lab bench proxy` and [`soak::run`] for `cargo lab bench soak`. It never
-//! handicaps a peer: what is set for one proxy is set for all, and every setting lies below `configs/lab/bench`.
+//! Entry points are [`run::run`] for `cargo lab bench proxy`, [`soak::run`] for `cargo lab bench soak` and
+//! [`bytes::run::run`] for `cargo lab bench bytes`. It never handicaps a peer: what is set for one proxy is set for all,
+//! and every setting lies below `configs/lab/bench`.
 
+pub mod bytes;
 pub mod case;
 pub mod certificate;
 pub mod client;

@@ -182,7 +182,19 @@ impl Runtime {
     /// # Errors
     /// When it fails, or the container does not run.
     pub fn exec(&self, kind: ContainerKind, args: &[&str]) -> Result<String> {
-        Ok(self.runc().args(["exec", kind.name()]).args(args).run()?)
+        Ok(self.exec_shell(kind, args).run()?)
+    }
+
+    /// The command that runs a program inside.
+    #[must_use]
+    pub fn exec_shell(&self, kind: ContainerKind, args: &[&str]) -> Shell {
+        self.runc().args(["exec", kind.name()]).args(args)
+    }
+
+    /// The run directory.
+    #[must_use]
+    pub fn folder(&self) -> &Path {
+        &self.run
     }
 
     /// Asks its first process to end and waits until the container has stopped.
