@@ -33,6 +33,7 @@ const COMMANDS_MAX: usize = 32;
 
 /// Timeouts of the accepting side; the driver brings its own.
 const PEER_TIMEOUTS: PeerTimeouts = PeerTimeouts {
+    resume_within: Duration::ZERO,
     connect: Duration::from_secs(10),
     dead_after: Duration::from_secs(3),
 };

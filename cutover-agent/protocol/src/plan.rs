@@ -29,6 +29,21 @@ impl Engine {
     }
 }
 
+/// Whether and how bytes are packed before they cross the link.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, Default)]
+#[serde(rename_all = "lowercase")]
+pub enum Compress {
+    /// As strongly as the link leaves time for, by measured speeds; not at all where that would be slower.
+    #[default]
+    Auto,
+    /// Always zstd, at a level that the link leaves time for.
+    Zstd,
+    /// Always LZ4: little processor time, little gain.
+    Lz4,
+    /// Never, for links that are faster than packing or that pack themselves.
+    Off,
+}
+
 /// A plan as written.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -43,6 +58,16 @@ pub struct RawPlan {
     /// Parallel data connections, 1 to 32.
     #[serde(default = "default_streams")]
     pub streams: u32,
+    /// Whether and how bytes are packed before they cross the link.
+    #[serde(default)]
+    pub compress: Compress,
+    /// What all data connections together may send, in Mbit/s, also while clients are held; no limit without it.
+    #[serde(default)]
+    pub bandwidth_mbit_max: Option<u32>,
+    /// How long a connection to the target that broke is tried to be made again, in milliseconds; what was under way
+    /// then goes on from what has arrived. 0 for not at all.
+    #[serde(default = "default_reconnect_ms_max")]
+    pub reconnect_ms_max: u64,
     /// Memory rounds at most; 0 means none.
     #[serde(default = "default_rounds_max")]
     pub rounds_max: u32,
@@ -67,7 +92,10 @@ pub struct RawPlan {
 }
 
 const fn default_streams() -> u32 {
-    4
+    8
+}
+const fn default_reconnect_ms_max() -> u64 {
+    15_000
 }
 const fn default_rounds_max() -> u32 {
     4
@@ -245,9 +273,21 @@ fn check_bounds(raw: &RawPlan) -> Result<(), PlanError> {
         u64,
         std::ops::RangeInclusive<u64>,
         &'static str,
-    ); 5] = [
+    ); 7] = [
         ("streams", u64::from(raw.streams), 1..=32, "1 to 32"),
+        (
+            "bandwidth_mbit_max",
+            u64::from(raw.bandwidth_mbit_max.unwrap_or(1)),
+            1..=1_000_000,
+            "1 to 1000000, or left out for no limit",
+        ),
         ("rounds_max", u64::from(raw.rounds_max), 0..=64, "0 to 64"),
+        (
+            "reconnect_ms_max",
+            raw.reconnect_ms_max,
+            0..=3_600_000,
+            "0 to 3600000",
+        ),
         (
             "lease_ms",
             raw.lease_ms,
@@ -340,6 +380,9 @@ mod tests {
             target: "192.0.2.2:7443".to_owned(),
             engine: Engine::Criu,
             streams: 4,
+            compress: Compress::Auto,
+            bandwidth_mbit_max: None,
+            reconnect_ms_max: 15_000,
             rounds_max: 4,
             lease_ms: 10_000,
             drain_ms_max: 5_000,

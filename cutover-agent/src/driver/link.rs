@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use cutover_protocol::hop::Link as Measured;
-use cutover_protocol::plan::RawPlan;
+use cutover_protocol::plan::{Compress, RawPlan};
 use cutover_protocol::wire::{Request, Response};
 
 use crate::config::{Config, IMAGES_TREE};
@@ -37,6 +37,9 @@ pub(super) type SyncJob = Pin<Box<dyn Future<Output = Result<u64, String>> + Sen
 pub(super) struct Link {
     target: String,
     streams: u16,
+    resume_within: Duration,
+    compress: Compress,
+    bytes_per_second_max: Option<u64>,
     tls: TlsPaths,
     session: tokio::sync::Mutex<Option<Arc<Session>>>,
     moving: Mutex<Vec<Arc<Progress>>>,
@@ -48,6 +51,11 @@ impl Link {
             target: settings.target.clone(),
             // The plan's check bounds it to 32.
             streams: u16::try_from(settings.streams).unwrap_or(1),
+            resume_within: Duration::from_millis(settings.reconnect_ms_max),
+            compress: settings.compress,
+            bytes_per_second_max: settings
+                .bandwidth_mbit_max
+                .map(|mbit| u64::from(mbit) * 1_000_000 / 8),
             tls: config.peer.tls.clone(),
             session: tokio::sync::Mutex::new(None),
             moving: Mutex::new(Vec::new()),
@@ -56,8 +64,11 @@ impl Link {
 
     async fn session(&self) -> Result<Arc<Session>, String> {
         let mut slot = self.session.lock().await;
-        if let Some(session) = slot.as_ref().filter(|session| session.is_alive()) {
-            return Ok(Arc::clone(session));
+        if let Some(session) = slot.as_ref() {
+            // Rounds that are under way do the same, and wait for each other.
+            if session.revive().await.is_ok() {
+                return Ok(Arc::clone(session));
+            }
         }
         *slot = None;
         let address: SocketAddr = tokio::net::lookup_host(&self.target)
@@ -74,10 +85,12 @@ impl Link {
         let timeouts = PeerTimeouts {
             connect: CONNECT_MAX,
             dead_after: DEAD_AFTER,
+            resume_within: self.resume_within,
         };
         let session = peer::connect(address, tls, timeouts, self.streams)
             .await
             .map_err(|error| error.to_string())?;
+        session.limit_bandwidth(self.bytes_per_second_max);
         let session = Arc::new(session);
         *slot = Some(Arc::clone(&session));
         Ok(session)
@@ -143,6 +156,7 @@ impl Link {
             } else {
                 SyncOptions::live(limit)
             };
+            options.compress = link.compress;
             options.progress = link.new_progress();
             let name = TreeName::new(&tree).map_err(|error| error.to_string())?;
             let report = session

@@ -7,13 +7,14 @@ use std::collections::HashSet;
 use std::os::fd::OwnedFd;
 
 use rustix::fs::{
-    AtFlags, FallocateFlags, FileType, Gid, Mode, OFlags, RawMode, Timestamps, Uid, XattrFlags,
+    AtFlags, FallocateFlags, FileType, Gid, Mode, OFlags, RawMode, Stat, Timestamps, Uid,
+    XattrFlags,
 };
 use rustix::io::Errno;
 
 use super::FilesError;
-use super::manifest::{self, Entry, Kind, Manifest};
-use super::root::{Place, Root};
+use super::manifest::{self, Attributes, Entry, Kind, Manifest};
+use super::root::{self, Place, Root};
 use super::walk;
 
 /// Whether an entry can stay where it is and become the other one.
@@ -60,7 +61,7 @@ pub(crate) fn prepare(root: &Root, base: &Manifest, new: &[Entry]) -> Result<(),
         // What a file no longer has is given back before the new blocks need room.
         let old = matching(&base.entries, &entry.path).filter(|old| entry.size() < old.size());
         if let (Kind::File { size }, Some(_)) = (&entry.kind, old) {
-            let file = open_file(root, &entry.path)?;
+            let (file, _) = open_file(root, &entry.path)?;
             rustix::fs::ftruncate(&file, *size)
                 .map_err(|errno| FilesError::write(root.shown(&entry.path), errno))?;
         }
@@ -114,7 +115,7 @@ fn remove(root: &Root, entry: &Entry) -> Result<(), FilesError> {
 ///
 /// # Errors
 /// When it cannot be written, or is no regular file.
-pub(crate) fn open_file(root: &Root, path: &[u8]) -> Result<OwnedFd, FilesError> {
+pub(crate) fn open_file(root: &Root, path: &[u8]) -> Result<(OwnedFd, Stat), FilesError> {
     let failed = |errno| FilesError::write(root.shown(path), errno);
     let flags = OFlags::RDWR | OFlags::CREATE | OFlags::NONBLOCK;
     let opened = match root.open_beneath(path, flags, 0o600) {
@@ -130,7 +131,55 @@ pub(crate) fn open_file(root: &Root, path: &[u8]) -> Result<OwnedFd, FilesError>
     if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
         return Err(failed(Errno::INVAL));
     }
-    Ok(file)
+    Ok((file, stat))
+}
+
+/// Brings everything but content of a file in order whose blocks were all just written through `file`; `stat` is what it
+/// was when it was opened. Does for one file what [`finish`] does for all that are left, in fewer calls.
+///
+/// # Errors
+/// When the file system fails.
+pub(crate) fn complete(
+    root: &Root,
+    entry: &Entry,
+    file: &OwnedFd,
+    stat: &Stat,
+) -> Result<(), FilesError> {
+    let completing = || {
+        // Zeros beyond the old end were not written.
+        if stat.st_size as u64 > entry.size()
+            || rustix::fs::fstat(file)?.st_size as u64 != entry.size()
+        {
+            rustix::fs::ftruncate(file, entry.size())?;
+        }
+        let is_moved = (stat.st_uid, stat.st_gid) != (entry.uid, entry.gid);
+        if is_moved {
+            let (uid, gid) = (Uid::from_raw(entry.uid), Gid::from_raw(entry.gid));
+            may_stay_ours(rustix::fs::fchown(file, Some(uid), Some(gid)))?;
+        }
+        set_attributes(&Handle(file), entry)?;
+        if is_moved || !entry.attributes.is_empty() || stat.st_mode & 0o7777 != entry.mode {
+            rustix::fs::fchmod(file, Mode::from_raw_mode(entry.mode as RawMode))?;
+        }
+        rustix::fs::futimens(file, &times(entry))
+    };
+    completing().map_err(|errno| FilesError::write(root.shown(&entry.path), errno))
+}
+
+/// Only root can give files away; without it everything stays ours, as with any copying program.
+fn may_stay_ours(changed: Result<(), Errno>) -> Result<(), Errno> {
+    match changed {
+        Err(Errno::PERM) if !rustix::process::geteuid().is_root() => Ok(()),
+        other => other,
+    }
+}
+
+fn times(entry: &Entry) -> Timestamps {
+    let mtime = walk::timespec(entry.mtime_ns);
+    Timestamps {
+        last_access: mtime,
+        last_modification: mtime,
+    }
 }
 
 /// Writes bytes at a place in an open file.
@@ -195,7 +244,7 @@ pub(crate) fn write_zeros(
 }
 
 /// Brings everything but content in order: lengths, links, nodes, deletions, metadata. `touched` are the indices of
-/// entries whose content was written.
+/// entries whose content was written, `completed` those that [`complete`] was called for.
 ///
 /// # Errors
 /// When the tree cannot be changed.
@@ -204,10 +253,14 @@ pub(crate) fn finish(
     base: &Manifest,
     new: &[Entry],
     touched: &HashSet<usize>,
+    completed: &HashSet<usize>,
 ) -> Result<(), FilesError> {
     for (index, entry) in new.iter().enumerate() {
         let is_same = matching(&base.entries, &entry.path) == Some(entry);
-        if (is_same && !touched.contains(&index)) || entry.kind == Kind::Directory {
+        if (is_same && !touched.contains(&index))
+            || completed.contains(&index)
+            || entry.kind == Kind::Directory
+        {
             continue;
         }
         make(root, entry)?;
@@ -238,8 +291,8 @@ pub(crate) fn finish(
 fn make(root: &Root, entry: &Entry) -> Result<(), FilesError> {
     let failed = |errno| FilesError::write(root.shown(&entry.path), errno);
     if let Kind::File { size } = entry.kind {
-        let file = open_file(root, &entry.path)?;
-        if rustix::fs::fstat(&file).map_err(failed)?.st_size as u64 != size {
+        let (file, stat) = open_file(root, &entry.path)?;
+        if stat.st_size as u64 != size {
             rustix::fs::ftruncate(&file, size).map_err(failed)?;
         }
         return Ok(());
@@ -284,47 +337,37 @@ fn set_all(place: &Place, entry: &Entry) -> Result<(), Errno> {
     let stat = place.stat()?;
     if (stat.st_uid, stat.st_gid) != (entry.uid, entry.gid) {
         let (uid, gid) = (Uid::from_raw(entry.uid), Gid::from_raw(entry.gid));
-        match rustix::fs::chownat(
+        may_stay_ours(rustix::fs::chownat(
             &place.directory,
             &place.name,
             Some(uid),
             Some(gid),
             AtFlags::SYMLINK_NOFOLLOW,
-        ) {
-            // Only root can give files away; without it everything stays ours, as with any copying program.
-            Err(Errno::PERM) if !rustix::process::geteuid().is_root() => {}
-            other => other?,
-        }
+        ))?;
     }
     let is_symlink = matches!(entry.kind, Kind::Symlink { .. });
     set_attributes(place, entry)?;
     if !is_symlink {
         change_mode(place, entry.mode)?;
     }
-    let mtime = walk::timespec(entry.mtime_ns);
-    let times = Timestamps {
-        last_access: mtime,
-        last_modification: mtime,
-    };
     rustix::fs::utimensat(
         &place.directory,
         &place.name,
-        &times,
+        &times(entry),
         AtFlags::SYMLINK_NOFOLLOW,
     )
 }
 
-fn set_attributes(place: &Place, entry: &Entry) -> Result<(), Errno> {
-    let present = place.attributes()?;
+fn set_attributes<A: Attributed>(at: &A, entry: &Entry) -> Result<(), Errno> {
+    let present = at.attributes()?;
     if present == entry.attributes {
         return Ok(());
     }
-    let path = place.through_proc();
     for (name, _) in present
         .iter()
         .filter(|(name, _)| !entry.attributes.iter().any(|(wanted, _)| wanted == name))
     {
-        match rustix::fs::lremovexattr(&path, name.as_slice()) {
+        match at.remove(name) {
             Ok(()) | Err(Errno::NODATA) => {}
             Err(errno) => return Err(errno),
         }
@@ -334,9 +377,50 @@ fn set_attributes(place: &Place, entry: &Entry) -> Result<(), Errno> {
         .iter()
         .filter(|wanted| !present.contains(wanted))
     {
-        rustix::fs::lsetxattr(&path, name.as_slice(), value, XattrFlags::empty())?;
+        at.set(name, value)?;
     }
     Ok(())
+}
+
+/// Where extended attributes can be changed.
+trait Attributed {
+    fn attributes(&self) -> Result<Attributes, Errno>;
+    fn set(&self, name: &[u8], value: &[u8]) -> Result<(), Errno>;
+    fn remove(&self, name: &[u8]) -> Result<(), Errno>;
+}
+
+impl Attributed for Place {
+    fn attributes(&self) -> Result<Attributes, Errno> {
+        Self::attributes(self)
+    }
+
+    fn set(&self, name: &[u8], value: &[u8]) -> Result<(), Errno> {
+        rustix::fs::lsetxattr(self.through_proc(), name, value, XattrFlags::empty())
+    }
+
+    fn remove(&self, name: &[u8]) -> Result<(), Errno> {
+        rustix::fs::lremovexattr(self.through_proc(), name)
+    }
+}
+
+/// An open file.
+struct Handle<'a>(&'a OwnedFd);
+
+impl Attributed for Handle<'_> {
+    fn attributes(&self) -> Result<Attributes, Errno> {
+        root::attributes(
+            |buffer| rustix::fs::flistxattr(self.0, buffer),
+            |name, buffer| rustix::fs::fgetxattr(self.0, name, buffer),
+        )
+    }
+
+    fn set(&self, name: &[u8], value: &[u8]) -> Result<(), Errno> {
+        rustix::fs::fsetxattr(self.0, name, value, XattrFlags::empty())
+    }
+
+    fn remove(&self, name: &[u8]) -> Result<(), Errno> {
+        rustix::fs::fremovexattr(self.0, name)
+    }
 }
 
 /// Follows a symlink in the last place, so only for names that were just seen not to be one.

@@ -101,30 +101,38 @@ impl Place {
     /// The extended attributes by name, sorted; empty where the file system has none.
     pub(crate) fn attributes(&self) -> Result<Attributes, Errno> {
         let path = self.through_proc();
-        let mut names = Vec::new();
-        let listed = grow(256, |buffer| rustix::fs::llistxattr(&path, buffer));
-        match listed {
-            Ok(list) => names.extend(
-                list.split(|byte| *byte == 0)
-                    .filter(|name| !name.is_empty())
-                    .map(<[u8]>::to_vec),
-            ),
-            Err(Errno::NOTSUP) => {}
+        attributes(
+            |buffer| rustix::fs::llistxattr(&path, buffer),
+            |name, buffer| rustix::fs::lgetxattr(&path, name, buffer),
+        )
+    }
+}
+
+/// Extended attributes by name, sorted; empty where the file system has none.
+pub(super) fn attributes(
+    list: impl Fn(&mut [u8]) -> Result<usize, Errno>,
+    get: impl Fn(&[u8], &mut [u8]) -> Result<usize, Errno>,
+) -> Result<Attributes, Errno> {
+    let mut names: Vec<Vec<u8>> = Vec::new();
+    match grow(256, list) {
+        Ok(list) => names.extend(
+            list.split(|byte| *byte == 0)
+                .filter(|name| !name.is_empty())
+                .map(<[u8]>::to_vec),
+        ),
+        Err(Errno::NOTSUP) => {}
+        Err(other) => return Err(other),
+    }
+    names.sort();
+    let mut found = Vec::with_capacity(names.len());
+    for name in names {
+        match grow(256, |buffer| get(&name, buffer)) {
+            Ok(value) => found.push((name, value)),
+            Err(Errno::NODATA) => {}
             Err(other) => return Err(other),
         }
-        names.sort();
-        let mut found = Vec::with_capacity(names.len());
-        for name in names {
-            match grow(256, |buffer| {
-                rustix::fs::lgetxattr(&path, name.as_slice(), buffer)
-            }) {
-                Ok(value) => found.push((name, value)),
-                Err(Errno::NODATA) => {}
-                Err(other) => return Err(other),
-            }
-        }
-        Ok(found)
     }
+    Ok(found)
 }
 
 /// Calls with a growing buffer until the answer fits. The kernel bounds both lists and values at 64 KiB.

@@ -9,7 +9,7 @@ use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 use super::frame::{self, FrameError};
 
 /// The version of everything said between agents; both must have the same.
-pub(super) const VERSION: u32 = 1;
+pub(super) const VERSION: u32 = 2;
 /// The most data streams of a session.
 pub const STREAMS_MAX: u16 = 32;
 
@@ -25,8 +25,15 @@ pub(super) struct Hello {
 
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) enum Purpose {
-    Control { streams: u16, dead_after_ms: u64 },
-    Data { index: u16 },
+    Control {
+        streams: u16,
+        dead_after_ms: u64,
+        /// A session of ours that broke: it is over, whatever the other side still believes of it.
+        instead_of: Option<SessionId>,
+    },
+    Data {
+        index: u16,
+    },
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -66,6 +73,7 @@ impl Purpose {
             Self::Control {
                 streams,
                 dead_after_ms,
+                ..
             } => (1..=STREAMS_MAX).contains(streams) && (50..=600_000).contains(dead_after_ms),
             Self::Data { index } => *index < STREAMS_MAX,
         }

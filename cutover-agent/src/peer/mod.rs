@@ -7,13 +7,19 @@
 //!            ── data × K ─► frames from one queue    ──► Receiver
 //! ```
 //! Whoever drives a hop connects; after it, or when its time is over, the whole session ends at once. Only one session
-//! is in charge at an acceptor at any moment: a second one is told so, unless the first is dead.
+//! is in charge at an acceptor at any moment: a second one is told so, unless the first is dead, or the second says that
+//! it comes in its place. A round under way when connections break takes a session up again ([`Session::revive`]), asks
+//! what has arrived, and goes on from there; a request under way fails, because nobody knows whether it was carried out.
 //!
 //! ```no_run
 //! # use std::{sync::Arc, time::Duration};
 //! # use cutover_agent::{peer::{self, PeerTimeouts}, tls::ClientTls, transfer::{SyncOptions, TreeName}};
 //! # async fn hop(tls: ClientTls) -> Result<(), Box<dyn std::error::Error>> {
-//! let timeouts = PeerTimeouts { connect: Duration::from_secs(5), dead_after: Duration::from_secs(3) };
+//! let timeouts = PeerTimeouts {
+//!     connect: Duration::from_secs(5),
+//!     dead_after: Duration::from_secs(3),
+//!     resume_within: Duration::from_secs(10),
+//! };
 //! let session = peer::connect("192.0.2.2:7443".parse()?, tls, timeouts, 4).await?;
 //! let reply: String = session.call(&"are you well?", Duration::from_secs(1)).await?;
 //! let tree = TreeName::new("db/volume")?;
@@ -25,6 +31,7 @@
 mod frame;
 mod hello;
 pub(crate) mod message;
+mod pace;
 mod queue;
 mod serve;
 mod session;
@@ -53,6 +60,9 @@ pub struct PeerTimeouts {
     pub connect: Duration,
     /// How long a silent peer is believed to live. Signs of life are sent three times in it.
     pub dead_after: Duration,
+    /// How long a session whose connections broke is tried to be taken up again before whoever uses it is told; zero
+    /// for not at all. Matters only to the side that connects.
+    pub resume_within: Duration,
 }
 
 /// Why there is no connection to the peer, or no answer on it.
@@ -115,4 +125,22 @@ pub enum PeerError {
         "the peer does not understand the request, or we not its answer: both agents must be of the same version"
     )]
     Vocabulary,
+}
+
+impl PeerError {
+    /// Whether the same may work a moment later: the network or a restarting agent, not a decision of the other side.
+    #[must_use]
+    pub const fn may_pass(&self) -> bool {
+        match self {
+            Self::Connect { .. }
+            | Self::Greeting { .. }
+            | Self::Deadline { .. }
+            | Self::Lost { .. }
+            | Self::Accept { .. } => true,
+            Self::Refused { refusal, .. } => {
+                matches!(refusal, Refusal::Busy | Refusal::UnknownSession)
+            }
+            Self::Tls { .. } | Self::Vocabulary => false,
+        }
+    }
 }

@@ -3,14 +3,14 @@
 
 use std::convert::Infallible;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::io::ReadHalf;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tokio::task::JoinSet;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
@@ -25,6 +25,8 @@ use crate::transfer::{Receiver, TreeName};
 const GREETINGS_MAX: usize = 64;
 /// Requests that may wait for the handler.
 const CALLS_QUEUED: usize = 64;
+/// How long streams of a session that ended may still be read: what has arrived already, and no more.
+const DRAIN_MAX: Duration = Duration::from_millis(150);
 /// Pause after a failed accept (no descriptors left): the next one would fail as well.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
@@ -58,6 +60,14 @@ enum Job {
 
 type Stream = TlsStream<TcpStream>;
 
+/// The session in charge.
+#[derive(Clone)]
+struct Current {
+    id: SessionId,
+    streams: mpsc::Sender<Stream>,
+    receiver: Arc<Receiver>,
+}
+
 struct Server {
     tls: ServerTls,
     timeouts: PeerTimeouts,
@@ -65,7 +75,7 @@ struct Server {
     jobs: mpsc::Sender<Job>,
     /// One permit: the session in charge holds it until its last write is done.
     charge: Arc<Semaphore>,
-    current: Mutex<Option<(SessionId, mpsc::Sender<Stream>)>>,
+    current: watch::Sender<Option<Current>>,
 }
 
 /// Serves sessions until it is dropped.
@@ -89,7 +99,7 @@ pub async fn serve<H: Handler>(
         trees,
         jobs,
         charge: Arc::new(Semaphore::new(1)),
-        current: Mutex::new(None),
+        current: watch::Sender::new(None),
     });
     let mut tasks = JoinSet::new();
     tasks.spawn(work(handler, queue));
@@ -154,8 +164,13 @@ impl Server {
         drop(greeting);
         match hello.purpose {
             Purpose::Data { .. } => self.attach(stream, hello.session).await,
-            Purpose::Control { dead_after_ms, .. } => {
+            Purpose::Control {
+                dead_after_ms,
+                instead_of,
+                ..
+            } => {
                 let dead_after = Duration::from_millis(dead_after_ms);
+                self.end(instead_of);
                 // A session that just died still has writes to finish.
                 let charge =
                     tokio::time::timeout(limit / 4, Arc::clone(&self.charge).acquire_owned()).await;
@@ -204,14 +219,10 @@ impl Server {
     }
 
     async fn attach(&self, mut stream: Stream, session: SessionId) -> Result<(), PeerError> {
-        let current = self
-            .current
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone();
-        match current.filter(|(known, _)| *known == session) {
+        let streams = self.streams_of(session).await;
+        match streams {
             None => answer(&mut stream, &Welcome::Refused(Refusal::UnknownSession)).await,
-            Some((_, streams)) => {
+            Some(streams) => {
                 answer(&mut stream, &Welcome::Accepted).await?;
                 streams.send(stream).await.map_err(|_| PeerError::Lost {
                     reason: "its session ended".into(),
@@ -220,16 +231,39 @@ impl Server {
         }
     }
 
+    /// Where the data streams of a session go; they may have overtaken its control connection.
+    async fn streams_of(&self, session: SessionId) -> Option<mpsc::Sender<Stream>> {
+        let its =
+            |current: &Option<Current>| current.as_ref().is_some_and(|known| known.id == session);
+        let mut current = self.current.subscribe();
+        let waiting = current.wait_for(its);
+        let found = tokio::time::timeout(self.timeouts.connect / 2, waiting).await;
+        let current = found.ok()?.ok()?;
+        current.as_ref().map(|known| known.streams.clone())
+    }
+
+    /// Ends a session of which its own peer says that it is broken.
+    fn end(&self, session: Option<SessionId>) {
+        let current = self.current.borrow().clone();
+        if let Some(current) = current.filter(|current| Some(current.id) == session) {
+            current.receiver.fail("its successor is here".to_owned());
+        }
+    }
+
     /// Runs a session to its end.
     async fn control(&self, mut stream: Stream, session: SessionId, dead_after: Duration) {
         let (tx, streams) = mpsc::channel(usize::from(hello::STREAMS_MAX));
-        *self.current.lock().unwrap_or_else(PoisonError::into_inner) = Some((session, tx));
         let receiver = Arc::new(Receiver::new(Arc::clone(&self.trees), dead_after));
+        self.current.send_replace(Some(Current {
+            id: session,
+            streams: tx,
+            receiver: Arc::clone(&receiver),
+        }));
         let reason = match answer(&mut stream, &Welcome::Accepted).await {
             Err(error) => error.to_string(),
             Ok(()) => self.session(stream, streams, &receiver, dead_after).await,
         };
-        *self.current.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        self.current.send_replace(None);
         tracing::info!(reason, "the session with the peer ended");
         receiver.close().await;
         // The queue only closes with the server itself.
@@ -256,7 +290,7 @@ impl Server {
             );
         });
         tasks.spawn(beat(outbox.clone(), dead_after));
-        let mut asks: JoinSet<()> = JoinSet::new();
+        let (mut data, mut asks): (JoinSet<()>, JoinSet<()>) = Default::default();
         let reading = async {
             let mut inbox = Inbox::default();
             loop {
@@ -294,12 +328,16 @@ impl Server {
                 if attached > hello::STREAMS_MAX {
                     return format!("more than {} data streams", hello::STREAMS_MAX);
                 }
-                tasks.spawn(read_data(Arc::clone(receiver), stream));
+                data.spawn(read_data(Arc::clone(receiver), stream));
             }
             "the server is closing".to_owned()
         };
         let failing = receiver.failed();
-        tokio::select! { reason = reading => reason, reason = attaching => reason, reason = failing => reason }
+        let reason = tokio::select! { reason = reading => reason, reason = attaching => reason, reason = failing => reason };
+        // What the kernel has of the broken streams is worth keeping: it need not cross again.
+        let draining = async { while data.join_next().await.is_some() {} };
+        let _ = tokio::time::timeout(DRAIN_MAX, draining).await;
+        reason
     }
 }
 

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
@@ -17,20 +17,42 @@ use tokio_rustls::client::TlsStream;
 
 use super::hello::{self, Hello, Purpose, Refusal, SessionId, VERSION, Welcome};
 use super::message::{self, Inbox, Message, Outbox, Topic};
+use super::pace::{PIECE_BYTES, Pace};
 use super::{PeerError, PeerTimeouts, Queue, socket};
 use crate::tls::{self, ClientTls};
-use crate::transfer::Sender;
+use crate::transfer::{Gauge, Look, Sender};
 
-/// Frames that may wait for a stream, each about 1 MiB: enough for the streams not to starve, little memory.
-const QUEUED_FRAMES: usize = 8;
+/// Frames that may wait for a stream, each at most 1 MiB: enough for the streams not to starve, little memory.
+const QUEUED_FRAMES: usize = 16;
+/// How long to wait before a broken session is tried to be taken up once more.
+const REVIVE_PAUSE: Duration = Duration::from_millis(100);
 /// How long to wait before asking again a peer that is still busy with a dying session.
 const BUSY_PAUSE: Duration = Duration::from_millis(20);
 
 /// An open session with a peer. Dropping it closes every connection.
 #[derive(Debug)]
 pub struct Session {
-    link: Arc<Link>,
+    door: Door,
+    current: Mutex<Connection>,
+    /// Held by whoever takes the session up again.
+    reviving: tokio::sync::Mutex<()>,
     pub(crate) sender: Sender,
+}
+
+/// Where a session leads, and how to get in.
+#[derive(Debug)]
+struct Door {
+    addr: SocketAddr,
+    tls: ClientTls,
+    timeouts: PeerTimeouts,
+    streams: u16,
+}
+
+/// All connections of a session, until one of them breaks.
+#[derive(Debug)]
+struct Connection {
+    id: SessionId,
+    link: Arc<Link>,
     // Aborts its tasks when dropped.
     _tasks: JoinSet<()>,
 }
@@ -46,6 +68,10 @@ pub(crate) struct Link {
     pub(crate) frames: Queue<Vec<u8>>,
     /// Bytes that the data streams have taken.
     pub(crate) bytes_sent: AtomicU64,
+    /// How strongly frames are packed.
+    pub(crate) gauge: Gauge,
+    streams: usize,
+    pace: Pace,
     dead_after: Duration,
 }
 
@@ -60,56 +86,75 @@ pub async fn connect(
     timeouts: PeerTimeouts,
     streams: u16,
 ) -> Result<Session, PeerError> {
-    let limit = timeouts.connect;
-    tokio::time::timeout(limit, open(addr, tls, timeouts, streams))
-        .await
-        .map_err(|_| PeerError::Deadline {
-            what: "connecting",
-            limit,
-        })?
+    let door = Door {
+        addr,
+        tls,
+        timeouts,
+        streams,
+    };
+    let connection = door.open(None).await?;
+    Ok(Session {
+        door,
+        current: Mutex::new(connection),
+        reviving: tokio::sync::Mutex::new(()),
+        sender: Sender::default(),
+    })
 }
 
-async fn open(
-    addr: SocketAddr,
-    tls: ClientTls,
-    timeouts: PeerTimeouts,
-    streams: u16,
-) -> Result<Session, PeerError> {
-    let session: SessionId = u128::from_le_bytes(random()?);
-    let greet = |purpose| Hello {
+impl Door {
+    async fn open(&self, instead_of: Option<SessionId>) -> Result<Connection, PeerError> {
+        let limit = self.timeouts.connect;
+        tokio::time::timeout(limit, self.enter(instead_of))
+            .await
+            .map_err(|_| PeerError::Deadline {
+                what: "connecting",
+                limit,
+            })?
+    }
+
+    async fn enter(&self, instead_of: Option<SessionId>) -> Result<Connection, PeerError> {
+        let id: SessionId = u128::from_le_bytes(random()?);
+        // All at once: the other side lets streams wait for their session.
+        let mut dialling = JoinSet::new();
+        for index in 0..self.streams {
+            let (addr, tls, dead_after) = (self.addr, self.tls.clone(), self.timeouts.dead_after);
+            let hello = greeting(id, Purpose::Data { index });
+            dialling.spawn(async move { dial(addr, &tls, dead_after, hello).await });
+        }
+        let started = Instant::now();
+        let control = loop {
+            let purpose = Purpose::Control {
+                streams: self.streams,
+                dead_after_ms: hello::milliseconds(self.timeouts.dead_after),
+                instead_of,
+            };
+            let hello = greeting(id, purpose);
+            match dial(self.addr, &self.tls, self.timeouts.dead_after, hello).await {
+                Err(PeerError::Refused {
+                    refusal: Refusal::Busy,
+                    ..
+                }) if started.elapsed() < self.timeouts.connect / 2 => {
+                    tokio::time::sleep(BUSY_PAUSE).await;
+                }
+                other => break other?,
+            }
+        };
+        let mut data = Vec::new();
+        while let Some(dialled) = dialling.join_next().await {
+            data.push(dialled.map_err(|error| PeerError::Lost {
+                reason: error.to_string(),
+            })??);
+        }
+        Ok(Connection::start(id, control, data, self.timeouts))
+    }
+}
+
+const fn greeting(session: SessionId, purpose: Purpose) -> Hello {
+    Hello {
         version: VERSION,
         session,
         purpose,
-    };
-    let dead_after_ms = hello::milliseconds(timeouts.dead_after);
-    let started = Instant::now();
-    let control = loop {
-        let hello = greet(Purpose::Control {
-            streams,
-            dead_after_ms,
-        });
-        match dial(addr, &tls, timeouts.dead_after, hello).await {
-            Err(PeerError::Refused {
-                refusal: Refusal::Busy,
-                ..
-            }) if started.elapsed() < timeouts.connect / 2 => {
-                tokio::time::sleep(BUSY_PAUSE).await;
-            }
-            other => break other?,
-        }
-    };
-    let mut dialling = JoinSet::new();
-    for index in 0..streams {
-        let (tls, hello) = (tls.clone(), greet(Purpose::Data { index }));
-        dialling.spawn(async move { dial(addr, &tls, timeouts.dead_after, hello).await });
     }
-    let mut data = Vec::new();
-    while let Some(dialled) = dialling.join_next().await {
-        data.push(dialled.map_err(|error| PeerError::Lost {
-            reason: error.to_string(),
-        })??);
-    }
-    Ok(Session::start(control, data, timeouts))
 }
 
 async fn dial(
@@ -158,13 +203,15 @@ fn random() -> Result<[u8; 16], PeerError> {
     Ok(bytes)
 }
 
-impl Session {
+impl Connection {
     fn start(
+        id: SessionId,
         control: TlsStream<TcpStream>,
         data: Vec<TlsStream<TcpStream>>,
         timeouts: PeerTimeouts,
     ) -> Self {
         let (outbox, pending) = message::outbox();
+        let streams = data.len();
         let link = Arc::new(Link {
             outbox,
             numbers: AtomicU64::new(1),
@@ -172,6 +219,9 @@ impl Session {
             lost: watch::Sender::new(None),
             frames: Queue::bounded(QUEUED_FRAMES),
             bytes_sent: AtomicU64::new(0),
+            gauge: Gauge::new(),
+            streams,
+            pace: Pace::default(),
             dead_after: timeouts.dead_after,
         });
         let mut tasks = JoinSet::new();
@@ -191,10 +241,54 @@ impl Session {
             tasks.spawn(write_data(Arc::clone(&link), stream));
         }
         Self {
-            sender: Sender::new(Arc::clone(&link)),
+            id,
             link,
             _tasks: tasks,
         }
+    }
+}
+
+impl Session {
+    /// What carries requests and frames of this session now.
+    pub(crate) fn link(&self) -> Arc<Link> {
+        Arc::clone(&self.current().link)
+    }
+
+    fn current(&self) -> MutexGuard<'_, Connection> {
+        self.current.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes the session up again if its connections broke, within `resume_within` of its timeouts. Nothing that was
+    /// under way is repeated by this.
+    ///
+    /// # Errors
+    /// When the time is over (or zero), or the other side does not want us any more: then what was noticed first.
+    pub async fn revive(&self) -> Result<(), PeerError> {
+        let _reviving = self.reviving.lock().await;
+        let (id, link) = {
+            let current = self.current();
+            (current.id, Arc::clone(&current.link))
+        };
+        if link.is_alive() {
+            return Ok(());
+        }
+        let deadline = Instant::now() + self.door.timeouts.resume_within;
+        while Instant::now() < deadline {
+            match self.door.open(Some(id)).await {
+                Ok(connection) => {
+                    connection.link.pace.set(link.pace.limit());
+                    *self.current() = connection;
+                    tracing::info!(reason = %link.lost_error(), "the session was taken up again");
+                    return Ok(());
+                }
+                Err(error) if error.may_pass() => {
+                    tracing::debug!(%error, "the session cannot be taken up yet");
+                    tokio::time::sleep(REVIVE_PAUSE).await;
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Err(link.lost_error())
     }
 
     /// Asks the peer's [`super::Handler`] and waits for its answer, at most `limit`. Calls are handled one after the
@@ -208,10 +302,8 @@ impl Session {
         limit: Duration,
     ) -> Result<R, PeerError> {
         let bytes = postcard::to_stdvec(request).map_err(|_| PeerError::Vocabulary)?;
-        let answer = self
-            .link
-            .ask(Topic::Call, bytes, "a request", limit)
-            .await?;
+        let link = self.link();
+        let answer = link.ask(Topic::Call, bytes, "a request", limit).await?;
         match answer.topic {
             Topic::Reply => postcard::from_bytes(&answer.bytes).map_err(|_| PeerError::Vocabulary),
             _ => Err(PeerError::Vocabulary),
@@ -223,29 +315,34 @@ impl Session {
     /// # Errors
     /// When the time is over or the session lost.
     pub async fn round_trip(&self, times: u32, limit: Duration) -> Result<Duration, PeerError> {
-        let mut best = Duration::MAX;
+        let (mut best, link) = (Duration::MAX, self.link());
         for _ in 0..times.max(1) {
             let start = Instant::now();
-            self.link
-                .ask(Topic::Ping, Vec::new(), "a sign of life", limit)
+            link.ask(Topic::Ping, Vec::new(), "a sign of life", limit)
                 .await?;
             best = best.min(start.elapsed());
         }
         Ok(best)
     }
 
-    /// Waits until the session is lost, and says why.
+    /// Bounds what all streams together send from now on, in bytes a second; nothing means no bound. Requests and lists
+    /// on the control connection are not counted.
+    pub fn limit_bandwidth(&self, bytes_per_second: Option<u64>) {
+        self.link().pace.set(bytes_per_second);
+    }
+
+    /// Waits until the connections of now are lost, and says why.
     ///
     /// # Cancel safety
     /// Safe.
     pub async fn lost(&self) -> String {
-        self.link.lost().await
+        self.link().lost().await
     }
 
     /// Whether nothing is known to be wrong with the session.
     #[must_use]
     pub fn is_alive(&self) -> bool {
-        self.link.lost.borrow().is_none()
+        self.link().is_alive()
     }
 }
 
@@ -266,6 +363,36 @@ impl Link {
         })
         .await
         .map_err(|_| PeerError::Deadline { what, limit })?
+    }
+
+    /// What the streams look like to somebody with a frame in hand.
+    pub(crate) fn look(&self) -> Look {
+        Look {
+            idle: self.frames.idle(),
+            streams: self.streams,
+            is_backlog: self.frames.is_backlog(),
+            sent: self.bytes_sent.load(Ordering::Relaxed),
+        }
+    }
+
+    /// Writes a frame at the pace that is set, and counts it.
+    async fn write<W: AsyncWriteExt + Unpin>(
+        &self,
+        stream: &mut W,
+        frame: &[u8],
+    ) -> std::io::Result<()> {
+        let mut rest = frame;
+        while self.pace.is_set() && !rest.is_empty() {
+            let (piece, next) = rest.split_at(rest.len().min(PIECE_BYTES));
+            self.pace.take(piece.len()).await;
+            stream.write_all(piece).await?;
+            rest = next;
+        }
+        stream.write_all(rest).await?;
+        stream.flush().await?;
+        self.bytes_sent
+            .fetch_add(frame.len() as u64, Ordering::Relaxed);
+        Ok(())
     }
 
     pub(crate) fn number(&self) -> u64 {
@@ -316,6 +443,11 @@ impl Link {
         }
     }
 
+    /// Whether nothing is known to be wrong.
+    pub(crate) fn is_alive(&self) -> bool {
+        self.lost.borrow().is_none()
+    }
+
     pub(crate) fn lost_error(&self) -> PeerError {
         let reason = self
             .lost
@@ -349,7 +481,7 @@ impl Link {
     }
 }
 
-impl Drop for Session {
+impl Drop for Connection {
     fn drop(&mut self) {
         self.link.lose("the session was closed by us".into());
     }
@@ -407,10 +539,7 @@ async fn write_data(link: Arc<Link>, stream: TlsStream<TcpStream>) {
     let (mut read, mut write): (ReadHalf<_>, WriteHalf<_>) = tokio::io::split(stream);
     let writing = async {
         while let Some(frame) = link.frames.pop().await {
-            write.write_all(&frame).await?;
-            write.flush().await?;
-            link.bytes_sent
-                .fetch_add(frame.len() as u64, Ordering::Relaxed);
+            link.write(&mut write, &frame).await?;
         }
         write.shutdown().await
     };

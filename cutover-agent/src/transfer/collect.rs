@@ -5,8 +5,10 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use tokio::runtime::Handle;
 
-use super::Progress;
+use super::pack::Packer;
+use super::plan::Moved;
 use super::wire::{Blocks, Codec, DATA_BYTES_MAX, DataHead, Piece};
+use super::{Compress, Progress};
 use crate::files::FilesError;
 use crate::files::blocks::{BLOCK_BYTES, Digest};
 use crate::files::content::Visit;
@@ -14,20 +16,27 @@ use crate::peer::{Link, encode};
 
 /// Pieces in one frame at most, so that heads stay small whatever a tree looks like.
 const PIECES_MAX: usize = 4096;
-/// zstd's fastest level of the ordinary kind: about 0.5 GB/s, five times the link we are made for.
-const LEVEL: i32 = 1;
-/// After a frame that did not shrink, so many are sent as they are before packing is tried again.
-const PLAIN_RUN: u32 = 8;
+/// Bytes of a frame where links are fast.
+const BRISK_BYTES_MAX: usize = 256 << 10;
 
 /// What all collectors of a round share.
 pub(super) struct Outlet {
     pub(super) link: Arc<Link>,
     pub(super) runtime: Handle,
     pub(super) round: u64,
+    pub(super) compress: Compress,
     /// What the target has, per entry.
     pub(super) base: Vec<Option<Arc<Vec<Digest>>>>,
+    /// Where else it has blocks.
+    pub(super) moved: Moved,
     pub(super) cancel: Arc<AtomicBool>,
     pub(super) progress: Arc<Progress>,
+    pub(super) tally: Arc<Tally>,
+}
+
+/// What a round has handed to the streams so far.
+#[derive(Debug, Default)]
+pub(super) struct Tally {
     pub(super) frames: AtomicU64,
     pub(super) bytes_data: AtomicU64,
     pub(super) bytes_wire: AtomicU64,
@@ -38,20 +47,16 @@ pub(super) struct Collector<'a> {
     outlet: &'a Outlet,
     pieces: Vec<Piece>,
     bytes: Vec<u8>,
-    packer: Option<zstd::bulk::Compressor<'static>>,
-    plain_left: u32,
+    packer: Packer,
 }
 
 impl<'a> Collector<'a> {
     pub(super) fn new(outlet: &'a Outlet) -> Self {
-        // Without a packer (no memory for its tables) everything is sent as it is.
-        let packer = zstd::bulk::Compressor::new(LEVEL).ok();
         Self {
             outlet,
             pieces: Vec::new(),
             bytes: Vec::with_capacity(DATA_BYTES_MAX),
-            packer,
-            plain_left: 0,
+            packer: Packer::new(outlet.compress),
         }
     }
 
@@ -59,14 +64,10 @@ impl<'a> Collector<'a> {
         if self.pieces.is_empty() {
             return Ok(());
         }
-        let packed = self.pack();
+        let link = &self.outlet.link;
+        let packed = self.packer.pack(&self.bytes, &link.gauge, link.look());
         let (codec, body) = match &packed {
-            Some(packed) => (
-                Codec::Zstd {
-                    bytes: self.bytes.len() as u32,
-                },
-                packed.as_slice(),
-            ),
+            Some((codec, packed)) => (*codec, packed.as_slice()),
             None => (Codec::Plain, self.bytes.as_slice()),
         };
         let head = DataHead {
@@ -77,11 +78,12 @@ impl<'a> Collector<'a> {
         // Frames are far below the bound on frames; see DATA_BYTES_MAX and PIECES_MAX.
         let frame = encode(&head, body).map_err(|_| FilesError::Cancelled)?;
         let length = frame.len() as u64;
-        self.outlet.frames.fetch_add(1, Ordering::Relaxed);
-        self.outlet
+        let tally = &self.outlet.tally;
+        tally.frames.fetch_add(1, Ordering::Relaxed);
+        tally
             .bytes_data
             .fetch_add(self.bytes.len() as u64, Ordering::Relaxed);
-        self.outlet.bytes_wire.fetch_add(length, Ordering::Relaxed);
+        tally.bytes_wire.fetch_add(length, Ordering::Relaxed);
         self.bytes.clear();
         let is_queued = !self.outlet.cancel.load(Ordering::Relaxed)
             && self
@@ -99,52 +101,72 @@ impl<'a> Collector<'a> {
         }
     }
 
-    fn pack(&mut self) -> Option<Vec<u8>> {
-        if self.plain_left > 0 {
-            self.plain_left -= 1;
-            return None;
+    /// How large a frame may get: small ones lose less when a link is cut, large ones pack better.
+    fn bytes_max(&self) -> usize {
+        if self.outlet.link.gauge.is_strong() {
+            DATA_BYTES_MAX
+        } else {
+            BRISK_BYTES_MAX
         }
-        let packed = self.packer.as_mut()?.compress(&self.bytes).ok()?;
-        if packed.len() > self.bytes.len() - self.bytes.len() / 16 {
-            self.plain_left = PLAIN_RUN;
-            return None;
-        }
-        Some(packed)
     }
 
     fn add(&mut self, entry: u32, index: u32, digest: Digest, bytes: &[u8]) {
-        self.bytes.extend_from_slice(bytes);
-        if let Some(Piece {
-            entry: last,
+        let block = match self.outlet.moved.get(&digest) {
+            _ if bytes.is_empty() => Block::Zeros,
+            Some((from, at)) => Block::Moved(*from, *at),
+            None => Block::Data,
+        };
+        if matches!(block, Block::Data) {
+            self.bytes.extend_from_slice(bytes);
+        }
+        let last = self.pieces.last_mut();
+        let is_next = last.is_some_and(|last| last.extend(entry, index, digest, block));
+        if !is_next {
+            self.pieces.push(Piece::new(entry, index, digest, block));
+        }
+    }
+}
+
+/// What one block is sent as.
+#[derive(Debug, Clone, Copy)]
+enum Block {
+    Data,
+    Zeros,
+    Moved(u32, u32),
+}
+
+impl Piece {
+    fn new(entry: u32, first: u32, digest: Digest, block: Block) -> Self {
+        let digests = vec![digest];
+        let blocks = match block {
+            Block::Data => Blocks::Data(digests),
+            Block::Zeros => Blocks::Zeros(1),
+            Block::Moved(from, at) => Blocks::Moved { from, at, digests },
+        };
+        Self {
+            entry,
             first,
             blocks,
-        }) = self.pieces.last_mut().filter(|last| last.entry == entry)
-        {
-            debug_assert_eq!(*last, entry);
-            match blocks {
-                Blocks::Data(digests)
-                    if !bytes.is_empty() && *first + digests.len() as u32 == index =>
-                {
-                    digests.push(digest);
-                    return;
-                }
-                Blocks::Zeros(count) if bytes.is_empty() && *first + *count == index => {
-                    *count += 1;
-                    return;
-                }
-                _ => {}
-            }
         }
-        let blocks = if bytes.is_empty() {
-            Blocks::Zeros(1)
-        } else {
-            Blocks::Data(vec![digest])
-        };
-        self.pieces.push(Piece {
-            entry,
-            first: index,
-            blocks,
-        });
+    }
+
+    /// Takes a block in if it is the next one of the same kind.
+    fn extend(&mut self, entry: u32, index: u32, digest: Digest, block: Block) -> bool {
+        let count = self.blocks.count() as u32;
+        if self.entry != entry || self.first + count != index {
+            return false;
+        }
+        match (&mut self.blocks, block) {
+            (Blocks::Data(digests), Block::Data) => digests.push(digest),
+            (Blocks::Zeros(zeros), Block::Zeros) => *zeros += 1,
+            (Blocks::Moved { from, at, digests }, Block::Moved(file, place))
+                if *from == file && *at + count == place =>
+            {
+                digests.push(digest);
+            }
+            _ => return false,
+        }
+        true
     }
 }
 
@@ -171,7 +193,7 @@ impl Visit for Collector<'_> {
         if known == Some(&digest) {
             return Ok(());
         }
-        if self.bytes.len() + bytes.len() > DATA_BYTES_MAX || self.pieces.len() >= PIECES_MAX {
+        if self.bytes.len() + bytes.len() > self.bytes_max() || self.pieces.len() >= PIECES_MAX {
             self.flush()?;
         }
         // Both fit: a tree has at most TREE_BLOCKS_MAX blocks, and fewer than u32::MAX entries.

@@ -13,9 +13,10 @@
 //! root hash covers names, metadata and every block; the source remembers what it sealed, and asks again after any
 //! failure, so that only missing blocks move again.
 //!
-//! Memory does not depend on sizes: about 20 frames of 1 MiB at each end, plus 32 bytes of digest per 16 KiB of tree.
+//! Memory does not depend on sizes: about 30 frames of at most 1 MiB at each end, plus 32 bytes of digest per 16 KiB of tree.
 
 mod collect;
+mod pack;
 mod plan;
 mod receive;
 mod round;
@@ -33,9 +34,12 @@ use thiserror::Error;
 use crate::files::{FilesError, ManifestError};
 use crate::peer::PeerError;
 
+pub(crate) use pack::{Gauge, Look};
 pub(crate) use receive::Receiver;
 pub(crate) use send::Sender;
 pub use wire::{Fault, Space};
+
+pub use cutover_protocol::plan::Compress;
 
 /// The name of a tree, the same at both sites: `CONTAINER/TREE`, as `db/volume`.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -130,6 +134,8 @@ pub struct SyncOptions {
     pub origin: Origin,
     /// What the target guarantees at the end.
     pub durability: Durability,
+    /// Whether and how frames are packed.
+    pub compress: Compress,
     /// Files (device, inode) that are read whatever their times say: those open for writing.
     pub always_rehash: HashSet<(u64, u64)>,
     /// When to give up.
@@ -146,6 +152,7 @@ impl SyncOptions {
             writers: Writers::Running,
             origin: Origin::Ask,
             durability: Durability::Cached,
+            compress: Compress::Auto,
             always_rehash: HashSet::new(),
             limit,
             progress: Arc::default(),

@@ -1,20 +1,22 @@
 //! What a round of the source consists of: which files must be read, and what their reading gave.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use super::collect::{Collector, Outlet};
+use super::collect::{Collector, Outlet, Tally};
 use super::wire::{Ask, Packed};
 use super::{SyncReport, TransferError};
 use crate::files::blocks::{self, Digest};
 use crate::files::content::{self, Calm};
-use crate::files::manifest::{self, Manifest};
+use crate::files::manifest::{self, Entry, Manifest};
 use crate::files::walk::{self, Stamp, Walked};
 use crate::files::{FilesError, Kind, Root};
 
+/// Blocks of files that are gone by which renamed ones are recognised: 4 GiB of them, about 12 MiB of memory.
+const MOVED_BLOCKS_MAX: usize = 1 << 18;
 /// Threads that read, hash and pack. Two keep a link of several Gbit/s busy, and leave the rest to the containers.
 const READERS: usize = 2;
 
@@ -23,16 +25,36 @@ const READERS: usize = 2;
 pub(super) struct Memory {
     /// What the target sealed; absent before the first round and after a failed one.
     pub(super) sealed: Option<Sealed>,
+    /// What our files were when they were last read, whatever the target has.
+    pub(super) ours: Option<Arc<Ours>>,
+}
+
+/// What the target has.
+#[derive(Debug)]
+pub(super) struct Sealed {
+    pub(super) manifest: Arc<Manifest>,
+    pub(super) root: Digest,
+}
+
+/// What the source's files were.
+#[derive(Debug)]
+pub(super) struct Ours {
+    manifest: Arc<Manifest>,
     stamps: Vec<Option<Stamp>>,
     scanned_ns: i64,
 }
 
-#[derive(Debug)]
-pub(super) struct Sealed {
-    pub(super) manifest: Manifest,
-    pub(super) root: Digest,
-    /// Whether the stamps are those of this manifest's files.
-    pub(super) is_ours: bool,
+impl Ours {
+    /// The digests of a file that has not changed since.
+    fn unchanged(&self, path: &[u8], size: u64, stamp: &Stamp) -> Option<&Arc<Vec<Digest>>> {
+        let at = self.manifest.find(path)?;
+        let known = self.stamps.get(at).copied().flatten()?;
+        let digests = &self.manifest.digests[at];
+        let is_same = known.is_same(stamp)
+            && known.is_settled(self.scanned_ns)
+            && digests.len() as u64 == blocks::count(size);
+        is_same.then_some(digests)
+    }
 }
 
 /// A round as planned from the walk.
@@ -44,6 +66,8 @@ pub(super) struct Plan {
     kept: Vec<Option<Arc<Vec<Digest>>>>,
     /// What the target has, per entry.
     pub(super) base: Vec<Option<Arc<Vec<Digest>>>>,
+    /// Where the target has blocks of files that are there no more.
+    pub(super) moved: Moved,
     /// The root hash of what the target has; absent when it begins with nothing.
     pub(super) origin: Option<Digest>,
     pub(super) steps: Packed,
@@ -67,53 +91,74 @@ pub(super) fn walk_tree(path: &Path, cancel: &AtomicBool) -> Result<(Root, Walke
     Ok((root, walked))
 }
 
-/// Decides what has to be read: everything but files of an earlier round of ours that have not changed since.
+/// Decides what has to be read: everything but files that have not changed since we read them, and that the target has.
 ///
 /// # Errors
 /// When the list of entries exceeds its bounds.
 pub(super) fn plan(
     root: Root,
     walked: Walked,
-    memory: Memory,
+    sealed: Option<Sealed>,
+    ours: Option<Arc<Ours>>,
     rehash: &HashSet<(u64, u64)>,
 ) -> Result<Plan, TransferError> {
-    let origin = memory.sealed.as_ref().map(|sealed| sealed.root);
-    let (has, is_ours) = memory
-        .sealed
-        .map_or_else(Default::default, |sealed| (sealed.manifest, sealed.is_ours));
+    let origin = sealed.as_ref().map(|sealed| sealed.root);
+    let has = sealed.map(|sealed| sealed.manifest).unwrap_or_default();
     let steps = Packed::of(&manifest::difference(&has.entries, &walked.entries))?;
-    let is_same = |index: usize, at: usize| {
-        let stamp = &walked.stamps[index];
-        let known = memory.stamps.get(at).copied().flatten();
-        known.is_some_and(|known| known.is_same(stamp) && known.is_settled(memory.scanned_ns))
-            && !rehash.contains(&(stamp.device, stamp.inode))
-    };
     let (mut wanted, mut kept, mut base) = (Vec::new(), Vec::new(), Vec::new());
-    for (index, entry) in walked.entries.iter().enumerate() {
-        let is_file = matches!(entry.kind, Kind::File { .. });
-        let at = if is_file { has.find(&entry.path) } else { None };
-        let at = at.filter(|at| matches!(has.entries[*at].kind, Kind::File { .. }));
-        let known = at.map(|at| Arc::clone(&has.digests[at]));
-        let is_kept = at.is_some_and(|at| {
-            is_ours
-                && is_same(index, at)
-                && has.digests[at].len() as u64 == blocks::count(entry.size())
-        });
-        if is_file && !is_kept {
+    for (index, (entry, stamp)) in walked.entries.iter().zip(&walked.stamps).enumerate() {
+        if !matches!(entry.kind, Kind::File { .. }) {
+            kept.push(None);
+            base.push(None);
+            continue;
+        }
+        let there = has.digests_at(&entry.path);
+        let unchanged = ours
+            .as_ref()
+            .filter(|_| !rehash.contains(&(stamp.device, stamp.inode)))
+            .and_then(|ours| ours.unchanged(&entry.path, entry.size(), stamp))
+            .filter(|here| there.is_some_and(|there| Arc::ptr_eq(here, there) || *here == there));
+        if unchanged.is_none() {
             wanted.push(index);
         }
-        kept.push(known.clone().filter(|_| is_kept));
-        base.push(known);
+        kept.push(unchanged.cloned());
+        base.push(there.cloned());
     }
+    let moved = moved(&has, &walked.entries);
     Ok(Plan {
         root,
         walked,
         wanted,
         kept,
         base,
+        moved,
         origin,
         steps,
     })
+}
+
+/// Blocks the target has in files that are not part of the new tree, by digest: which entry of the base, which block.
+/// A renamed file is found through them.
+pub(super) type Moved = HashMap<Digest, (u32, u32)>;
+
+fn moved(has: &Manifest, entries: &[Entry]) -> Moved {
+    let is_gone = |entry: &Entry| {
+        let found = entries.binary_search_by(|new| manifest::order(&new.path, &entry.path));
+        found.is_err()
+    };
+    let mut moved = Moved::new();
+    for (index, (entry, digests)) in has.entries.iter().zip(&has.digests).enumerate() {
+        if digests.is_empty() || !is_gone(entry) {
+            continue;
+        }
+        if moved.len() + digests.len() > MOVED_BLOCKS_MAX {
+            break;
+        }
+        // A tree has fewer than u32::MAX entries and blocks.
+        let places = (0..).map(|at| (index as u32, at));
+        moved.extend(digests.iter().copied().zip(places));
+    }
+    moved
 }
 
 /// A round whose frames are all handed to the streams.
@@ -122,9 +167,7 @@ pub(super) struct ReadRound {
     hash: Digest,
     stamps: Vec<Option<Stamp>>,
     scanned_ns: i64,
-    frames: u64,
-    bytes_data: u64,
-    bytes_wire: u64,
+    tally: Arc<Tally>,
 }
 
 /// Reads what is wanted, and hands what changed to the streams.
@@ -159,9 +202,7 @@ pub(super) fn read(plan: Plan, calm: Calm, outlet: Outlet) -> Result<ReadRound, 
         manifest,
         stamps,
         scanned_ns: walked.started_ns,
-        frames: outlet.frames.into_inner(),
-        bytes_data: outlet.bytes_data.into_inner(),
-        bytes_wire: outlet.bytes_wire.into_inner(),
+        tally: outlet.tally,
     })
 }
 
@@ -170,30 +211,34 @@ impl ReadRound {
     pub(super) fn seal(&self, round: u64) -> Ask {
         Ask::Seal {
             round,
-            frames: self.frames,
+            frames: self.tally.frames.load(Ordering::Relaxed),
             root: self.hash,
         }
     }
 
     /// What to remember when the target has sealed it.
     pub(super) fn into_memory(self) -> Memory {
+        let manifest = Arc::new(self.manifest);
+        let ours = Ours {
+            manifest: Arc::clone(&manifest),
+            stamps: self.stamps,
+            scanned_ns: self.scanned_ns,
+        };
         let sealed = Sealed {
-            manifest: self.manifest,
+            manifest,
             root: self.hash,
-            is_ours: true,
         };
         Memory {
             sealed: Some(sealed),
-            stamps: self.stamps,
-            scanned_ns: self.scanned_ns,
+            ours: Some(Arc::new(ours)),
         }
     }
 
     /// What it cost; the time is the caller's to fill in.
     pub(super) fn report(&self, bytes_read: u64, list_bytes: u64) -> SyncReport {
         SyncReport {
-            bytes_data: self.bytes_data,
-            bytes_wire: self.bytes_wire + list_bytes,
+            bytes_data: self.tally.bytes_data.load(Ordering::Relaxed),
+            bytes_wire: self.tally.bytes_wire.load(Ordering::Relaxed) + list_bytes,
             bytes_read,
             bytes_tree: self.manifest.bytes(),
             files: self.manifest.files(),

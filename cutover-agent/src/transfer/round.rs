@@ -5,6 +5,8 @@ use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
+use rustix::fs::{OFlags, Stat};
+use rustix::io::Errno;
 use tokio::sync::watch;
 
 use super::TreeName;
@@ -43,6 +45,7 @@ struct Body {
     entries: Vec<Entry>,
     digests: Vec<Mutex<Arc<Vec<Digest>>>>,
     touched: Vec<AtomicBool>,
+    completed: Vec<AtomicBool>,
 }
 
 impl Round {
@@ -75,7 +78,8 @@ impl Round {
             .iter()
             .map(|entry| Mutex::new(inherited(&base, entry)))
             .collect();
-        let touched = entries.iter().map(|_| AtomicBool::new(false)).collect();
+        let marks = || entries.iter().map(|_| AtomicBool::new(false)).collect();
+        let (touched, completed) = (marks(), marks());
         // Set once, by the one task that prepares.
         let _ = self.body.set(Body {
             root,
@@ -83,6 +87,7 @@ impl Round {
             entries,
             digests,
             touched,
+            completed,
         });
         Ok(())
     }
@@ -95,25 +100,19 @@ impl Round {
         let unpacked;
         let mut bytes = match head.codec {
             Codec::Plain => body,
-            Codec::Zstd { bytes } => {
-                let bytes = bytes as usize;
-                let unpack =
-                    |bytes| zstd::bulk::decompress(body, bytes).map_err(|_| Fault::Garbled);
-                unpacked = if bytes <= DATA_BYTES_MAX {
-                    unpack(bytes)?
-                } else {
-                    return Err(Fault::Garbled);
-                };
+            Codec::Zstd { bytes } | Codec::Lz4 { bytes } => {
+                unpacked = unpack(head.codec, body, bytes as usize)?;
                 &unpacked
             }
         };
-        let mut open: Option<(u32, OwnedFd)> = None;
+        let mut open: Option<(u32, (OwnedFd, Stat))> = None;
         for piece in &head.pieces {
             if open.as_ref().is_none_or(|(entry, _)| *entry != piece.entry) {
                 open = Some((piece.entry, tree.open(piece.entry)?));
             }
-            if let Some((_, file)) = &open {
+            if let Some((_, (file, stat))) = &open {
                 bytes = tree.place(piece, file, bytes)?;
+                tree.complete(piece, file, stat)?;
             }
         }
         if bytes.is_empty() {
@@ -148,9 +147,12 @@ impl Round {
         {
             return Err(Fault::NotSealed(name.clone()));
         }
-        let is_touched = |at: &usize| tree.touched[*at].load(Ordering::Relaxed);
-        let touched: HashSet<usize> = (0..tree.entries.len()).filter(is_touched).collect();
-        apply::finish(&tree.root, &tree.base, &tree.entries, &touched)?;
+        let marked = |marks: &[AtomicBool]| -> HashSet<usize> {
+            let is_marked = |at: &usize| marks[*at].load(Ordering::Relaxed);
+            (0..marks.len()).filter(is_marked).collect()
+        };
+        let (touched, completed) = (marked(&tree.touched), marked(&tree.completed));
+        apply::finish(&tree.root, &tree.base, &tree.entries, &touched, &completed)?;
         if is_durable {
             apply::sync(&tree.root)?;
         }
@@ -159,7 +161,7 @@ impl Round {
 }
 
 impl Body {
-    fn open(&self, entry: u32) -> Result<OwnedFd, Fault> {
+    fn open(&self, entry: u32) -> Result<(OwnedFd, Stat), Fault> {
         let index = entry as usize;
         let known = self
             .entries
@@ -170,15 +172,23 @@ impl Body {
         Ok(apply::open_file(&self.root, &entry.path)?)
     }
 
+    /// A piece that is all of a file leaves nothing to do for it later: most files are small.
+    fn complete(&self, piece: &Piece, file: &OwnedFd, stat: &Stat) -> Result<(), Fault> {
+        let index = piece.entry as usize;
+        let entry = &self.entries[index];
+        if piece.first == 0 && piece.blocks.count() == blocks::count(entry.size()) {
+            apply::complete(&self.root, entry, file, stat)?;
+            self.completed[index].store(true, Ordering::Relaxed);
+        }
+        Ok(())
+    }
+
     /// Checks and writes one piece, and gives the bytes that belong to the next.
     fn place<'a>(&self, piece: &Piece, file: &OwnedFd, bytes: &'a [u8]) -> Result<&'a [u8], Fault> {
         let index = piece.entry as usize;
         let (path, size) = (&self.entries[index].path, self.entries[index].size());
         let first = u64::from(piece.first);
-        let count = match &piece.blocks {
-            Blocks::Data(digests) => digests.len() as u64,
-            Blocks::Zeros(count) => u64::from(*count),
-        };
+        let count = piece.blocks.count();
         if count == 0 || first + count > blocks::count(size) {
             return Err(Fault::Garbled);
         }
@@ -191,19 +201,15 @@ impl Body {
                     (first..first + count).map(|at| Digest::of_zeros(blocks::length(size, at)));
                 (zeros.collect::<Vec<_>>(), bytes)
             }
+            Blocks::Moved { from, at, digests } => {
+                self.copy(*from, *at, digests, (path, file, start, length))?;
+                (digests.clone(), bytes)
+            }
             Blocks::Data(digests) => {
                 let (data, rest) = bytes
                     .split_at_checked(length as usize)
                     .ok_or(Fault::Garbled)?;
-                let is_intact = data
-                    .chunks(BLOCK_BYTES)
-                    .zip(digests)
-                    .all(|(block, digest)| Digest::of(block) == *digest);
-                if !is_intact {
-                    return Err(Fault::Damaged {
-                        path: String::from_utf8_lossy(path).into_owned(),
-                    });
-                }
+                check(path, data, digests)?;
                 apply::write(&self.root, path, file, data, start)?;
                 (digests.clone(), rest)
             }
@@ -214,6 +220,69 @@ impl Body {
         Arc::make_mut(&mut known)[first as usize..][..digests.len()].copy_from_slice(&digests);
         Ok(rest)
     }
+}
+
+impl Body {
+    /// Copies blocks of a file of the base that is not part of the new tree; nobody else writes there.
+    fn copy(
+        &self,
+        from: u32,
+        at: u32,
+        digests: &[Digest],
+        (path, file, start, length): (&[u8], &OwnedFd, u64, u64),
+    ) -> Result<(), Fault> {
+        let known = self.base.entries.get(from as usize);
+        let known = known.filter(|entry| matches!(entry.kind, Kind::File { .. }));
+        let other = &known.ok_or(Fault::Garbled)?.path;
+        let failed = |errno| Fault::from(FilesError::read(self.root.shown(other), errno));
+        let flags = OFlags::RDONLY | OFlags::NONBLOCK;
+        let opened = self.root.open_beneath(other, flags, 0).map_err(failed)?;
+        let mut data = vec![0; (length as usize).min(DATA_BYTES_MAX)];
+        let mut done = 0;
+        for digests in digests.chunks(DATA_BYTES_MAX / BLOCK_BYTES) {
+            let bytes = ((length - done) as usize).min(data.len());
+            let place = u64::from(at) * BLOCK_BYTES as u64 + done;
+            let mut filled = 0;
+            while filled < bytes {
+                match rustix::io::pread(&opened, &mut data[filled..bytes], place + filled as u64) {
+                    Ok(0) => break,
+                    Ok(count) => filled += count,
+                    Err(Errno::INTR) => {}
+                    Err(errno) => return Err(failed(errno)),
+                }
+            }
+            check(path, &data[..bytes], digests)?;
+            apply::write(&self.root, path, file, &data[..bytes], start + done)?;
+            done += bytes as u64;
+        }
+        Ok(())
+    }
+}
+
+/// Compares blocks with the digests they came with.
+fn check(path: &[u8], data: &[u8], digests: &[Digest]) -> Result<(), Fault> {
+    let is_intact = data
+        .chunks(BLOCK_BYTES)
+        .zip(digests)
+        .all(|(block, digest)| Digest::of(block) == *digest);
+    if is_intact {
+        return Ok(());
+    }
+    Err(Fault::Damaged {
+        path: String::from_utf8_lossy(path).into_owned(),
+    })
+}
+
+/// Unpacks a frame's bytes, trusting no length.
+fn unpack(codec: Codec, body: &[u8], bytes: usize) -> Result<Vec<u8>, Fault> {
+    if bytes > DATA_BYTES_MAX {
+        return Err(Fault::Garbled);
+    }
+    let unpacked = match codec {
+        Codec::Lz4 { .. } => lz4_flex::block::decompress(body, bytes).ok(),
+        Codec::Zstd { .. } | Codec::Plain => zstd::bulk::decompress(body, bytes).ok(),
+    };
+    unpacked.ok_or(Fault::Garbled)
 }
 
 /// The digests with which a file starts: the base's where the same file was there, unknown elsewhere.

@@ -2,14 +2,14 @@
 
 use std::collections::HashMap;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use tokio::runtime::Handle;
 
 use super::collect::Outlet;
-use super::plan::{self, Memory, Plan, Sealed};
+use super::plan::{self, Memory, Moved, Plan, Sealed};
 use super::wire::{Answer, Ask, Base, Codec, DATA_BYTES_MAX, DataHead, Fault, Listing, Space};
 use super::{
     Durability, Measured, Origin, SyncOptions, SyncReport, TransferError, TreeName, Writers,
@@ -21,27 +21,20 @@ use crate::files::{FilesError, ManifestError};
 use crate::peer::message::{Message, Topic};
 use crate::peer::{Link, PeerError, Session, encode};
 
+/// How often a round is done again while the connections are whole: something is wrong that no trying will cure.
+const TRIES_MAX: u32 = 3;
 /// Round trips looked at by a measurement.
 const PINGS: u32 = 5;
 
 /// What a session knows about the trees it sends.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(crate) struct Sender {
-    link: Arc<Link>,
     trees: Mutex<HashMap<TreeName, Arc<tokio::sync::Mutex<Memory>>>>,
     /// The last round's number; held while a round is announced, so that numbers arrive in order.
     rounds: tokio::sync::Mutex<u64>,
 }
 
 impl Sender {
-    pub(crate) fn new(link: Arc<Link>) -> Self {
-        Self {
-            link,
-            trees: Mutex::default(),
-            rounds: tokio::sync::Mutex::new(0),
-        }
-    }
-
     fn memory(&self, tree: &TreeName) -> Arc<tokio::sync::Mutex<Memory>> {
         Arc::clone(
             self.trees
@@ -51,19 +44,15 @@ impl Sender {
                 .or_default(),
         )
     }
+}
 
-    async fn ask(
-        &self,
-        ask: &Ask,
-        what: &'static str,
-        limit: Duration,
-    ) -> Result<Answer, TransferError> {
-        let message = self
-            .link
-            .ask(Topic::Ask, encoded(ask)?, what, limit)
-            .await?;
-        understood(&message)
-    }
+async fn request(
+    link: &Link,
+    ask: &Ask,
+    what: &'static str,
+    limit: Duration,
+) -> Result<Answer, TransferError> {
+    understood(&link.ask(Topic::Ask, encoded(ask)?, what, limit).await?)
 }
 
 fn encoded(ask: &Ask) -> Result<Vec<u8>, TransferError> {
@@ -108,14 +97,7 @@ impl Session {
         let syncing = async {
             let memory = self.sender.memory(tree);
             let mut memory = memory.lock().await;
-            let first = self.sender.round(tree, root, &options, &mut memory).await;
-            let mut report = match first {
-                // The target was restarted or its tree forgotten: ask, and do it once more.
-                Err(TransferError::Target(Fault::StaleBase(_))) => {
-                    self.sender.round(tree, root, &options, &mut memory).await
-                }
-                outcome => outcome,
-            }?;
+            let mut report = self.rounds(tree, root, options, &mut memory).await?;
             report.took = start.elapsed();
             Ok(report)
         };
@@ -126,18 +108,46 @@ impl Session {
         })?
     }
 
+    /// One round, and again what of it failed for a reason that may pass.
+    async fn rounds(
+        &self,
+        tree: &TreeName,
+        root: &Path,
+        mut options: SyncOptions,
+        memory: &mut Memory,
+    ) -> Result<SyncReport, TransferError> {
+        let (mut tries, mut spent) = (0, Spent::default());
+        loop {
+            let link = self.link();
+            let round = self.sender.round(&link, tree, root, &options, memory);
+            let error = match round.await {
+                Ok(report) => return Ok(spent.added_to(report)),
+                Err(failed) => {
+                    spent.add(&failed.spent);
+                    failed.error
+                }
+            };
+            if !link.is_alive() {
+                // Whatever was said, this is why. The time for it is in the timeouts of the session.
+                self.revive().await?;
+            } else if tries < TRIES_MAX && is_worth_another(&error) {
+                tries += 1;
+            } else {
+                return Err(error);
+            }
+            tracing::info!(%tree, %error, "a round goes on from what has arrived");
+            options.origin = Origin::Ask;
+        }
+    }
+
     /// Forgets what the target holds of a tree, because something else has written there (a restored container).
     ///
     /// # Errors
     /// When the session is lost.
     pub async fn forget(&self, tree: &TreeName, limit: Duration) -> Result<(), TransferError> {
         self.sender.memory(tree).lock().await.sealed = None;
-        self.sender
-            .ask(
-                &Ask::Forget { tree: tree.clone() },
-                "forgetting a tree",
-                limit,
-            )
+        let ask = Ask::Forget { tree: tree.clone() };
+        request(&self.link(), &ask, "forgetting a tree", limit)
             .await
             .map(drop)
     }
@@ -148,8 +158,8 @@ impl Session {
     /// When the target cannot, or the session is lost.
     pub async fn drop_tree(&self, tree: &TreeName, limit: Duration) -> Result<(), TransferError> {
         self.sender.memory(tree).lock().await.sealed = None;
-        self.sender
-            .ask(&Ask::Drop { tree: tree.clone() }, "dropping a tree", limit)
+        let ask = Ask::Drop { tree: tree.clone() };
+        request(&self.link(), &ask, "dropping a tree", limit)
             .await
             .map(drop)
     }
@@ -159,11 +169,8 @@ impl Session {
     /// # Errors
     /// When the target does not know the tree, or the session is lost.
     pub async fn space(&self, tree: &TreeName, limit: Duration) -> Result<Space, TransferError> {
-        match self
-            .sender
-            .ask(&Ask::Space { tree: tree.clone() }, "free space", limit)
-            .await?
-        {
+        let ask = Ask::Space { tree: tree.clone() };
+        match request(&self.link(), &ask, "free space", limit).await? {
             Answer::Space(space) => Ok(space),
             _ => Err(PeerError::Vocabulary.into()),
         }
@@ -178,15 +185,8 @@ impl Session {
         tree: &TreeName,
         limit: Duration,
     ) -> Result<(u64, u64), TransferError> {
-        match self
-            .sender
-            .ask(
-                &Ask::Size { tree: tree.clone() },
-                "the size of a tree",
-                limit,
-            )
-            .await?
-        {
+        let ask = Ask::Size { tree: tree.clone() };
+        match request(&self.link(), &ask, "the size of a tree", limit).await? {
             Answer::Size { bytes, entries } => Ok((bytes, entries)),
             _ => Err(PeerError::Vocabulary.into()),
         }
@@ -200,7 +200,7 @@ impl Session {
     pub async fn measure(&self, bytes: u64, limit: Duration) -> Result<Measured, TransferError> {
         let round_trip = self.round_trip(PINGS, limit).await?;
         let frames = bytes.div_ceil(DATA_BYTES_MAX as u64).max(1);
-        let link = &self.sender.link;
+        let link = &self.link();
         let measuring = async {
             let number = link.number();
             let booking = link.expect(number);
@@ -269,50 +269,111 @@ impl Drop for Underway<'_> {
     }
 }
 
+/// What rounds that failed have moved; it counts all the same.
+#[derive(Debug, Default, Clone, Copy)]
+struct Spent {
+    bytes_data: u64,
+    bytes_wire: u64,
+}
+
+impl Spent {
+    fn add(&mut self, other: &Self) {
+        self.bytes_data += other.bytes_data;
+        self.bytes_wire += other.bytes_wire;
+    }
+
+    fn added_to(&self, mut report: SyncReport) -> SyncReport {
+        report.bytes_data += self.bytes_data;
+        report.bytes_wire += self.bytes_wire;
+        report
+    }
+}
+
+/// A round that came to no good end.
+struct FailedRound {
+    error: TransferError,
+    spent: Spent,
+}
+
+impl<E: Into<TransferError>> From<E> for FailedRound {
+    fn from(error: E) -> Self {
+        Self {
+            error: error.into(),
+            spent: Spent::default(),
+        }
+    }
+}
+
+/// Whether the same round may end well when it is done again: the target was restarted or forgot the tree, or bytes were
+/// damaged on their way.
+const fn is_worth_another(error: &TransferError) -> bool {
+    matches!(
+        error,
+        TransferError::Target(Fault::StaleBase(_) | Fault::Damaged { .. } | Fault::NotSealed(_))
+    )
+}
+
 impl Sender {
-    /// One round. `memory` is left empty unless it ends well.
+    /// One round. `memory` knows afterwards what the target has only if it ended well.
     async fn round(
         &self,
+        link: &Arc<Link>,
         tree: &TreeName,
         root: &Path,
         options: &SyncOptions,
         memory: &mut Memory,
-    ) -> Result<SyncReport, TransferError> {
+    ) -> Result<SyncReport, FailedRound> {
         let cancel = Arc::new(AtomicBool::new(false));
         let mut underway = Underway {
-            link: &self.link,
+            link,
             round: 0,
             cancel: Arc::clone(&cancel),
             is_over: false,
         };
-        let mut plan = self.plan(tree, root, options, memory, &cancel).await?;
+        let mut plan = self
+            .plan(link, tree, root, options, memory, &cancel)
+            .await?;
         let (bytes_read, list_bytes) = (plan.bytes(), plan.steps.length());
-        let (progress, base) = (&options.progress, std::mem::take(&mut plan.base));
+        let progress = &options.progress;
+        let (base, moved) = (
+            std::mem::take(&mut plan.base),
+            std::mem::take(&mut plan.moved),
+        );
         progress.total.fetch_add(bytes_read, Ordering::Relaxed);
-        let number = self.link.number();
-        let booking = self.link.expect(number);
-        underway.round = self.begin(number, tree, options, &mut plan).await?;
-        let outlet = self.outlet(underway.round, base, cancel, options);
+        let number = link.number();
+        let booking = link.expect(number);
+        underway.round = self.begin(link, number, tree, options, &mut plan).await?;
+        let outlet = outlet(link, underway.round, (base, moved), cancel, options);
+        let tally = Arc::clone(&outlet.tally);
         let calm = match options.writers {
             Writers::Frozen => Calm::Frozen,
             Writers::Running => Calm::Live,
         };
-        let reading = off(move || plan::read(plan, calm, outlet));
-        let answering = self.link.answer(booking);
-        tokio::pin!(reading, answering);
-        let read = tokio::select! {
-            read = &mut reading => read?,
-            early = &mut answering => {
-                // It can only be a refusal: nothing was sealed yet.
-                understood(&early?)?;
-                return Err(PeerError::Vocabulary.into());
-            }
+        let ending = async {
+            let reading = off(move || plan::read(plan, calm, outlet));
+            let answering = link.answer(booking);
+            tokio::pin!(reading, answering);
+            let read = tokio::select! {
+                read = &mut reading => read?,
+                early = &mut answering => {
+                    // It can only be a refusal: nothing was sealed yet.
+                    understood(&early?)?;
+                    return Err(PeerError::Vocabulary.into());
+                }
+            };
+            let seal = encoded(&read.seal(underway.round))?;
+            link.tell(Topic::Ask, link.number(), &seal).await?;
+            understood(&answering.await?)?;
+            Ok(read)
         };
-        let seal = encoded(&read.seal(underway.round))?;
-        self.link
-            .tell(Topic::Ask, self.link.number(), &seal)
-            .await?;
-        understood(&answering.await?)?;
+        let ended: Result<_, TransferError> = ending.await;
+        let read = ended.map_err(|error| FailedRound {
+            error,
+            spent: Spent {
+                bytes_data: tally.bytes_data.load(Ordering::Relaxed),
+                bytes_wire: tally.bytes_wire.load(Ordering::Relaxed) + list_bytes,
+            },
+        })?;
         underway.is_over = true;
         let report = read.report(bytes_read, list_bytes);
         *memory = read.into_memory();
@@ -322,27 +383,29 @@ impl Sender {
     /// Walks the tree, learns what the target has, and decides what has to be read.
     async fn plan(
         &self,
+        link: &Link,
         tree: &TreeName,
         root: &Path,
         options: &SyncOptions,
         memory: &mut Memory,
         cancel: &Arc<AtomicBool>,
     ) -> Result<Plan, TransferError> {
-        let mut memory = std::mem::take(memory);
+        let remembered = memory.sealed.take();
+        let ours = memory.ours.clone();
         let (path, walking) = (root.to_owned(), Arc::clone(cancel));
         let walk = off(move || plan::walk_tree(&path, &walking));
         // The walk and the target's answer take their time together.
-        let sealed = self.sealed(tree, options, memory.sealed.take());
+        let sealed = sealed(link, tree, options, remembered);
         let (walked, sealed) = tokio::join!(walk, sealed);
         let ((root, walked), sealed) = (walked?, sealed?);
-        memory.sealed = sealed;
         let rehash = options.always_rehash.clone();
-        off(move || plan::plan(root, walked, memory, &rehash)).await
+        off(move || plan::plan(root, walked, sealed, ours, &rehash)).await
     }
 
     /// Announces the round, and gives its number.
     async fn begin(
         &self,
+        link: &Link,
         number: u64,
         tree: &TreeName,
         options: &SyncOptions,
@@ -357,66 +420,59 @@ impl Sender {
             steps: std::mem::take(&mut plan.steps),
             is_durable: options.durability == Durability::Synced,
         };
-        self.link.tell(Topic::Ask, number, &encoded(&ask)?).await?;
+        link.tell(Topic::Ask, number, &encoded(&ask)?).await?;
         Ok(*last)
     }
+}
 
-    fn outlet(
-        &self,
-        round: u64,
-        base: Vec<Option<Arc<Vec<Digest>>>>,
-        cancel: Arc<AtomicBool>,
-        options: &SyncOptions,
-    ) -> Outlet {
-        Outlet {
-            link: Arc::clone(&self.link),
-            runtime: Handle::current(),
-            round,
-            base,
-            cancel,
-            progress: Arc::clone(&options.progress),
-            frames: AtomicU64::new(0),
-            bytes_data: AtomicU64::new(0),
-            bytes_wire: AtomicU64::new(0),
-        }
+fn outlet(
+    link: &Arc<Link>,
+    round: u64,
+    (base, moved): (Vec<Option<Arc<Vec<Digest>>>>, Moved),
+    cancel: Arc<AtomicBool>,
+    options: &SyncOptions,
+) -> Outlet {
+    Outlet {
+        link: Arc::clone(link),
+        runtime: Handle::current(),
+        round,
+        compress: options.compress,
+        base,
+        moved,
+        cancel,
+        progress: Arc::clone(&options.progress),
+        tally: Arc::default(),
     }
+}
 
-    /// What the target holds: as remembered, or as it says; `None` when it shall begin with nothing.
-    async fn sealed(
-        &self,
-        tree: &TreeName,
-        options: &SyncOptions,
-        remembered: Option<Sealed>,
-    ) -> Result<Option<Sealed>, TransferError> {
-        if remembered.is_some() || options.origin == Origin::Nothing {
-            return Ok(remembered);
+/// What the target holds: as remembered, or as it says; `None` when it shall begin with nothing.
+async fn sealed(
+    link: &Link,
+    tree: &TreeName,
+    options: &SyncOptions,
+    remembered: Option<Sealed>,
+) -> Result<Option<Sealed>, TransferError> {
+    if remembered.is_some() || options.origin == Origin::Nothing {
+        return Ok(remembered);
+    }
+    let ask = Ask::Have { tree: tree.clone() };
+    match request(link, &ask, "what the target has", options.limit).await? {
+        Answer::Have { list, root } => {
+            let unpacked = off(move || {
+                let listing: Listing = list.open()?;
+                if listing.entries.len() != listing.digests.len() {
+                    return Err(ManifestError::Garbled.into());
+                }
+                Ok(Manifest {
+                    entries: listing.entries,
+                    digests: listing.digests.into_iter().map(Arc::new).collect(),
+                })
+            });
+            Ok(Some(Sealed {
+                manifest: Arc::new(unpacked.await?),
+                root,
+            }))
         }
-        match self
-            .ask(
-                &Ask::Have { tree: tree.clone() },
-                "what the target has",
-                options.limit,
-            )
-            .await?
-        {
-            Answer::Have { list, root } => {
-                let unpacked = off(move || {
-                    let listing: Listing = list.open()?;
-                    if listing.entries.len() != listing.digests.len() {
-                        return Err(ManifestError::Garbled.into());
-                    }
-                    Ok(Manifest {
-                        entries: listing.entries,
-                        digests: listing.digests.into_iter().map(Arc::new).collect(),
-                    })
-                });
-                Ok(Some(Sealed {
-                    manifest: unpacked.await?,
-                    root,
-                    is_ours: false,
-                }))
-            }
-            _ => Err(PeerError::Vocabulary.into()),
-        }
+        _ => Err(PeerError::Vocabulary.into()),
     }
 }

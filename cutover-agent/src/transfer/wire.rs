@@ -165,6 +165,7 @@ pub(crate) struct DataHead {
 pub(crate) enum Codec {
     Plain,
     Zstd { bytes: u32 },
+    Lz4 { bytes: u32 },
 }
 
 /// Consecutive blocks of one file.
@@ -180,6 +181,23 @@ pub(crate) struct Piece {
 pub(crate) enum Blocks {
     Data(Vec<Digest>),
     Zeros(u32),
+    /// Consecutive blocks of a file of the round's base, by its place there. The file is not part of the new tree, so
+    /// it stays as it is until the seal.
+    Moved {
+        from: u32,
+        at: u32,
+        digests: Vec<Digest>,
+    },
+}
+
+impl Blocks {
+    /// How many.
+    pub(crate) fn count(&self) -> u64 {
+        match self {
+            Self::Data(digests) | Self::Moved { digests, .. } => digests.len() as u64,
+            Self::Zeros(count) => u64::from(*count),
+        }
+    }
 }
 
 /// A postcard value under zstd, with its true length.

@@ -1,8 +1,10 @@
 //! Two agents on loopback, with real certificates, sockets and trees.
 #![allow(clippy::unwrap_used)] // a test that cannot build its world has nothing better to do
 
+mod cable;
 mod peer;
 mod property;
+mod resume;
 mod speed;
 mod transfer;
 mod world;

@@ -9,9 +9,8 @@ use cutover_agent::tls::ClientTls;
 use cutover_agent::transfer::{SyncOptions, TransferError};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::watch;
-use tokio::task::JoinSet;
 
+use crate::cable::{Cable, Cut};
 use crate::world::{LIMIT, TIMEOUTS, World, identity, picture, volume};
 
 #[tokio::test(flavor = "multi_thread")]
@@ -129,92 +128,6 @@ async fn garbage_instead_of_tls_hurts_nobody() {
     // Closed or reset, whichever comes first.
     let _ = stream.read_to_end(&mut end).await;
     world.connect().await;
-}
-
-/// A cable between source and target that can be cut, and counts what it carried.
-struct Cable {
-    addr: std::net::SocketAddr,
-    cut: watch::Sender<Cut>,
-    carried: watch::Receiver<u64>,
-    _tasks: JoinSet<()>,
-}
-
-#[derive(Clone, Copy, PartialEq)]
-enum Cut {
-    Whole,
-    /// Nothing passes, nothing is reset: as a dead router.
-    Silent,
-    /// Every connection is closed.
-    Closed,
-}
-
-impl Cable {
-    async fn to(target: std::net::SocketAddr) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let addr = listener.local_addr().unwrap();
-        let (cut, _) = watch::channel(Cut::Whole);
-        let (count, carried) = watch::channel(0);
-        let mut tasks = JoinSet::new();
-        let switch = cut.clone();
-        tasks.spawn(async move {
-            let mut wires = JoinSet::new();
-            while let Ok((near, _)) = listener.accept().await {
-                let far = TcpStream::connect(target).await.unwrap();
-                let (near_read, near_write) = near.into_split();
-                let (far_read, far_write) = far.into_split();
-                wires.spawn(wire(
-                    near_read,
-                    far_write,
-                    switch.subscribe(),
-                    count.clone(),
-                ));
-                wires.spawn(wire(
-                    far_read,
-                    near_write,
-                    switch.subscribe(),
-                    count.clone(),
-                ));
-            }
-        });
-        Self {
-            addr,
-            cut,
-            carried,
-            _tasks: tasks,
-        }
-    }
-}
-
-async fn wire<R, W>(
-    mut read: R,
-    mut write: W,
-    mut cut: watch::Receiver<Cut>,
-    count: watch::Sender<u64>,
-) where
-    R: AsyncReadExt + Unpin,
-    W: AsyncWriteExt + Unpin,
-{
-    let mut buffer = vec![0; 64 << 10];
-    loop {
-        let state = *cut.borrow_and_update();
-        match state {
-            Cut::Closed => return,
-            Cut::Silent => {
-                if cut.changed().await.is_err() {
-                    return;
-                }
-            }
-            Cut::Whole => tokio::select! {
-                _ = cut.changed() => {}
-                got = read.read(&mut buffer) => match got {
-                    Ok(bytes) if bytes > 0 && write.write_all(&buffer[..bytes]).await.is_ok() => {
-                        count.send_modify(|all| *all += bytes as u64);
-                    }
-                    _ => return,
-                },
-            },
-        }
-    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -216,6 +216,23 @@ async fn a_file_open_for_writing_is_read_again_although_its_times_did_not_change
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_renamed_file_costs_nothing() {
+    let world = World::new().await;
+    let here = world.here();
+    fs::create_dir(here.join("uploads")).unwrap();
+    fs::write(here.join("uploads/photo"), pattern(10, 3_000_001)).unwrap();
+    fs::write(here.join("small"), pattern(11, 700)).unwrap();
+    let session = world.connect().await;
+    world.sync(&session).await.unwrap();
+    fs::rename(here.join("uploads"), here.join("archive")).unwrap();
+    fs::rename(here.join("small"), here.join("archive/smaller")).unwrap();
+    let report = world.sync(&session).await.unwrap();
+    assert_eq!(report.bytes_data, 0, "{report:?}");
+    assert!(report.bytes_wire < 20_000, "{report:?}");
+    assert_eq!(picture(&here), picture(&world.there()));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn an_unreadable_file_is_named() {
     if is_root() {
         left_out("unreadable files: root can read everything");

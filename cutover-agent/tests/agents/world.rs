@@ -17,6 +17,7 @@ pub(crate) const LIMIT: Duration = Duration::from_secs(60);
 pub(crate) const TIMEOUTS: PeerTimeouts = PeerTimeouts {
     connect: Duration::from_secs(10),
     dead_after: Duration::from_secs(5),
+    resume_within: Duration::ZERO,
 };
 
 /// Answers with what it got, and counts.

@@ -1,0 +1,154 @@
+//! Links that break in the middle of a round: the session is taken up again, and the round goes on from what has arrived.
+
+use std::collections::HashSet;
+use std::fs;
+use std::time::Duration;
+
+use cutover_agent::peer::{self, PeerTimeouts, Session};
+use cutover_agent::transfer::SyncOptions;
+
+use crate::cable::{Cable, Cut};
+use crate::world::{LIMIT, TIMEOUTS, World, picture, volume};
+
+const MIB: u64 = 1 << 20;
+const TREE_BYTES: u64 = 96 * MIB;
+/// Where in a copy the link breaks.
+const BREAK_BYTES: u64 = 40 * MIB;
+
+/// A target behind a cable, and a tree that nothing can compress.
+async fn world() -> (World, Cable, Session) {
+    let world = World::new().await;
+    let mut data = vec![0; TREE_BYTES as usize / 4];
+    for number in 0..4_u8 {
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(&[number]).finalize_xof().fill(&mut data);
+        fs::write(world.here().join(format!("file-{number}")), &data).unwrap();
+    }
+    let cable = Cable::to(world.addr).await;
+    let timeouts = PeerTimeouts {
+        dead_after: Duration::from_millis(500),
+        resume_within: LIMIT,
+        ..TIMEOUTS
+    };
+    let session = peer::connect(cable.addr, world.tls(), timeouts, 4)
+        .await
+        .unwrap();
+    (world, cable, session)
+}
+
+/// Waits until so much has been carried.
+async fn carried(cable: &Cable, bytes: u64) {
+    let mut carried = cable.carried.clone();
+    carried.wait_for(|all| *all > bytes).await.unwrap();
+}
+
+fn assert_little_moved_twice(cable: &Cable) {
+    let carried = *cable.carried.borrow();
+    // Two in a hundred, and what greetings, records and lists take.
+    let most = TREE_BYTES / 100 * 102 + MIB;
+    assert!(
+        carried <= most,
+        "{carried} bytes were carried for {TREE_BYTES}"
+    );
+}
+
+async fn breaks_and_heals(cut: Cut, options: SyncOptions) {
+    let (world, cable, session) = world().await;
+    let (volume, here) = (volume(), world.here());
+    let (synced, ()) = tokio::join!(session.sync(&volume, &here, options), async {
+        carried(&cable, BREAK_BYTES).await;
+        cable.cut.send_replace(cut);
+        // Only when it is known that something is wrong does the link come back.
+        session.lost().await;
+        cable.cut.send_replace(Cut::Whole);
+    });
+    synced.unwrap();
+    assert_eq!(picture(&world.here()), picture(&world.there()));
+    assert_little_moved_twice(&cable);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_round_goes_on_after_every_connection_was_closed() {
+    breaks_and_heals(Cut::Closed, SyncOptions::live(LIMIT)).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_round_goes_on_after_the_link_fell_silent() {
+    breaks_and_heals(Cut::Silent, SyncOptions::live(LIMIT)).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_frozen_pass_and_new_images_go_on_as_well() {
+    breaks_and_heals(Cut::Closed, SyncOptions::frozen(LIMIT, HashSet::new())).await;
+    breaks_and_heals(Cut::Closed, SyncOptions::images(LIMIT)).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_flipped_bit_is_found_and_its_bytes_are_fetched_again() {
+    let (world, cable, session) = world().await;
+    let (volume, here) = (volume(), world.here());
+    let options = SyncOptions::live(LIMIT);
+    let (synced, ()) = tokio::join!(session.sync(&volume, &here, options), async {
+        for part in 1..=3 {
+            carried(&cable, part * BREAK_BYTES / 2).await;
+            cable.cut.send_replace(Cut::Flip);
+            let mut cut = cable.cut.subscribe();
+            cut.wait_for(|cut| *cut == Cut::Whole).await.unwrap();
+        }
+    });
+    synced.unwrap();
+    assert_eq!(picture(&world.here()), picture(&world.there()));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_round_goes_on_with_a_target_that_was_restarted_in_the_middle() {
+    let (mut world, cable, session) = world().await;
+    let (volume, here) = (volume(), world.here());
+    let syncing = session.sync(&volume, &here, SyncOptions::live(LIMIT));
+    let (synced, ()) = tokio::join!(syncing, async {
+        carried(&cable, BREAK_BYTES).await;
+        world.restart().await;
+    });
+    synced.unwrap();
+    assert_eq!(picture(&world.here()), picture(&world.there()));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_link_that_stays_broken_is_given_up_when_its_time_is_over() {
+    let world = World::new().await;
+    let cable = Cable::to(world.addr).await;
+    let timeouts = PeerTimeouts {
+        resume_within: Duration::from_millis(200),
+        ..TIMEOUTS
+    };
+    let session = peer::connect(cable.addr, world.tls(), timeouts, 2)
+        .await
+        .unwrap();
+    cable.cut.send_replace(Cut::Closed);
+    session.lost().await;
+    let error = world.sync(&session).await.unwrap_err().to_string();
+    assert!(
+        error.contains("the connection to the peer is lost"),
+        "{error}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_limit_on_bandwidth_holds_for_all_streams_together() {
+    let world = World::new().await;
+    let mut noise = vec![0; 2 << 20];
+    blake3::Hasher::new().finalize_xof().fill(&mut noise);
+    fs::write(world.here().join("noise"), &noise).unwrap();
+    let session = world.connect().await;
+    session.limit_bandwidth(Some(4 << 20));
+    let report = world.sync(&session).await.unwrap();
+    // The first piece of all goes at once, and nothing makes a copy faster than its limit.
+    assert!(
+        report.took > Duration::from_millis(450),
+        "{:?}",
+        report.took
+    );
+    session.limit_bandwidth(None);
+    assert_eq!(world.sync(&session).await.unwrap().bytes_data, 0);
+    assert_eq!(picture(&world.here()), picture(&world.there()));
+}
