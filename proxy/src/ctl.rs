@@ -1,6 +1,7 @@
 //! `hopgate-proxy ctl`: a person's hand on the gates. It reads the epoch itself; agents name the one they believe in.
 
 mod gates;
+mod look;
 mod process;
 
 use std::path::PathBuf;
@@ -47,6 +48,13 @@ enum Verb {
         #[arg(long)]
         binary: Option<PathBuf>,
     },
+    /// Show who is held: the oldest, the newest, how many by route and by address.
+    Held {
+        /// Only for this service.
+        service: Option<ServiceName>,
+    },
+    /// Show what happens from now on, a line of JSON each: commands, gates, leases, numbers.
+    Watch,
     /// Hold new requests and wait until nothing is in flight. Several services are held in this order, each drained
     /// before the next, or none of them.
     Hold {
@@ -62,6 +70,9 @@ enum Verb {
         /// Take over a hold that somebody else has begun.
         #[arg(long)]
         force: bool,
+        /// Hold nothing: watch the traffic for so long, such as 10s, and say what a hold of that length would cost.
+        #[arg(long, value_name = "TIME", value_parser = duration, conflicts_with_all = ["lease", "drain", "force"])]
+        dry_run: Option<Duration>,
     },
     /// Let the held through to a site; to the other site than the owner this is the commit. Of several services the
     /// last named is let through first.
@@ -100,6 +111,15 @@ pub(crate) fn execute(arguments: &Arguments) -> anyhow::Result<ExitCode> {
             let command = ProcessCommand::Upgrade { binary };
             return process::execute(&mut client, &command, arguments.json);
         }
+        Verb::Held { service } => {
+            return look::held(&mut client, service.as_ref(), arguments.json);
+        }
+        Verb::Watch => return look::watch(&mut client),
+        Verb::Hold {
+            services,
+            dry_run: Some(duration),
+            ..
+        } => return look::forecast(&mut client, services, *duration, arguments.json),
         Verb::Status { service } => client.command(&Command::Status {
             service: service.clone(),
         })?,
@@ -108,6 +128,7 @@ pub(crate) fn execute(arguments: &Arguments) -> anyhow::Result<ExitCode> {
             lease,
             drain,
             force,
+            dry_run: None,
         } => Gates::of(&mut client, services, *force).hold(*lease, *drain)?,
         Verb::Release {
             services,

@@ -21,6 +21,7 @@ use tokio::time::timeout;
 
 use crate::config::{Config, ListenAddress};
 use crate::control::commands::Commander;
+use crate::control::events::Events;
 use crate::control::server::{ControlError, ControlSocket};
 use crate::life::inherited::Inherited;
 use crate::life::permits::Permits;
@@ -235,6 +236,7 @@ impl Proxy {
             state,
             logs: Logs::default(),
             guards: Guards::new(),
+            events: Events::default(),
         };
         let logs = ground.logs.clone();
         let snapshot = Snapshot::make(config.clone(), None, &ground, &mut inherited);

@@ -18,6 +18,7 @@ use crate::access_log::AccessLog;
 use crate::config::{
     Config, ListenAddress, LogConfig, LogTarget, ServiceConfig, TlsConfig, UpstreamRef,
 };
+use crate::control::events::Events;
 use crate::life::inherited::Inherited;
 use crate::limit::Guards;
 use crate::listen::bound::{Asker, Bound, Kind, Place};
@@ -72,6 +73,7 @@ pub(crate) struct Ground {
     pub(crate) state: StateDir,
     pub(crate) logs: Logs,
     pub(crate) guards: Guards,
+    pub(crate) events: Events,
 }
 
 /// The threads that write access logs; each ends with the last snapshot that names it.
@@ -131,7 +133,10 @@ impl Snapshot {
             let known = before.and_then(|before| before.known(&config_of.name));
             let service = match known {
                 Some(service) => service,
-                None => Arc::new(Service::open(&config_of.name, &config, &ground.state)?),
+                None => {
+                    let (name, events) = (&config_of.name, ground.events.clone());
+                    Arc::new(Service::open(name, &config, &ground.state, events)?)
+                }
             };
             services.push(Serving {
                 service,

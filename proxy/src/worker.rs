@@ -7,7 +7,7 @@
 use std::io;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use cutover_protocol::hold::InFlight;
 use cutover_protocol::id::ServiceName;
@@ -22,6 +22,8 @@ use crate::listen::hangup::HangupWatch;
 use crate::listen::port::{Closing, Current, Port, PortSeed};
 use crate::listen::quic::{self, QuicListener};
 use crate::listen::{self, Door, Listening, Manner};
+use crate::service::roll::RollPart;
+use crate::service::traffic::TrafficSum;
 use crate::snapshot::{Serving, Snapshot};
 
 /// Smallest size of a connection's buffer, in bytes: large enough that a system call is worth its price.
@@ -34,6 +36,23 @@ pub(crate) enum Question {
     InFlight {
         service: ServiceName,
         reply: oneshot::Sender<Vec<InFlight>>,
+    },
+    /// Who is held for this service: sums, and so many who came first and last.
+    Held {
+        service: ServiceName,
+        most: usize,
+        reply: oneshot::Sender<RollPart>,
+    },
+    /// Count what comes for this service, until then at most. Answered with whether nobody else does.
+    Observe {
+        service: ServiceName,
+        until: Instant,
+        reply: oneshot::Sender<bool>,
+    },
+    /// End the counting and tell.
+    Observed {
+        service: ServiceName,
+        reply: oneshot::Sender<TrafficSum>,
     },
     /// Whether it still answers.
     Alive { reply: oneshot::Sender<()> },
@@ -196,6 +215,10 @@ impl Worker {
         self.open.iter().chain(&self.leaving).map(|open| &open.port)
     }
 
+    fn port_of(&self, service: &ServiceName) -> Option<&Rc<Port>> {
+        self.ports().find(|port| port.service.name() == service)
+    }
+
     fn answer(&mut self, question: Question) {
         // Whoever asked may not wait any longer.
         match question {
@@ -203,6 +226,29 @@ impl Worker {
                 let ports = self.ports().filter(|port| *port.service.name() == service);
                 let list = ports.flat_map(|port| port.in_flight.list()).collect();
                 drop(reply.send(list));
+            }
+            Question::Held {
+                service,
+                most,
+                reply,
+            } => {
+                let port = self.port_of(&service);
+                let part = port.map(|port| port.roll.part(most)).unwrap_or_default();
+                drop(reply.send(part));
+            }
+            Question::Observe {
+                service,
+                until,
+                reply,
+            } => {
+                let port = self.port_of(&service);
+                let is_free = port.is_none_or(|port| port.traffic.begin(until));
+                reply.send(is_free).ok();
+            }
+            Question::Observed { service, reply } => {
+                let port = self.port_of(&service);
+                let sum = port.map(|port| port.traffic.end()).unwrap_or_default();
+                drop(reply.send(sum));
             }
             Question::Alive { reply } => {
                 reply.send(()).ok();

@@ -8,6 +8,7 @@ use cutover_protocol::hold::{Answer, Command, LINE_BYTES_MAX, Order};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+use super::seen::{Event, Look, Seen};
 use super::words::{ProcessAnswer, ProcessCommand};
 
 /// A connection to a proxy's control socket.
@@ -75,6 +76,27 @@ impl ControlClient {
         self.ask(command)
     }
 
+    /// The same for what may be looked at. After [`Look::Watch`] the connection carries events and nothing else.
+    ///
+    /// # Errors
+    /// The connection breaks, or the answer makes no sense.
+    pub fn look(&mut self, look: &Look) -> Result<Seen, ClientError> {
+        self.ask(look)
+    }
+
+    /// The next event, or `None` when the proxy tells no more.
+    ///
+    /// # Errors
+    /// The connection breaks, or the line makes no sense.
+    pub fn next_event(&mut self) -> Result<Option<Event>, ClientError> {
+        match self.line()? {
+            line if line.is_empty() => Ok(None),
+            line => serde_json::from_slice(&line)
+                .map(Some)
+                .map_err(ClientError::Answer),
+        }
+    }
+
     fn ask<A: DeserializeOwned>(&mut self, command: &impl Serialize) -> Result<A, ClientError> {
         let mut line = serde_json::to_vec(command).map_err(ClientError::Answer)?;
         line.push(b'\n');
@@ -82,12 +104,20 @@ impl ControlClient {
             .get_mut()
             .write_all(&line)
             .map_err(ClientError::Broken)?;
-        let mut answer = Vec::new();
-        let limit = u64::try_from(LINE_BYTES_MAX).unwrap_or(u64::MAX);
-        let count = io::Read::take(&mut self.stream, limit).read_until(b'\n', &mut answer);
-        match count.map_err(ClientError::Broken)? {
-            0 => Err(ClientError::Broken(io::ErrorKind::UnexpectedEof.into())),
-            _ => serde_json::from_slice(&answer).map_err(ClientError::Answer),
+        match self.line()? {
+            line if line.is_empty() => {
+                Err(ClientError::Broken(io::ErrorKind::UnexpectedEof.into()))
+            }
+            line => serde_json::from_slice(&line).map_err(ClientError::Answer),
         }
+    }
+
+    /// Empty at the end.
+    fn line(&mut self) -> Result<Vec<u8>, ClientError> {
+        let mut line = Vec::new();
+        let limit = u64::try_from(LINE_BYTES_MAX).unwrap_or(u64::MAX);
+        let read = io::Read::take(&mut self.stream, limit).read_until(b'\n', &mut line);
+        read.map_err(ClientError::Broken)?;
+        Ok(line)
     }
 }

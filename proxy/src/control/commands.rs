@@ -20,7 +20,7 @@ use crate::snapshot::Serving;
 use crate::worker::Question;
 
 /// Most entries of the list of what is left.
-const LEFT_MAX: usize = 100;
+pub(super) const LEFT_MAX: usize = 100;
 /// How long a worker may take to say who is in flight; it answers between two polls of its tasks.
 const QUESTION_MS_MAX: Duration = Duration::from_secs(1);
 
@@ -207,22 +207,34 @@ impl Commander {
         }
     }
 
-    /// Who is still in flight, oldest first, a hundred at most.
-    pub(super) async fn left(&self, service: &Service) -> Vec<InFlight> {
-        let mut left = Vec::new();
+    /// What each worker has to say.
+    pub(super) async fn ask<T>(&self, question: impl Fn(oneshot::Sender<T>) -> Question) -> Vec<T> {
+        let mut said = Vec::new();
         for worker in &self.running.workers {
             let (reply, answer) = oneshot::channel();
-            let question = Question::InFlight {
-                service: service.name().clone(),
-                reply,
-            };
-            if worker.send(question).await.is_ok()
+            if worker.send(question(reply)).await.is_ok()
                 && let Ok(Ok(part)) = timeout(QUESTION_MS_MAX, answer).await
             {
-                left.extend(part);
+                said.push(part);
             }
         }
-        left.sort_by_key(|entry: &InFlight| std::cmp::Reverse(entry.age_ms));
+        said
+    }
+
+    /// Who is in flight, oldest first.
+    pub(super) async fn in_flight(&self, service: &Service) -> Vec<InFlight> {
+        let parts = self.ask(|reply| Question::InFlight {
+            service: service.name().clone(),
+            reply,
+        });
+        let mut all: Vec<InFlight> = parts.await.into_iter().flatten().collect();
+        all.sort_by_key(|entry| std::cmp::Reverse(entry.age_ms));
+        all
+    }
+
+    /// Who is still in flight, oldest first, a hundred at most.
+    pub(super) async fn left(&self, service: &Service) -> Vec<InFlight> {
+        let mut left = self.in_flight(service).await;
         left.truncate(LEFT_MAX);
         left
     }

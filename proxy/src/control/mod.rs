@@ -2,6 +2,10 @@
 
 pub mod client;
 pub(crate) mod commands;
+pub(crate) mod events;
+mod look;
+mod peer;
+pub mod seen;
 pub(crate) mod server;
 mod together;
 pub mod words;

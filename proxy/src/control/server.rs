@@ -12,11 +12,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use cutover_protocol::hold::{Answer, Command, LINE_BYTES_MAX, Order, Refusal, ServiceStatus};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
-use tokio::net::unix::UCred;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::task::JoinSet;
 
 use super::commands::Commander;
+use super::events;
+use super::peer::Peer;
+use super::seen::{Look, Seen};
 use super::words::{ProcessAnswer, ProcessCommand, ProcessRefusal};
 
 /// Commanders at once; the next waits in the kernel.
@@ -141,7 +143,7 @@ impl Drop for ControlSocket {
 }
 
 async fn talk(stream: UnixStream, commander: Rc<Commander>) {
-    let peer = stream.peer_cred().ok();
+    let peer = Peer::of(&stream);
     let mut stream = BufReader::new(stream);
     let mut line = Vec::new();
     loop {
@@ -153,10 +155,13 @@ async fn talk(stream: UnixStream, commander: Rc<Commander>) {
         }
         let complete = line.ends_with(b"\n");
         if matches!(serde_json::from_slice(&line), Ok(ProcessCommand::Handover)) {
-            audit(peer.as_ref(), "handover", "begun");
+            peer.audit(commander.running.events(), "handover", "begun");
             // What came of it is in the log.
             commander.running.hand_over(stream.get_ref()).await;
             return;
+        }
+        if matches!(serde_json::from_slice(&line), Ok(Look::Watch)) {
+            return watch(stream, &commander, &peer).await;
         }
         let upgrades = matches!(
             serde_json::from_slice(&line),
@@ -168,7 +173,7 @@ async fn talk(stream: UnixStream, commander: Rc<Commander>) {
             false => None,
         };
         let answer = if complete {
-            obey(&line, &commander, peer.as_ref()).await
+            obey(&line, &commander, &peer).await
         } else {
             serde_json::to_vec(&bad("the line is too long, or cut off"))
         };
@@ -182,20 +187,45 @@ async fn talk(stream: UnixStream, commander: Rc<Commander>) {
     }
 }
 
-async fn obey(
-    line: &[u8],
-    commander: &Commander,
-    peer: Option<&UCred>,
-) -> serde_json::Result<Vec<u8>> {
+/// From here the connection carries events.
+async fn watch(stream: BufReader<UnixStream>, commander: &Commander, peer: &Peer) {
+    peer.audit_question("watch", "begun");
+    let events = commander.running.events().watch();
+    let answer = match &events {
+        Some(_) => Seen::Watching,
+        None => Seen::Refused {
+            message: "enough watch already; end one of them".to_owned(),
+        },
+    };
+    let Ok(mut text) = serde_json::to_vec(&answer) else {
+        return;
+    };
+    text.push(b'\n');
+    let mut stream = stream.into_inner();
+    if let (Ok(()), Some(events)) = (stream.write_all(&text).await, events) {
+        events::write_to(stream, events).await;
+    }
+}
+
+async fn obey(line: &[u8], commander: &Commander, peer: &Peer) -> serde_json::Result<Vec<u8>> {
+    if Look::is_meant_by(line) {
+        return serde_json::to_vec(&look(line, commander, peer).await);
+    }
     if !ProcessCommand::is_meant_by(line) {
         return serde_json::to_vec(&obey_for_service(line, commander, peer).await);
     }
     let answer = match serde_json::from_slice::<ProcessCommand>(line) {
-        Ok(ProcessCommand::Process) => commander.execute_for_process(ProcessCommand::Process).await,
+        Ok(ProcessCommand::Process) => {
+            peer.audit_question("process", "told");
+            commander.execute_for_process(ProcessCommand::Process).await
+        }
         Ok(command) => {
             let said = serde_json::to_string(&command)?;
-            audit(peer, &said, "begun");
-            commander.execute_for_process(command).await
+            let events = commander.running.events();
+            peer.audit(events, &said, "begun");
+            let answer = commander.execute_for_process(command).await;
+            peer.audit(events, &said, &outcome_for_process(&answer));
+            answer
         }
         Err(error) => ProcessAnswer::Refused {
             reason: ProcessRefusal::BadCommand,
@@ -205,32 +235,52 @@ async fn obey(
     serde_json::to_vec(&answer)
 }
 
-async fn obey_for_service(line: &[u8], commander: &Commander, peer: Option<&UCred>) -> Answer {
+async fn look(line: &[u8], commander: &Commander, peer: &Peer) -> Seen {
+    match serde_json::from_slice::<Look>(line) {
+        Ok(look) => {
+            let said = serde_json::to_string(&look).unwrap_or_default();
+            peer.audit_question(&said, "told");
+            commander.look(look).await
+        }
+        Err(error) => Seen::Refused {
+            message: format!("not a command: {error}"),
+        },
+    }
+}
+
+async fn obey_for_service(line: &[u8], commander: &Commander, peer: &Peer) -> Answer {
+    let events = commander.running.events();
     let order = match serde_json::from_slice::<Order>(line) {
         Ok(order) => order,
-        Err(error) => return bad(&format!("not a command: {error}")),
+        Err(error) => {
+            let answer = bad(&format!("not a command: {error}"));
+            peer.audit(events, "nothing that is understood", &outcome(&answer));
+            return answer;
+        }
     };
-    let changes = !matches!(order.command, Command::Status { .. });
-    let said = changes.then(|| serde_json::to_string(&order).unwrap_or_default());
+    let said = serde_json::to_string(&order).unwrap_or_default();
+    if matches!(order.command, Command::Status { .. }) {
+        peer.audit_question(&said, "told");
+        return commander.execute(order).await;
+    }
     // A hold takes its time: who began it must be known even if we die before its end.
     let takes_time = matches!(
         order.command,
         Command::Hold { .. } | Command::HoldAll { .. }
     );
-    if let Some(said) = said.as_ref().filter(|_| takes_time) {
-        audit(peer, said, "begun");
+    if takes_time {
+        peer.audit(events, &said, "begun");
     }
     let answer = commander.execute(order).await;
-    if let Some(said) = &said {
-        audit(peer, said, &outcome(&answer));
-    }
+    peer.audit(events, &said, &outcome(&answer));
     answer
 }
 
-fn audit(peer: Option<&UCred>, command: &str, outcome: &str) {
-    let uid = peer.map(UCred::uid);
-    let pid = peer.and_then(UCred::pid);
-    tracing::info!(target: "audit", ?uid, ?pid, command, outcome);
+fn outcome_for_process(answer: &ProcessAnswer) -> String {
+    match answer {
+        ProcessAnswer::Refused { message, .. } => format!("refused: {message}"),
+        _ => "done".to_owned(),
+    }
 }
 
 fn outcome(answer: &Answer) -> String {

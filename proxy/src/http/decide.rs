@@ -72,6 +72,7 @@ impl Decided {
         if let Some(treatment) = &self.treatment {
             let route = &treatment.route;
             passage.sites = settings.route_sites.get(&route.name).cloned();
+            passage.route = Some(Arc::clone(route));
             passage.connect_max = route.limits.as_ref().map(|limits| limits.connect_max);
         }
         passage

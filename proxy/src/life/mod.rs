@@ -27,6 +27,7 @@ use tokio::time::timeout;
 
 use crate::acme;
 use crate::config::AcmeConfig;
+use crate::control::events::Events;
 use crate::limit::memory::Watermark;
 use crate::listen::bound::Bound;
 use crate::metrics::Metrics;
@@ -136,6 +137,11 @@ impl Running {
         tracing::info!(pid, "the process before this one has ended");
     }
 
+    /// Where everything that happens is told.
+    pub(crate) const fn events(&self) -> &Events {
+        &self.ground.events
+    }
+
     /// The process before this one, while it is there; zero if its number is unknown.
     pub(crate) fn predecessor(&self) -> Option<i32> {
         self.predecessor.borrow().map(Option::unwrap_or_default)
@@ -154,8 +160,14 @@ impl Running {
         for serving in &snapshot.services {
             let name = serving.service.name();
             if !tended.keepers.iter().any(|(known, _)| known == name) {
-                let task = tokio::task::spawn_local(keep(Arc::clone(&serving.service)));
-                tended.keepers.push((name.clone(), task.abort_handle()));
+                let service = &serving.service;
+                let followed = self.events().clone().follow(Arc::clone(service));
+                for task in [
+                    tokio::task::spawn_local(keep(Arc::clone(service))),
+                    tokio::task::spawn_local(followed),
+                ] {
+                    tended.keepers.push((name.clone(), task.abort_handle()));
+                }
             }
         }
         let profiles = snapshot.profiles.clone();

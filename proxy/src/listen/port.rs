@@ -23,8 +23,11 @@ use crate::error::RequestError;
 use crate::http::h2::upstream::Slot;
 use crate::http::request::RequestId;
 use crate::limit::{Guards, Reason};
+use crate::route::Route;
 use crate::service::inflight::InFlightTable;
 use crate::service::pool::{NoConnection, Pool, Upstream};
+use crate::service::roll::Roll;
+use crate::service::traffic::{Manner, Traffic};
 use crate::service::{Admission, Parked, Service, Ticket};
 use crate::stream::Stream;
 use crate::upstream::{Chosen, Endpoint, Outcome, PickKey, Picked, Sender, Sites};
@@ -85,6 +88,10 @@ pub(crate) struct Port {
     pub(crate) buffers: Rc<Buffers>,
     pub(crate) hangup: Rc<HangupWatch>,
     pub(crate) in_flight: Rc<InFlightTable>,
+    /// Who is held.
+    pub(crate) roll: Rc<Roll>,
+    /// What comes, while somebody counts.
+    pub(crate) traffic: Traffic,
     pub(crate) pool: Rc<Pool>,
     pub(crate) closing: Rc<Closing>,
     id_origin: u64,
@@ -164,6 +171,8 @@ pub(crate) struct Passage {
     /// Who serves it and how long a connection may take, where its route says so.
     pub(crate) sites: Option<Rc<Sites>>,
     pub(crate) connect_max: Option<Duration>,
+    /// The route it takes, if it takes one.
+    pub(crate) route: Option<Arc<Route>>,
 }
 
 impl Passage {
@@ -175,6 +184,7 @@ impl Passage {
             server: None,
             sites: None,
             connect_max: None,
+            route: None,
         }
     }
 }
@@ -188,6 +198,13 @@ pub(crate) enum Presence<'v> {
 }
 
 impl Presence<'_> {
+    const fn manner(&self) -> Manner {
+        match self {
+            Self::Connection(_) => Manner::InTurn,
+            Self::Stream(_) => Manner::InStreams,
+        }
+    }
+
     async fn left(&mut self, hangup: &HangupWatch) -> std::io::Error {
         match self {
             Self::Connection(stream) => {
@@ -292,6 +309,8 @@ impl Port {
         Self {
             pool: Rc::new(Pool::new(Arc::clone(&service), worker, Rc::clone(&current))),
             in_flight: Rc::new(InFlightTable::default()),
+            roll: Rc::default(),
+            traffic: Traffic::default(),
             id_next: Cell::new(1),
             current,
             service,
@@ -313,6 +332,9 @@ impl Port {
         &self,
         visitor: &mut Visitor<'_>,
     ) -> Result<Ticket<'_>, RequestError> {
+        let (manner, arrival) = (visitor.presence.manner(), visitor.passage.arrival);
+        self.traffic
+            .note(visitor.client, manner, visitor.head, arrival);
         match self.service.gate.admit(self.worker) {
             Admission::Pass(ticket) => Ok(ticket),
             Admission::Wait => {
@@ -457,6 +479,10 @@ impl Port {
             self.buffers.shrink(buffer);
         }
         visitor.head.shrink_to_fit();
+        let (route, arrival) = (visitor.passage.route.clone(), visitor.passage.arrival);
+        let _entry = self
+            .roll
+            .enter(visitor.client, visitor.head, route, arrival);
         let verdict = tokio::select! {
             biased;
             verdict = parked.verdict(&self.service.gate) => verdict.map_err(RequestError::from),

@@ -4,15 +4,19 @@
 //! names; what it makes of the record is told by `rules`. Commands run on the control thread only; workers never wait
 //! for the disk.
 
+#[cfg(test)]
+mod balance;
 mod gate;
 pub(crate) mod inflight;
 mod keeper;
 pub(crate) mod pool;
 mod queue;
 mod register;
+pub(crate) mod roll;
 mod rules;
 mod shared;
 mod ticket;
+pub(crate) mod traffic;
 mod word;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -22,6 +26,8 @@ use cutover_protocol::hold::{self, Claim, Refusal, ServiceStatus};
 use cutover_protocol::id::{Epoch, Register, ServiceName};
 
 use crate::config::Config;
+use crate::control::events::Events;
+use crate::control::seen::Happening;
 
 pub(crate) use gate::{Admission, Drain, Gate, GateLimits};
 pub(crate) use keeper::keep;
@@ -43,6 +49,7 @@ pub(crate) struct Service {
     name: ServiceName,
     pub(crate) gate: Arc<Gate>,
     ledger: Mutex<Ledger>,
+    events: Events,
 }
 
 /// The record as it is on disk, and the lease that runs.
@@ -51,6 +58,8 @@ struct Ledger {
     file: StateFile,
     record: Record,
     lease_until: Option<Instant>,
+    /// What whoever watches has been told of the gate.
+    told: Word,
 }
 
 /// A hold, as whoever ordered it knows it.
@@ -76,6 +85,7 @@ impl Service {
         name: &ServiceName,
         config: &Config,
         state: &StateDir,
+        events: Events,
     ) -> Result<Self, StateError> {
         let file = state.file(name);
         let record = file.load_or_create()?;
@@ -85,6 +95,7 @@ impl Service {
         };
         let limits = GateLimits::of(config);
         let gate = Arc::new(Gate::new(limits, config.workers, mode, record.register));
+        let told = gate.word();
         Ok(Self {
             name: name.clone(),
             gate,
@@ -92,7 +103,9 @@ impl Service {
                 file,
                 record,
                 lease_until,
+                told,
             }),
+            events,
         })
     }
 
@@ -223,7 +236,26 @@ impl Service {
             }
             Change::Commit { .. } | Change::Abort { .. } | Change::Release { .. } => {}
         }
+        self.tell_gate_of(ledger);
         Ok(())
+    }
+
+    /// Tells whoever watches what the gate does, if that is new to them.
+    pub(crate) fn tell_gate(&self) {
+        self.tell_gate_of(&mut self.lock());
+    }
+
+    fn tell_gate_of(&self, ledger: &mut Ledger) {
+        let word = self.gate.word();
+        if ledger.told == word {
+            return;
+        }
+        ledger.told = word;
+        self.events.tell(|| Happening::Gate {
+            service: self.name.clone(),
+            gate: word.mode.into(),
+            register: word.register,
+        });
     }
 
     /// Aborts a hold whose lease has run out, unless it was decided already, and releases to whoever owns. What
@@ -249,6 +281,10 @@ impl Service {
             ledger.lease_until = None;
             return Ok(());
         };
+        self.events.tell(|| Happening::LeaseRanOut {
+            service: self.name.clone(),
+            register: ledger.record.register,
+        });
         // Whoever held had the time of the lease to say more.
         if since == ledger.record.register.epoch {
             self.perform(ledger, Change::Abort { epoch: since }, &Claim::Force)?;
@@ -291,6 +327,6 @@ fn lease_end(lease_ms: u64) -> Instant {
     Instant::now() + Duration::from_millis(lease_ms.min(u64::from(u32::MAX) * 1000))
 }
 
-fn milliseconds(duration: Duration) -> u64 {
+pub(crate) fn milliseconds(duration: Duration) -> u64 {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }

@@ -1,6 +1,7 @@
 //! The one number that tells an open gate what to do: mode, owner and epoch in 64 bits, so that a request reads
 //! all three at the same instant with one load.
 
+use cutover_protocol::hold::Gate;
 use cutover_protocol::id::{Epoch, Register, Site};
 
 /// What new requests meet.
@@ -12,6 +13,17 @@ pub(crate) enum Mode {
     Holding,
     /// They are held behind those held before them, and let through in turn.
     Releasing,
+}
+
+impl From<Mode> for Gate {
+    /// As others are told; a mode does not know whether anything is still in flight.
+    fn from(mode: Mode) -> Self {
+        match mode {
+            Mode::Open => Self::Open,
+            Mode::Holding => Self::Holding,
+            Mode::Releasing => Self::Releasing,
+        }
+    }
 }
 
 /// Mode and register of a gate at one instant.

@@ -18,6 +18,7 @@ mod http3;
 mod killed;
 mod limits;
 mod listening;
+mod looking;
 mod process;
 mod racing;
 mod refusals;
