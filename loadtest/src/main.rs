@@ -154,6 +154,16 @@ enum Command {
     /// The server behind the proxies of a benchmark.
     #[command(hide = true)]
     BenchOrigin,
+    /// Clients that are held.
+    #[command(hide = true)]
+    HoldClient {
+        /// What they do, as JSON.
+        #[arg(long)]
+        plan: String,
+    },
+    /// One of the two sites of a hold: it writes down what it executes.
+    #[command(hide = true)]
+    HoldOrigin(bench::hold::origin::Options),
     /// The stateful program itself.
     #[command(hide = true)]
     Counter(counter::Options),
@@ -186,6 +196,8 @@ enum Bench {
     Bytes(BytesOptions),
     /// Runs HAProxy, nginx and Hopgate in turn, on one core, and prints medians and the bars of each case.
     Proxy(ProxyOptions),
+    /// Holds thousands of requests of every protocol, and proves that each was executed exactly once.
+    Hold(HoldOptions),
     /// Sends siege, wrk and ab through Hopgate at full speed; its memory must stay flat and no request may fail.
     Soak {
         /// How long.
@@ -250,6 +262,31 @@ struct ProxyOptions {
     list: bool,
 }
 
+#[derive(Debug, clap::Args)]
+struct HoldOptions {
+    /// Only the cases whose name contains this; may be given more than once.
+    #[arg(long = "case", value_name = "FILTER")]
+    cases: Vec<String>,
+    /// Clients, or requests where several share a connection, in place of the cases' own number.
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=150_000))]
+    clients: Option<u32>,
+    /// How long everything stands still, in place of the cases' own time.
+    #[arg(long, value_parser = seconds)]
+    seconds: Option<f64>,
+    /// Hold with this hopgate-proxy instead of the one of this checkout.
+    #[arg(long, value_name = "FILE")]
+    hopgate: Option<PathBuf>,
+    /// Also write all figures to this file, as JSON; to standard output for "-".
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Fail also when a bar of time or memory is missed.
+    #[arg(long)]
+    strict: bool,
+    /// Lists the cases and ends.
+    #[arg(long)]
+    list: bool,
+}
+
 fn seconds(text: &str) -> Result<f64, String> {
     let value: f64 = text.parse().map_err(|_| "not a number".to_owned())?;
     if (0.05..=3600.0).contains(&value) {
@@ -283,6 +320,13 @@ fn run(arguments: Arguments, progress: &Progress) -> anyhow::Result<ExitCode> {
         Command::Bench {
             what: Bench::Proxy(options),
         } => return bench_proxy(&options, progress),
+        Command::Bench {
+            what: Bench::Hold(options),
+        } => return bench_hold(&options, progress),
+        Command::HoldClient { plan } => {
+            bench::hold::client::run(&serde_json::from_str(&plan)?)?;
+        }
+        Command::HoldOrigin(options) => bench::hold::origin::run(options)?,
         Command::Bench {
             what: Bench::Soak { minutes, hopgate },
         } => {
@@ -415,6 +459,39 @@ fn bench_bytes(options: BytesOptions, progress: &Progress) -> anyhow::Result<Exi
     write_json(options.json.as_deref(), || report::json(&reports))?;
     let clean = reports.iter().all(|report| report.failures.is_empty());
     Ok(if clean {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
+}
+
+fn bench_hold(options: &HoldOptions, progress: &Progress) -> anyhow::Result<ExitCode> {
+    let cases = bench::hold::case::chosen(&options.cases)
+        .map_err(|vain| anyhow!("--case {vain}: no case has that in its name; see --list"))?;
+    if options.list {
+        let lines = cases
+            .iter()
+            .map(|case| format!("{:<24}{}\n", case.name, case.title));
+        // Whoever reads may have seen enough.
+        let _ = std::io::stdout().write_all(lines.collect::<String>().as_bytes());
+        return Ok(ExitCode::SUCCESS);
+    }
+    interrupt::listen()?;
+    let show = shower(options.json.as_deref());
+    let wish = bench::hold::run::Options {
+        cases,
+        clients: options.clients.and_then(|clients| clients.try_into().ok()),
+        freeze: options.seconds.map(Duration::from_secs_f64),
+        hopgate: options.hopgate.clone(),
+    };
+    let report = bench::hold::run::run(&wish, &Folders::find()?, progress, |case| {
+        progress.aside(|| show(case.table().trim_end()));
+    })?;
+    progress.done();
+    show(&format!("\n{}", report.summary()));
+    write_json(options.json.as_deref(), || report.json())?;
+    let is_green = report.is_clean() && (!options.strict || report.meets_all());
+    Ok(if is_green {
         ExitCode::SUCCESS
     } else {
         ExitCode::FAILURE

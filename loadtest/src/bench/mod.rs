@@ -10,6 +10,7 @@ pub mod certificate;
 pub mod client;
 pub mod cores;
 pub mod figures;
+pub mod hold;
 pub mod http2;
 pub mod measure;
 pub mod origin;

@@ -20,6 +20,7 @@ pub mod netns;
 pub mod packages;
 pub mod place;
 pub mod process;
+pub mod python;
 pub mod rootfs;
 pub mod run_dir;
 pub mod setup;

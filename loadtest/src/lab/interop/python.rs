@@ -1,18 +1,12 @@
 //! Clients and servers from Python's registry, in an environment of their own below `target/lab`.
 
-use std::fs;
 use std::path::PathBuf;
-use std::time::Duration;
 
 use super::stage::{Service, Stage};
-use crate::command::Shell;
-use crate::lab::error::{OnFile, Result};
+use crate::lab::error::Result;
 use crate::lab::folders::Folders;
-use crate::lab::packages;
+use crate::lab::python;
 use crate::progress::Progress;
-
-/// Longest the registry may take, in seconds.
-const INSTALL_S: u64 = 300;
 
 const TALKED: &str = "text hello\nbinary 1048576 True\nin order True\npong\nclosed 4001 bye\n";
 const TALKED_IN_A_STREAM: &str =
@@ -20,38 +14,12 @@ const TALKED_IN_A_STREAM: &str =
 
 const TALKED_BY_DATAGRAMS: &str = "get 200 GET /three https\npost 200 True\nmany True\n";
 
-/// The Python program of the environment, which is made when it is missing or its list has changed.
+/// The Python program that has the packages of our list.
 pub(super) fn environment(folders: &Folders, progress: &Progress) -> Result<PathBuf> {
     let list = folders
         .workspace
         .join("loadtest/assets/interop/requirements.txt");
-    let recipe = fs::read_to_string(&list).on("read", &list)?;
-    let made = folders.cached("python", &recipe, |part| {
-        progress.now("installing clients from Python's registry");
-        let make = Shell::new("python3")
-            .args(["-m", "venv"])
-            .arg(part)
-            .within(Duration::from_secs(INSTALL_S));
-        if !make.succeeds() {
-            // Debian parts it from Python itself.
-            packages::apt_install(&["python3-venv"])?;
-            make.run()?;
-        }
-        Shell::new(part.join("bin/python"))
-            .args([
-                "-m",
-                "pip",
-                "install",
-                "--quiet",
-                "--disable-pip-version-check",
-                "--requirement",
-            ])
-            .arg(&list)
-            .within(Duration::from_secs(INSTALL_S))
-            .run()?;
-        Ok(())
-    })?;
-    Ok(made.join("bin/python"))
+    python::environment("python", &list, folders, progress)
 }
 
 pub(super) fn websockets(stage: &mut Stage) -> Result<()> {
