@@ -97,7 +97,7 @@ enum Command {
         /// Change the proxy under load as often as it promises to bear: 60 reloads and 10 upgrades, not a few.
         #[arg(long)]
         full: bool,
-        /// The program hopgate-proxy for other makers' clients; by default one is built.
+        /// The program hopgate-proxy for other makers' clients and for the hold; by default one is built.
         #[arg(long, value_name = "FILE")]
         hopgate: Option<PathBuf>,
     },

@@ -1,5 +1,6 @@
 //! The one test command: every test of the workspace, then hops of real containers from end to end.
 
+use std::path::PathBuf;
 use std::process::Stdio;
 use std::thread;
 use std::time::Duration;
@@ -183,11 +184,12 @@ pub fn run(
     }
     if wanted(HOLD) {
         progress.say(format!("end to end: {HOLD}"));
-        count(HOLD, hold(folders, progress));
+        count(HOLD, hold(interop.hopgate.as_ref(), folders, progress));
     }
     if wanted(HOLD_CAN_FAIL) {
         progress.say(format!("end to end: {HOLD_CAN_FAIL}"));
-        count(HOLD_CAN_FAIL, hold_can_fail(folders, progress));
+        let outcome = hold_can_fail(interop.hopgate.as_ref(), folders, progress);
+        count(HOLD_CAN_FAIL, outcome);
     }
     if wanted(CAN_FAIL) {
         count(CAN_FAIL, harness_can_fail());
@@ -256,10 +258,11 @@ fn benchmark(folders: &Folders, progress: &Progress) -> std::result::Result<(), 
 
 fn short_hold(
     spoil: Spoil,
+    hopgate: Option<&PathBuf>,
     folders: &Folders,
     progress: &Progress,
 ) -> std::result::Result<Row, String> {
-    let played = bench::hold::run::short(spoil, folders, progress);
+    let played = bench::hold::run::short(spoil, hopgate, folders, progress);
     let played = played.map_err(|error| error.to_string())?;
     let faults = played.faults.join("; ");
     let row = played.rows.into_iter().next().ok_or("no row")?;
@@ -276,17 +279,25 @@ fn short_hold(
 }
 
 /// Order is not judged: on a busy machine two requests that were released in turn may come in another one.
-fn hold(folders: &Folders, progress: &Progress) -> std::result::Result<(), String> {
-    let row = short_hold(Spoil::Nothing, folders, progress)?;
+fn hold(
+    hopgate: Option<&PathBuf>,
+    folders: &Folders,
+    progress: &Progress,
+) -> std::result::Result<(), String> {
+    let row = short_hold(Spoil::Nothing, hopgate, folders, progress)?;
     match row.is_exact() && row.held.is_some_and(|held| held >= row.clients) {
         true => Ok(()),
         false => Err(format!("{row:?}")),
     }
 }
 
-fn hold_can_fail(folders: &Folders, progress: &Progress) -> std::result::Result<(), String> {
-    let losing = short_hold(Spoil::Lose, folders, progress)?;
-    let doubling = short_hold(Spoil::Double, folders, progress)?;
+fn hold_can_fail(
+    hopgate: Option<&PathBuf>,
+    folders: &Folders,
+    progress: &Progress,
+) -> std::result::Result<(), String> {
+    let losing = short_hold(Spoil::Lose, hopgate, folders, progress)?;
+    let doubling = short_hold(Spoil::Double, hopgate, folders, progress)?;
     let is_red = !losing.is_exact() && !doubling.is_exact();
     match is_red && losing.lost > 0 && losing.doubled == 0 && doubling.doubled > 0 {
         true => Ok(()),

@@ -176,7 +176,10 @@ pub const fn short(spoil: Spoil) -> Case {
         name: "short",
         title: "clients of every kind are held for a second",
         clients: 300,
-        freeze: Duration::from_secs(1),
+        freeze: Duration::from_millis(match spoil {
+            Spoil::Nothing => 1000,
+            Spoil::Lose | Spoil::Double => 100,
+        }),
         play: Play::Every { spoil },
     }
 }

@@ -13,7 +13,7 @@ use crate::bench::hold::crowd::Crowd;
 use crate::bench::hold::judge::{Evidence, Released, judge};
 use crate::bench::hold::plan::{First, Group, Kind, Manner, Posts, Redirects, Wave};
 use crate::bench::hold::report::{Mark, Played, Row};
-use crate::bench::hold::run::in_order;
+use crate::bench::hold::run::quick;
 use crate::bench::hold::scene::{Cast, Coming, Scene, group};
 use crate::bench::hold::site::Origin;
 use crate::bench::hold::stage::{Knobs, Stage};
@@ -101,7 +101,7 @@ const fn posting(address: SocketAddr, connections: usize) -> Group {
 
 fn ours(scene: &Scene<'_>) -> Result<Row> {
     let name = format!("{}-{}", scene.case.name, scene.clients);
-    let mut stage = Stage::start(&name, scene.place, in_order(), Knobs::default())?;
+    let mut stage = Stage::start(&name, scene.place, quick(), Knobs::default())?;
     let waves = vec![posting(
         group(&stage, Kind::Clear, 1).address,
         scene.clients,
@@ -130,8 +130,8 @@ struct Arrangement {
 impl Arrangement {
     fn start(scene: &Scene<'_>, python: &Path, folder: &Path) -> Result<Self> {
         let lab = &scene.place.folders.program;
-        let source = Origin::start("source", in_order(), lab, folder)?;
-        let target = Origin::start("target", in_order(), lab, folder)?;
+        let source = Origin::start("source", quick(), lab, folder)?;
+        let target = Origin::start("target", quick(), lab, folder)?;
         source.become_ready()?;
         let [address, holding_address, cache_address] = free(folder)?;
         let cache = Shell::new("memcached")

@@ -25,6 +25,8 @@ const STEADY: usize = 20;
 /// How long an origin takes for a request, in microseconds, where only order and not capacity matters: longer than
 /// what scheduling may put between two requests that were released one after the other.
 const ORDER_WORK_US: u64 = 10_000;
+/// The same where the time beyond the freeze matters: that of the proxy, not the origin's.
+const QUICK_WORK_US: u64 = 1_000;
 /// Workers of such an origin: more than any window.
 const ORDER_WORKERS: usize = 4096;
 /// The origin of known capacity: requests at once, and how long each takes.
@@ -126,6 +128,15 @@ fn play(scene: &Scene<'_>) -> Result<Played> {
     }
 }
 
+/// An origin that is quick.
+#[must_use]
+pub const fn quick() -> OriginOptions {
+    OriginOptions {
+        work_us: QUICK_WORK_US,
+        ..in_order()
+    }
+}
+
 /// An origin that shows in which order requests came.
 #[must_use]
 pub const fn in_order() -> OriginOptions {
@@ -185,9 +196,14 @@ fn mixed(scene: &Scene<'_>) -> Result<Played> {
 ///
 /// # Errors
 /// When something of the lab fails or is interrupted, or the proxy ends or refuses a command.
-pub fn short(spoil: Spoil, folders: &Folders, progress: &Progress) -> Result<Played> {
+pub fn short(
+    spoil: Spoil,
+    hopgate: Option<&PathBuf>,
+    folders: &Folders,
+    progress: &Progress,
+) -> Result<Played> {
     let _alone = folders.lock("bench")?;
-    let place = prepare(None, folders, progress)?;
+    let place = prepare(hopgate, folders, progress)?;
     let case = case::short(spoil);
     play(&Scene {
         case: &case,
