@@ -317,33 +317,11 @@ fn run(arguments: Arguments, progress: &Progress) -> anyhow::Result<ExitCode> {
         Command::Delay { queue, delay_us } => {
             lab::delay::run(queue, Duration::from_micros(delay_us))?
         }
-        Command::Bench {
-            what: Bench::Proxy(options),
-        } => return bench_proxy(&options, progress),
-        Command::Bench {
-            what: Bench::Hold(options),
-        } => return bench_hold(&options, progress),
+        Command::Bench { what } => return bench(what, progress),
         Command::HoldClient { plan } => {
             bench::hold::client::run(&serde_json::from_str(&plan)?)?;
         }
         Command::HoldOrigin(options) => bench::hold::origin::run(options)?,
-        Command::Bench {
-            what: Bench::Soak { minutes, hopgate },
-        } => {
-            interrupt::listen()?;
-            let length = Duration::from_secs_f64(minutes * 60.0);
-            let outcome = bench::soak::run(length, hopgate.as_ref(), &Folders::find()?, progress)?;
-            progress.done();
-            println!("{}", outcome.table());
-            return Ok(if outcome.is_green() {
-                ExitCode::SUCCESS
-            } else {
-                ExitCode::FAILURE
-            });
-        }
-        Command::Bench {
-            what: Bench::Bytes(options),
-        } => return bench_bytes(options, progress),
         Command::BytesTarget { listen, end } => {
             let never = bench::bytes::agent::target(listen, &end.tls, end.tree)?;
             match never {}
@@ -388,6 +366,26 @@ fn run(arguments: Arguments, progress: &Progress) -> anyhow::Result<ExitCode> {
         }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+fn bench(what: Bench, progress: &Progress) -> anyhow::Result<ExitCode> {
+    match what {
+        Bench::Bytes(options) => bench_bytes(options, progress),
+        Bench::Proxy(options) => bench_proxy(&options, progress),
+        Bench::Hold(options) => bench_hold(&options, progress),
+        Bench::Soak { minutes, hopgate } => {
+            interrupt::listen()?;
+            let length = Duration::from_secs_f64(minutes * 60.0);
+            let outcome = bench::soak::run(length, hopgate.as_ref(), &Folders::find()?, progress)?;
+            progress.done();
+            println!("{}", outcome.table());
+            Ok(if outcome.is_green() {
+                ExitCode::SUCCESS
+            } else {
+                ExitCode::FAILURE
+            })
+        }
+    }
 }
 
 fn bench_proxy(options: &ProxyOptions, progress: &Progress) -> anyhow::Result<ExitCode> {

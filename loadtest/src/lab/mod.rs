@@ -11,6 +11,7 @@ pub mod error;
 pub mod evidence;
 pub mod folders;
 pub mod guest;
+pub mod hold;
 pub mod hop;
 pub mod initrd;
 pub mod interop;

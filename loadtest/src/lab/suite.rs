@@ -1,12 +1,9 @@
 //! The one test command: every test of the workspace, then hops of real containers from end to end.
 
-use std::path::PathBuf;
 use std::process::Stdio;
 use std::thread;
 use std::time::Duration;
 
-use crate::bench::hold::origin::Spoil;
-use crate::bench::hold::report::Row;
 use crate::bench::{self, case};
 use crate::command::{Shell, kill_group};
 use crate::interrupt;
@@ -14,6 +11,7 @@ use crate::lab::app::App;
 use crate::lab::bad_input;
 use crate::lab::error::{LabError, Result};
 use crate::lab::folders::Folders;
+use crate::lab::hold;
 use crate::lab::hop::{Again, Engine};
 use crate::lab::interop;
 use crate::lab::kill::Victim;
@@ -111,9 +109,6 @@ const WORKSPACE: &str = "the workspace's own tests";
 const BAD_INPUT: &str = "bad input gets one clear line and an exit code, and changes nothing";
 const CAN_FAIL: &str = "the harness can fail: a lost and a doubled id turn a verdict red";
 
-const HOLD: &str = "requests of every protocol that are held are executed exactly once";
-const HOLD_CAN_FAIL: &str = "an origin that loses or doubles a held request turns the verdict red";
-
 const BENCHMARK: &str = "the benchmark measures all three proxies without an error";
 
 /// Runs the tests whose name contains `filter` and prints one line of sums at the very end. True when all of them
@@ -182,15 +177,13 @@ pub fn run(
         progress.say(format!("end to end: {BENCHMARK}"));
         count(BENCHMARK, benchmark(folders, progress));
     }
-    if wanted(HOLD) {
-        progress.say(format!("end to end: {HOLD}"));
-        count(HOLD, hold(interop.hopgate.as_ref(), folders, progress));
-    }
-    if wanted(HOLD_CAN_FAIL) {
-        progress.say(format!("end to end: {HOLD_CAN_FAIL}"));
-        let outcome = hold_can_fail(interop.hopgate.as_ref(), folders, progress);
-        count(HOLD_CAN_FAIL, outcome);
-    }
+    hold::run(
+        interop.hopgate.as_ref(),
+        wanted,
+        folders,
+        progress,
+        &mut count,
+    );
     if wanted(CAN_FAIL) {
         count(CAN_FAIL, harness_can_fail());
     }
@@ -253,55 +246,6 @@ fn benchmark(folders: &Folders, progress: &Progress) -> std::result::Result<(), 
         Ok(())
     } else {
         Err(format!("{rows:?}"))
-    }
-}
-
-fn short_hold(
-    spoil: Spoil,
-    hopgate: Option<&PathBuf>,
-    folders: &Folders,
-    progress: &Progress,
-) -> std::result::Result<Row, String> {
-    let played = bench::hold::run::short(spoil, hopgate, folders, progress);
-    let played = played.map_err(|error| error.to_string())?;
-    let faults = played.faults.join("; ");
-    let row = played.rows.into_iter().next().ok_or("no row")?;
-    progress.say(format!(
-        "  sent {} · answered {} · lost {} · doubled {} · failed {} · held {} {faults}",
-        row.sent,
-        row.answered,
-        row.lost,
-        row.doubled,
-        row.failed,
-        row.held.unwrap_or(0)
-    ));
-    Ok(row)
-}
-
-/// Order is not judged: on a busy machine two requests that were released in turn may come in another one.
-fn hold(
-    hopgate: Option<&PathBuf>,
-    folders: &Folders,
-    progress: &Progress,
-) -> std::result::Result<(), String> {
-    let row = short_hold(Spoil::Nothing, hopgate, folders, progress)?;
-    match row.is_exact() && row.held.is_some_and(|held| held >= row.clients) {
-        true => Ok(()),
-        false => Err(format!("{row:?}")),
-    }
-}
-
-fn hold_can_fail(
-    hopgate: Option<&PathBuf>,
-    folders: &Folders,
-    progress: &Progress,
-) -> std::result::Result<(), String> {
-    let losing = short_hold(Spoil::Lose, hopgate, folders, progress)?;
-    let doubling = short_hold(Spoil::Double, hopgate, folders, progress)?;
-    let is_red = !losing.is_exact() && !doubling.is_exact();
-    match is_red && losing.lost > 0 && losing.doubled == 0 && doubling.doubled > 0 {
-        true => Ok(()),
-        false => Err(format!("{losing:?} {doubling:?}")),
     }
 }
 
