@@ -30,7 +30,7 @@ use crate::life::{self, Running, RunningSeed, supervisor};
 use crate::limit::Guards;
 use crate::listen::bound::Place;
 use crate::listen::quic::secrets::SecretsError;
-use crate::service::{Service, StateDir, StateError};
+use crate::service::{Mode, Service, StateDir, StateError};
 use crate::snapshot::{Ground, Logs, Shared, Snapshot};
 use crate::tls::TlsError;
 use crate::worker::{Farewell, Phase, Question, WorkerSeed};
@@ -599,8 +599,13 @@ impl Closing<'_> {
             let theirs = theirs.filter(|bound| !unused.contains(&bound.place));
             theirs.for_each(|bound| bound.release());
         }
+        let hands_over = matches!(farewell, Farewell::HandOver { .. });
         self.phase.send_replace(Phase::Closing(farewell));
         if let Some(limit) = limit {
+            // Whoever is held here waits for the gate of the new process, and that takes its own time.
+            if hands_over && self.workers_end_before_gates_open(&snapshot).await {
+                return;
+            }
             if self.workers_end_within(limit).await {
                 return;
             }
@@ -623,6 +628,27 @@ impl Closing<'_> {
             biased;
             _ = wish.wait_for(|wish| *wish == Wish::Cut) => false,
             ended = timeout(limit, self.workers_end()) => ended.is_ok(),
+        }
+    }
+
+    /// False when no gate holds any more, the new process is gone, or somebody wants it to be over.
+    async fn workers_end_before_gates_open(&mut self, snapshot: &Snapshot) -> bool {
+        let (mut wish, mut deserted) = (self.wish.clone(), self.running.deserted.subscribe());
+        let services = snapshot.services.iter();
+        let words: Vec<_> = services
+            .map(|serving| serving.service.gate.subscribe())
+            .collect();
+        let open = async {
+            for mut words in words {
+                drop(words.wait_for(|word| word.mode != Mode::Holding).await);
+            }
+        };
+        tokio::select! {
+            biased;
+            _ = wish.wait_for(|wish| *wish == Wish::Cut) => false,
+            _ = deserted.wait_for(|deserted| *deserted) => false,
+            () = self.workers_end() => true,
+            () = open => false,
         }
     }
 

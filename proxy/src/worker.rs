@@ -22,6 +22,7 @@ use crate::listen::hangup::HangupWatch;
 use crate::listen::port::{Closing, Current, Port, PortSeed};
 use crate::listen::quic::{self, QuicListener};
 use crate::listen::{self, Door, Listening, Manner};
+use crate::service::Mode;
 use crate::service::roll::RollPart;
 use crate::service::traffic::TrafficSum;
 use crate::snapshot::{Serving, Snapshot};
@@ -391,8 +392,11 @@ impl Worker {
     fn close(&self, farewell: &Farewell) {
         for open in self.open.iter().chain(&self.leaving) {
             let linger = open.port.settings().limits.linger_max;
+            let holds = open.port.service.gate.word().mode == Mode::Holding;
             let idle_grace = match farewell {
                 Farewell::Stop => Duration::ZERO,
+                // Nobody is answered meanwhile, and so nobody learns that he should leave.
+                Farewell::HandOver { .. } if holds => open.port.settings().limits.client_idle_max,
                 Farewell::HandOver { .. } => linger,
             };
             open.port.closing.close(idle_grace);

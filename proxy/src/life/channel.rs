@@ -11,6 +11,7 @@
 //!   Yours                    ──►             from here the register is the new one's
 //!                            ◄── Serving     clients are being accepted
 //!   Farewell                 ──►             the supervisor knows; the old one finishes what it has and ends
+//!                            ◄── Gate …      while the old one is there: what gates and registers are now
 //! ```
 //!
 //! Either end may say `No` with a reason instead, up to `Serving`. A channel that closes means that the process at
@@ -22,6 +23,8 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::path::PathBuf;
 use std::time::Duration;
 
+use cutover_protocol::hold::Gate;
+use cutover_protocol::id::{Register, ServiceName};
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags,
     SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketFlags, SocketType,
@@ -62,6 +65,9 @@ pub(crate) enum Message {
     Ready {
         /// Places that the new configuration does not have.
         unused: Vec<Place>,
+        /// Whether it will tell of its gates: without that nothing that holds is handed over.
+        #[serde(default)]
+        tells_gates: bool,
     },
     /// Begin.
     Yours,
@@ -69,6 +75,12 @@ pub(crate) enum Message {
     Serving,
     /// The supervisor has been told.
     Farewell,
+    /// One gate of the new process: the old one does the same with those it holds.
+    Gate {
+        service: ServiceName,
+        gate: Gate,
+        register: Register,
+    },
     /// It comes to nothing.
     No { why: String },
 }

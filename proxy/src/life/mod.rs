@@ -15,6 +15,7 @@ use std::error::Error;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -22,7 +23,7 @@ use cutover_protocol::id::ServiceName;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::{Mutex, mpsc, oneshot, watch};
-use tokio::task::AbortHandle;
+use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::timeout;
 
 use crate::acme;
@@ -31,16 +32,16 @@ use crate::control::events::Events;
 use crate::limit::memory::Watermark;
 use crate::listen::bound::Bound;
 use crate::metrics::Metrics;
-use crate::service::keep;
+use crate::service::{Service, Word, keep};
 use crate::snapshot::{Ground, Shared, Snapshot};
 use crate::tls::profile;
 use crate::upstream::{Care, Group};
 use crate::worker::Question;
-use channel::Channel;
+use channel::{Channel, Message};
 use facts::Facts;
 use permits::Permits;
 use successor::Predecessor;
-use upgrade::{Handed, Passing};
+use upgrade::{Handed, Passing, say};
 
 /// How long a worker may take to go by a new snapshot; it does so between two polls of its tasks.
 const APPLY_MAX: Duration = Duration::from_secs(5);
@@ -73,8 +74,8 @@ pub(crate) struct Running {
     failure: watch::Sender<Option<String>>,
     /// The process before this one, while it still finishes what it began.
     predecessor: RefCell<Option<Option<i32>>>,
-    /// The process after this one.
-    successor: RefCell<Option<AsyncFd<Channel>>>,
+    /// Another process has taken over, and is gone.
+    pub(crate) deserted: watch::Sender<bool>,
 }
 
 /// What a [`Running`] is made of.
@@ -121,7 +122,7 @@ impl Running {
             passing: Cell::default(),
             failure: watch::Sender::new(None),
             predecessor: RefCell::default(),
-            successor: RefCell::default(),
+            deserted: watch::Sender::new(false),
         }
     }
 
@@ -130,11 +131,22 @@ impl Running {
     pub(crate) async fn outlive(&self, predecessor: Predecessor) {
         let Predecessor { channel, pid } = predecessor;
         *self.predecessor.borrow_mut() = Some(pid);
-        if let Err(error) = wait_for_end(channel).await {
+        if let Err(error) = self.lead(channel).await {
             tracing::warn!("cannot tell whether the process before this one has ended: {error}");
         }
         *self.predecessor.borrow_mut() = None;
         tracing::info!(pid, "the process before this one has ended");
+    }
+
+    /// Tells the process before this one what the gates do, until it has ended.
+    async fn lead(&self, channel: Channel) -> io::Result<()> {
+        let channel = Rc::new(channel.watch()?);
+        let mut tellers = JoinSet::new();
+        for serving in &self.shared.load().services {
+            let (channel, service) = (Rc::clone(&channel), Arc::clone(&serving.service));
+            tellers.spawn_local(async move { tell_gate(&channel, &service).await });
+        }
+        wait_for_end(&channel).await
     }
 
     /// Where everything that happens is told.
@@ -260,8 +272,23 @@ impl Running {
     }
 }
 
-async fn wait_for_end(channel: Channel) -> io::Result<()> {
-    let channel = channel.watch()?;
+/// Tells of one gate, now and with each change, until nobody hears it any more.
+async fn tell_gate(channel: &AsyncFd<Channel>, service: &Service) {
+    let mut words = service.gate.subscribe();
+    loop {
+        let Word { mode, register } = *words.borrow_and_update();
+        let message = Message::Gate {
+            service: service.name().clone(),
+            gate: mode.into(),
+            register,
+        };
+        if say(channel, &message, &[]).await.is_err() || words.changed().await.is_err() {
+            return;
+        }
+    }
+}
+
+async fn wait_for_end(channel: &AsyncFd<Channel>) -> io::Result<()> {
     // Nothing more is said on it.
     match channel.async_io(Interest::READABLE, Channel::receive).await {
         Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(()),

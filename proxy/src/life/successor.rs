@@ -173,7 +173,10 @@ pub(crate) fn decline(channel: &Channel, why: &str) {
 impl Predecessor {
     /// Everything is made: asks to begin, and waits for the word.
     pub(crate) fn wait_for_our_turn(&self, unused: Vec<Place>) -> Result<(), SuccessionError> {
-        self.say(&Message::Ready { unused })?;
+        self.say(&Message::Ready {
+            unused,
+            tells_gates: true,
+        })?;
         match receive(&self.channel)? {
             (Message::Yours, _) => Ok(()),
             _ => Err(SuccessionError::Unexpected),

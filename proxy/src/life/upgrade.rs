@@ -1,9 +1,10 @@
 //! The old process of an upgrade: starts the new one, hands everything over, and goes on as if nothing had happened
 //! where that comes to nothing.
 //!
-//! From the offer to the end no command may change a gate or a register here: the new process has read them. While
-//! a gate is not open there is no upgrade at all: the held are tasks of this process, and would not learn what the
-//! register of the other says.
+//! From the offer to the end no command may change a gate or a register here, and no lease runs out: the new process
+//! has read them. A gate that drains or releases is not handed over. One that holds is: the held are tasks of this
+//! process and stay so, whatever they speak; it follows the gate of the new process, lets them through when that opens,
+//! and ends after the last of them.
 
 use std::cell::Cell;
 use std::io;
@@ -34,8 +35,13 @@ use crate::service::Mode;
 #[derive(Debug, thiserror::Error)]
 pub enum UpgradeError {
     /// The held would be stranded.
-    #[error("the gate of service {0} is not open; upgrade when the hop has ended")]
+    #[error(
+        "the gate of service {0} drains or releases; upgrade when it holds, or when it is open"
+    )]
     InHop(ServiceName),
+    /// The held would never be let through.
+    #[error("a gate holds, and the new program is too old to tell this process when it opens")]
+    TellsNoGates,
     /// One thing at a time.
     #[error("a reload or an upgrade is under way; try again when it has ended")]
     Busy,
@@ -130,6 +136,9 @@ impl Drop for Turn {
     fn drop(&mut self) {
         if !self.done.get() {
             self.running.passing.set(Passing::No);
+            for serving in &self.running.shared.load().services {
+                serving.service.resume_lease();
+            }
             for (_, quic) in self.running.shared.load().quic() {
                 quic.router.take_back();
             }
@@ -149,14 +158,10 @@ impl Running {
                 Some("an upgrade is under way; repeat this in a moment".to_owned())
             }
             (Passing::Over, _) => Some("another process has taken over; connect again".to_owned()),
-            (Passing::No, Some(before))
-                if matches!(command, Command::Hold { .. } | Command::HoldAll { .. }) =>
-            {
-                Some(format!(
-                    "the process before the last upgrade{} still finishes what it began, and would not be held; repeat this when it has ended",
-                    pid(*before)
-                ))
-            }
+            (Passing::No, Some(before)) if self.begins_a_hold(command) => Some(format!(
+                "the process before the last upgrade{} still finishes what it began, and would not be held; repeat this when it has ended",
+                pid(*before)
+            )),
             (Passing::No, _) => None,
         }
     }
@@ -241,8 +246,8 @@ impl Running {
         }
         let snapshot = self.shared.load();
         let mut services = snapshot.services.iter();
-        let holds = services.find(|serving| serving.service.gate.word().mode != Mode::Open);
-        match holds {
+        let moves = services.find(|serving| !serving.service.stands_still());
+        match moves {
             Some(serving) => Err(UpgradeError::InHop(serving.service.name().clone())),
             None => Ok(()),
         }
@@ -277,7 +282,7 @@ impl Running {
                 tracing::info!(target: "audit", pid, "handed over: finishing what runs");
                 self.handed.send_replace(Some(Handed { pid, unused }));
                 // Closed when this process ends: that tells the new one.
-                *self.successor.borrow_mut() = Some(channel);
+                self.follow(&channel).await;
             }
             Err(error) => {
                 drop(turn);
@@ -285,6 +290,55 @@ impl Running {
                 tracing::error!("nothing was handed over, this process goes on: {why}");
                 self.failure.send_replace(Some(why));
             }
+        }
+    }
+
+    /// Does with the gates of this process what the new one does with its own, for as long as both are there.
+    async fn follow(&self, channel: &AsyncFd<Channel>) {
+        loop {
+            match hear(channel).await {
+                Ok(Message::Gate {
+                    service,
+                    gate,
+                    register,
+                }) => {
+                    let snapshot = self.shared.load();
+                    if let Some(service) = snapshot.service(&service) {
+                        service.follow(gate, register);
+                    }
+                }
+                Ok(_) => {}
+                Err(_) => break,
+            }
+        }
+        if self.holds_anything() {
+            tracing::error!("the process after this one is gone: whoever is held here is refused");
+            for serving in &self.shared.load().services {
+                serving.service.gate.shut();
+            }
+        }
+        self.deserted.send_replace(true);
+    }
+
+    fn holds_anything(&self) -> bool {
+        let snapshot = self.shared.load();
+        let mut services = snapshot.services.iter();
+        services.any(|serving| serving.service.gate.word().mode == Mode::Holding)
+    }
+
+    /// Whether a command would close a gate that does not hold yet.
+    fn begins_a_hold(&self, command: &Command) -> bool {
+        let snapshot = self.shared.load();
+        let is_open = |name: &ServiceName| {
+            let service = snapshot.service(name);
+            service.is_some_and(|service| service.gate.word().mode != Mode::Holding)
+        };
+        match command {
+            Command::Hold { service, .. } => is_open(service),
+            Command::HoldAll { services, .. } => {
+                services.iter().any(|expected| is_open(&expected.service))
+            }
+            _ => false,
         }
     }
 
@@ -314,6 +368,9 @@ impl Running {
         let turn = self.turn.clone().try_lock_owned();
         let turn = turn.map_err(|_| UpgradeError::Busy)?;
         self.passing.set(Passing::Offered);
+        for serving in &self.shared.load().services {
+            serving.service.pause_lease();
+        }
         Ok(Turn {
             running: Rc::clone(self),
             done: Cell::new(false),
@@ -329,10 +386,16 @@ impl Running {
         let limit = self.shared.load().config.limits.upgrade_max;
         let offered = timeout(limit, self.offer(channel)).await;
         offered.map_err(|_| UpgradeError::TooSlow(limit))??;
-        let unused = match hear_within(limit, channel).await? {
-            Message::Ready { unused } => unused,
+        let (unused, tells_gates) = match hear_within(limit, channel).await? {
+            Message::Ready {
+                unused,
+                tells_gates,
+            } => (unused, tells_gates),
             _ => return Err(UpgradeError::Unexpected),
         };
+        if !tells_gates && self.holds_anything() {
+            return Err(UpgradeError::TellsNoGates);
+        }
         // From here commands wait for the new process, or for us again.
         self.commands.send_replace(false);
         // Packets wait in the kernel until the new process reads them.
@@ -397,7 +460,11 @@ impl Running {
     }
 }
 
-async fn say(channel: &AsyncFd<Channel>, message: &Message, files: &[OwnedFd]) -> io::Result<()> {
+pub(super) async fn say(
+    channel: &AsyncFd<Channel>,
+    message: &Message,
+    files: &[OwnedFd],
+) -> io::Result<()> {
     channel
         .async_io(Interest::WRITABLE, |channel| channel.send(message, files))
         .await

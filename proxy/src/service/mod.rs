@@ -60,6 +60,15 @@ struct Ledger {
     lease_until: Option<Instant>,
     /// What whoever watches has been told of the gate.
     told: Word,
+    leases: Leases,
+}
+
+/// Whether a lease may run out here.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Leases {
+    Run,
+    /// Another process has the register, or is about to.
+    Pause,
 }
 
 /// A hold, as whoever ordered it knows it.
@@ -104,6 +113,7 @@ impl Service {
                 record,
                 lease_until,
                 told,
+                leases: Leases::Run,
             }),
             events,
         })
@@ -181,6 +191,41 @@ impl Service {
         let mut ledger = self.lock();
         ledger.lease_until = ledger.lease_until.and_then(|until| until.checked_add(by));
         self.gate.keeper.notify_one();
+    }
+
+    /// From now on no lease runs out here: another process is about to have the register.
+    pub(crate) fn pause_lease(&self) {
+        self.lock().leases = Leases::Pause;
+    }
+
+    /// The register stays here.
+    pub(crate) fn resume_lease(&self) {
+        self.lock().leases = Leases::Run;
+        self.gate.keeper.notify_one();
+    }
+
+    /// Whether it can go on in another process: nothing is on its way out, or only begins to be.
+    pub(crate) fn stands_still(&self) -> bool {
+        match self.gate.word().mode {
+            Mode::Open => true,
+            Mode::Holding => self.gate.in_flight() == 0 && self.gate.connections() == 0,
+            Mode::Releasing => false,
+        }
+    }
+
+    /// Does what the gate of another process does that has the register now. Nothing is written.
+    pub(crate) fn follow(&self, gate: hold::Gate, register: Register) {
+        let word = self.gate.word();
+        match (word.mode, gate) {
+            (Mode::Holding, hold::Gate::Open | hold::Gate::Releasing) => {
+                self.gate.release(register);
+            }
+            (Mode::Open | Mode::Releasing, hold::Gate::Holding | hold::Gate::Draining) => {
+                self.gate.close(register);
+            }
+            _ if word.register != register => self.gate.advance(register),
+            _ => {}
+        }
     }
 
     /// Whether a change would be made, were it asked for now.
@@ -262,7 +307,9 @@ impl Service {
     /// cannot be made durable is tried again; until then the gate holds.
     pub(crate) fn expire_lease(&self, now: Instant) -> Option<Instant> {
         let mut ledger = self.lock();
-        let until = ledger.lease_until?;
+        let until = ledger
+            .lease_until
+            .filter(|_| ledger.leases == Leases::Run)?;
         if now < until {
             return Some(until);
         }

@@ -11,6 +11,7 @@ mod configuration;
 mod deciding;
 mod endings;
 mod forwarding;
+mod held_upgrade;
 mod holding;
 mod http2;
 mod http2_upstream;

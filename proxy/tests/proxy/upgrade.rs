@@ -281,20 +281,6 @@ fn a_changed_configuration_is_matched_and_whom_the_kernel_let_in_is_served() {
 }
 
 #[test]
-fn an_upgrade_is_refused_while_a_service_holds() {
-    let (folder, _source, _target) = world();
-    let running = Running::start(&folder);
-    let mut client = Peer::connect(running.address);
-    Control::connect(&folder).hold(Epoch(1));
-    assert_eq!(
-        fails(&folder, &[], 1),
-        "refused: the gate of service web is not open; upgrade when the hop has ended\n"
-    );
-    assert_eq!(ctl(&folder, &["reopen", "web"]).status.code(), Some(0));
-    goes_on(&folder, &running, &mut client);
-}
-
-#[test]
 fn a_program_that_is_none_leaves_the_old_process_serving() {
     let (folder, _source, _target) = world();
     let running = Running::start(&folder);
