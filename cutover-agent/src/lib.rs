@@ -9,6 +9,9 @@ pub mod durable;
 pub mod engine;
 pub mod fence;
 pub mod files;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzzing;
+pub mod memory;
 mod open_files;
 pub mod peer;
 pub mod pki;

@@ -203,7 +203,7 @@ fn print_checked(checked: &Checked) {
         );
     }
     println!("memory rounds at most: {}", checked.rounds_max);
-    println!("predicted stall: {} ms", checked.stall_ms_predicted);
+    println!("predicted stall: {}", checked.stall);
     for finding in &checked.findings {
         let word = match finding.severity {
             Severity::Note => "note",
@@ -266,14 +266,26 @@ fn print_progress(line: &Line) {
     };
     match progress {
         Progress::Began { name, .. } => println!("{name} ..."),
-        Progress::Moving { name, done, total } if *total > 0 => {
+        Progress::Moving {
+            name,
+            done,
+            total,
+            bytes_per_second,
+            eta_seconds,
+            containers,
+        } if *total > 0 => {
+            let rate = mebibytes(*bytes_per_second);
             println!(
-                "{name} {:.1} of {:.1} MiB",
-                *done as f64 / f64::from(1 << 20),
-                *total as f64 / f64::from(1 << 20)
+                "{name} {}, {rate:.1} MiB/s",
+                part(*done, *total, *eta_seconds)
             );
+            for one in containers.iter().filter(|_| containers.len() > 1) {
+                let part = part(one.done_bytes, one.total_bytes, one.eta_seconds);
+                println!("  {} {part}", one.container);
+            }
         }
         Progress::Moving { .. } => {}
+        Progress::Predicted { stall } => println!("predicted stall: {stall}"),
         Progress::Ended {
             name,
             seconds,
@@ -289,6 +301,20 @@ fn print_progress(line: &Line) {
             println!("{name} failed after {seconds:.3} s: {message}");
         }
     }
+}
+
+fn mebibytes(bytes: u64) -> f64 {
+    bytes as f64 / f64::from(1 << 20)
+}
+
+/// "12.0 of 64.0 MiB, 3.1 s left".
+fn part(done: u64, total: u64, eta_seconds: Option<f64>) -> String {
+    let left = eta_seconds.map_or_else(String::new, |left| format!(", {left:.1} s left"));
+    format!(
+        "{:.1} of {:.1} MiB{left}",
+        mebibytes(done),
+        mebibytes(total)
+    )
 }
 
 fn status(control: &Path, json: bool) -> anyhow::Result<ExitCode> {
@@ -308,6 +334,9 @@ fn print_status(status: &Status) {
     match (&status.hop, status.phase) {
         (Some(hop), Some(phase)) => println!("driving: {hop}, {phase}"),
         _ => println!("driving: nothing"),
+    }
+    if let Some(moving) = &status.moving {
+        print_progress(&Line::Progress(moving.clone()));
     }
     if let Some(standing) = &status.standing {
         println!("target of: {}, {:?}", standing.hop, standing.stage);

@@ -1,7 +1,9 @@
 //! What a hop did, for people and programs.
 
-use cutover_protocol::hop::{Phase, Round};
+use cutover_protocol::hop::{Link, Phase, Round, Stall};
 use cutover_protocol::id::HopId;
+use cutover_protocol::plan::Tracking;
+use cutover_protocol::schedule::Schedule;
 use serde::{Deserialize, Serialize};
 
 /// How a hop ended for whoever asked for it.
@@ -27,6 +29,33 @@ pub struct PhaseReport {
     pub bytes: u64,
 }
 
+/// What became of memory, all containers together.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct MemoryReport {
+    /// How changed pages were found.
+    pub tracking: Tracking,
+    /// Bytes of memory that CRIU dumped while everything was frozen.
+    pub dumped_bytes: u64,
+    /// Of those, bytes of pages that the target did not have.
+    pub dirty_bytes: u64,
+    /// Bytes that crossed the link for them, and for CRIU's other images, while everything was frozen.
+    pub freeze_bytes: u64,
+    /// CRIU's own time for the dump that took longest, without its waits for the link, in milliseconds.
+    pub dump_ms: u64,
+    /// CRIU's own time for the restore that took longest, in milliseconds.
+    pub restore_ms: u64,
+    /// From the first page to the last of the first round, in milliseconds.
+    pub round_ms: u64,
+    /// Round trip and bytes a second of the link, as measured before anything was sent.
+    pub link: Link,
+    /// In which order containers used the link.
+    pub schedule: Schedule,
+    /// How far apart containers were done in the first round, as a share of its time, in percent.
+    pub round_spread_percent: Option<f64>,
+    /// How far apart they were done in the dump, as a share of its time, in percent.
+    pub freeze_spread_percent: Option<f64>,
+}
+
 /// The whole report.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Report {
@@ -42,8 +71,14 @@ pub struct Report {
     pub phases: Vec<PhaseReport>,
     /// Memory rounds.
     pub rounds: Vec<Round>,
+    /// What became of memory.
+    #[serde(default)]
+    pub memory: MemoryReport,
     /// The predicted stall when the hold began, in milliseconds.
     pub stall_ms_predicted: u64,
+    /// What it was made of.
+    #[serde(default)]
+    pub stall_predicted: Stall,
     /// Undos left to be done when the target can be reached again.
     pub owed: Vec<String>,
     /// What the probes saw.
@@ -63,7 +98,9 @@ impl Report {
             engine: engine.to_owned(),
             phases: Vec::new(),
             rounds: Vec::new(),
+            memory: MemoryReport::default(),
             stall_ms_predicted: 0,
+            stall_predicted: Stall::default(),
             owed: Vec::new(),
             probes: Vec::new(),
             findings: Vec::new(),
@@ -86,6 +123,25 @@ impl Report {
     }
 }
 
+/// How far the memory of one container has come.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Moving {
+    /// The container.
+    pub container: String,
+    /// Bytes looked at and, where needed, sent.
+    pub done_bytes: u64,
+    /// Bytes in all, as far as known.
+    pub total_bytes: u64,
+    /// Until its end at the rate so far, in seconds; nothing when it is done or has not begun.
+    pub eta_seconds: Option<f64>,
+}
+
+/// How long the rest takes at the rate so far; nothing when there is no rate or no rest.
+#[must_use]
+pub fn eta_seconds(done: u64, total: u64, elapsed_seconds: f64) -> Option<f64> {
+    (done > 0 && done < total).then(|| (total - done) as f64 * elapsed_seconds / done as f64)
+}
+
 /// One line of progress, as it happens.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "progress", rename_all = "snake_case")]
@@ -105,6 +161,20 @@ pub enum Progress {
         done: u64,
         /// Bytes of content in all, as far as known.
         total: u64,
+        /// Content a second since this began.
+        #[serde(default)]
+        bytes_per_second: u64,
+        /// Until the end at this rate, in seconds.
+        #[serde(default)]
+        eta_seconds: Option<f64>,
+        /// Each container by itself, while memory moves.
+        #[serde(default)]
+        containers: Vec<Moving>,
+    },
+    /// What the switch-over is expected to cost, by its terms.
+    Predicted {
+        /// The stall.
+        stall: Stall,
     },
     /// A phase ended.
     Ended {
@@ -117,4 +187,16 @@ pub enum Progress {
         /// Why it failed, if it did.
         failure: Option<String>,
     },
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_rest_takes_as_long_as_what_is_done_did() {
+        assert_eq!(eta_seconds(50, 150, 2.0), Some(4.0));
+        assert_eq!(eta_seconds(0, 150, 2.0), None);
+        assert_eq!(eta_seconds(150, 150, 2.0), None);
+    }
 }

@@ -19,6 +19,7 @@ use crate::config::Config;
 use crate::control::{Checked, Command, Line, Status};
 use crate::driver::{Driver, DriverError, Watch, journal::Journal};
 use crate::engine::Host;
+use crate::memory::PageStore;
 use crate::peer::{self, Handler, PeerTimeouts};
 use crate::report::Report;
 use crate::target::Target;
@@ -99,6 +100,10 @@ impl Handler for PeerHandler {
 
     async fn handle(&self, request: Request) -> Response {
         self.0.answer(request).await
+    }
+
+    fn pages(&self) -> Option<Arc<PageStore>> {
+        Some(self.0.pages())
     }
 }
 
@@ -415,6 +420,9 @@ impl Agent {
         Status {
             site: self.host.config.site,
             phase: watch.as_ref().map(|watch| *watch.phase.borrow()),
+            moving: watch
+                .as_ref()
+                .and_then(|watch| watch.moving.borrow().clone()),
             hop: watch.map(|watch| watch.hop),
             standing: self.target.standing().await,
             unfinished,

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use cutover_protocol::id::{ContainerName, HopId};
@@ -15,6 +16,7 @@ use crate::config::Config;
 use crate::durable;
 use crate::engine::{Built, EngineError, Host};
 use crate::fence::Fence;
+use crate::memory::PageStore;
 use crate::{preflight, probe};
 
 /// How long taking down one container may take.
@@ -51,6 +53,7 @@ pub struct Standing {
 #[derive(Debug)]
 pub struct Target {
     host: Host,
+    pages: Arc<PageStore>,
     standing: Mutex<Option<Standing>>,
     /// What was built and has not run. Lost with the agent: the source then takes the hop back.
     built: Mutex<BTreeMap<ContainerName, Built>>,
@@ -103,11 +106,19 @@ impl Target {
         let path = standing_path(&config);
         let standing =
             durable::read_json(&path).map_err(|source| TargetError::State { path, source })?;
+        let pages = Arc::new(PageStore::new(config.state_dir.join("pages")));
         Ok(Self {
             host: Host::new(config),
+            pages,
             standing: Mutex::new(standing),
             built: Mutex::default(),
         })
+    }
+
+    /// Where pages of memory go.
+    #[must_use]
+    pub fn pages(&self) -> Arc<PageStore> {
+        Arc::clone(&self.pages)
     }
 
     /// What this target remembers of the current hop.
@@ -213,7 +224,9 @@ impl Target {
                 stage: Stage::Built,
             }),
         )?;
+        self.place_pages(&containers).await?;
         // Nothing runs yet, so the order of dependencies does not matter before `verify`.
+        let names = containers.clone();
         let mut builds = tokio::task::JoinSet::new();
         for name in containers {
             let host = self.host.clone();
@@ -229,7 +242,37 @@ impl Target {
             all.insert(name, built);
         }
         *self.built.lock().await = all;
-        Ok(Response::Done)
+        let slowest = names.iter().filter_map(|name| self.host.restore_us(name));
+        Ok(Response::Restored {
+            restore_ms: slowest.max().unwrap_or(0) / 1000,
+        })
+    }
+
+    /// Puts the assembled page images beside the others.
+    async fn place_pages(&self, containers: &[ContainerName]) -> Result<(), TargetError> {
+        for name in containers {
+            let images = self.host.final_images(name);
+            let (pages, name) = (self.pages(), name.clone());
+            let placed = tokio::task::spawn_blocking(move || {
+                pages
+                    .place(&name, &images)
+                    .map_err(|source| TargetError::State {
+                        path: images,
+                        source,
+                    })
+            });
+            placed.await.map_err(EngineError::from)??;
+        }
+        Ok(())
+    }
+
+    async fn clear_pages(&self) -> Result<(), TargetError> {
+        let (pages, path) = (self.pages(), self.host.config.state_dir.join("pages"));
+        let cleared = tokio::task::spawn_blocking(move || pages.clear());
+        cleared
+            .await
+            .map_err(EngineError::from)?
+            .map_err(|source| TargetError::State { path, source })
     }
 
     async fn verify(
@@ -369,6 +412,7 @@ impl Target {
                 .map_err(EngineError::from)??;
             }
         }
+        self.clear_pages().await?;
         self.keep(&mut standing, None)?;
         Ok(Response::Done)
     }
@@ -387,6 +431,7 @@ impl Target {
             .await
             .map_err(EngineError::from)??;
         }
+        self.clear_pages().await?;
         Ok(Response::Done)
     }
 

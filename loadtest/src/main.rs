@@ -198,6 +198,21 @@ enum Bench {
     Proxy(ProxyOptions),
     /// Holds thousands of requests of every protocol, and proves that each was executed exactly once.
     Hold(HoldOptions),
+    /// Moves counters that write their memory, and prints what crossed while they were frozen, and for how long.
+    Freeze {
+        /// Only the cases whose line contains this, such as "content, gang".
+        #[arg(long = "case", value_name = "FILTER", default_value = "")]
+        filter: String,
+        /// How changed memory is found; repeat for several. Soft-dirty needs a kernel that tracks it.
+        #[arg(long = "mode", value_enum, default_values = ["content", "none"])]
+        modes: Vec<bench::freeze::case::Mode>,
+        /// The link between the sites.
+        #[arg(long, default_value = "800mbit,20ms,0.1%")]
+        link: Link,
+        /// Also write all figures to this file, as JSON.
+        #[arg(long, value_name = "FILE")]
+        json: Option<PathBuf>,
+    },
     /// Sends siege, wrk and ab through Hopgate at full speed; its memory must stay flat and no request may fail.
     Soak {
         /// How long.
@@ -370,6 +385,16 @@ fn run(arguments: Arguments, progress: &Progress) -> anyhow::Result<ExitCode> {
 
 fn bench(what: Bench, progress: &Progress) -> anyhow::Result<ExitCode> {
     match what {
+        Bench::Freeze {
+            filter,
+            modes,
+            link,
+            json,
+        } => {
+            let cases = bench::freeze::case::chosen(&modes, &filter);
+            let options = bench::freeze::Options { cases, link };
+            bench_freeze(&options, json.as_deref(), progress)
+        }
         Bench::Bytes(options) => bench_bytes(options, progress),
         Bench::Proxy(options) => bench_proxy(&options, progress),
         Bench::Hold(options) => bench_hold(&options, progress),
@@ -490,6 +515,33 @@ fn bench_hold(options: &HoldOptions, progress: &Progress) -> anyhow::Result<Exit
     write_json(options.json.as_deref(), || report.json())?;
     let is_green = report.is_clean() && (!options.strict || report.meets_all());
     Ok(if is_green {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
+}
+
+fn bench_freeze(
+    options: &bench::freeze::Options,
+    json: Option<&Path>,
+    progress: &Progress,
+) -> anyhow::Result<ExitCode> {
+    interrupt::listen()?;
+    let rows = bench::freeze::run(options, &Folders::find()?, progress, |row| {
+        progress.aside(|| print!("{}", row.lines()));
+    })?;
+    progress.done();
+    let totals = bench::freeze::report::totals(&rows);
+    for (is_met, demand) in &totals {
+        println!("{} {demand}", if *is_met { "met   " } else { "MISSED" });
+    }
+    if let Some(path) = json {
+        let text = serde_json::to_string_pretty(&rows)? + "\n";
+        std::fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))?;
+    }
+    let bars = rows.iter().flat_map(bench::freeze::report::Row::bars);
+    let all_met = bars.chain(totals).all(|(is_met, _)| is_met);
+    Ok(if all_met {
         ExitCode::SUCCESS
     } else {
         ExitCode::FAILURE

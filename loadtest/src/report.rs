@@ -34,6 +34,20 @@ pub struct Round {
     pub seconds: f64,
 }
 
+/// What became of memory in one hop.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Memory {
+    /// How changed pages were found: `soft-dirty`, `content` or `none`.
+    pub tracking: String,
+    /// Bytes CRIU dumped into a page server while everything was frozen.
+    pub dumped_bytes: u64,
+    /// Of those, bytes of pages the target did not have.
+    pub dirty_bytes: u64,
+    /// Bytes that crossed the link for them, and for CRIU's other images, meanwhile.
+    pub freeze_bytes: u64,
+}
+
 /// The agent's own report of one hop.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct HopReport {
@@ -52,6 +66,9 @@ pub struct HopReport {
     /// Its pre-copy rounds.
     #[serde(default)]
     pub rounds: Vec<Round>,
+    /// What became of memory.
+    #[serde(default)]
+    pub memory: Memory,
     /// The stall the agent predicted, in milliseconds.
     #[serde(default)]
     pub stall_ms_predicted: Option<f64>,
@@ -148,6 +165,18 @@ impl Report {
                 "  database connections of the web container did not survive"
             )?,
             Kept::NotApplicable => {}
+        }
+        if let Some(hop) = self.hops.last().filter(|hop| hop.memory.dumped_bytes > 0) {
+            let memory = &hop.memory;
+            let mebibytes = |bytes: u64| bytes as f64 / f64::from(1 << 20);
+            writeln!(
+                text,
+                "  memory by {}: {:.1} MiB crossed while frozen, {:.1} % of the {:.1} MiB dumped",
+                memory.tracking,
+                mebibytes(memory.freeze_bytes),
+                memory.freeze_bytes as f64 * 100.0 / memory.dumped_bytes as f64,
+                mebibytes(memory.dumped_bytes)
+            )?;
         }
         if let Some(intact) = self.memory_intact {
             let found = if intact {

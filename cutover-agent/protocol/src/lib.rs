@@ -8,4 +8,5 @@ pub mod hold;
 pub mod hop;
 pub mod id;
 pub mod plan;
+pub mod schedule;
 pub mod wire;

@@ -6,6 +6,7 @@ use std::collections::BTreeSet;
 use serde::{Deserialize, Serialize};
 
 use crate::id::{ContainerName, ServiceName};
+use crate::schedule::Schedule;
 
 /// How a container is moved.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, Default)]
@@ -44,6 +45,59 @@ pub enum Compress {
     Off,
 }
 
+/// How it is known which pages changed, so that only those cross while clients wait.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, Default)]
+#[serde(rename_all = "kebab-case")]
+pub enum Memory {
+    /// `SoftDirty` where the kernel tracks dirty pages, otherwise `Content`.
+    #[default]
+    Auto,
+    /// The kernel marks written pages; CRIU dumps them in rounds.
+    SoftDirty,
+    /// Pages are read and hashed while the container runs, and known by their content.
+    Content,
+    /// No rounds: everything crosses while clients wait.
+    None,
+}
+
+/// How memory is tracked in one hop: a [`Memory`] that was settled.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, Default)]
+#[serde(rename_all = "kebab-case")]
+pub enum Tracking {
+    /// By the kernel.
+    SoftDirty,
+    /// By content.
+    Content,
+    /// Not at all.
+    #[default]
+    None,
+}
+
+impl Memory {
+    /// What it means on a kernel that tracks dirty pages, or does not.
+    #[must_use]
+    pub const fn settle(self, kernel_tracks: bool) -> Tracking {
+        match self {
+            Self::Auto if kernel_tracks => Tracking::SoftDirty,
+            Self::Auto | Self::Content => Tracking::Content,
+            Self::SoftDirty => Tracking::SoftDirty,
+            Self::None => Tracking::None,
+        }
+    }
+}
+
+impl Tracking {
+    /// The word used in plans and reports.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::SoftDirty => "soft-dirty",
+            Self::Content => "content",
+            Self::None => "none",
+        }
+    }
+}
+
 /// A plan as written.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -55,6 +109,12 @@ pub struct RawPlan {
     /// How containers are moved.
     #[serde(default)]
     pub engine: Engine,
+    /// How changed memory is found; matters with the engine `criu` only.
+    #[serde(default)]
+    pub memory: Memory,
+    /// In which order the memory of several containers uses the link.
+    #[serde(default)]
+    pub schedule: Schedule,
     /// Parallel data connections, 1 to 32.
     #[serde(default = "default_streams")]
     pub streams: u32,
@@ -71,6 +131,10 @@ pub struct RawPlan {
     /// Memory rounds at most; 0 means none.
     #[serde(default = "default_rounds_max")]
     pub rounds_max: u32,
+    /// How far containers may be slowed down when they write faster than the link carries, in percent of the processor
+    /// time they use; 0 means never.
+    #[serde(default)]
+    pub throttle_percent_max: u8,
     /// How long a hold lasts when this agent dies, in milliseconds.
     #[serde(default = "default_lease_ms")]
     pub lease_ms: u64,
@@ -273,7 +337,7 @@ fn check_bounds(raw: &RawPlan) -> Result<(), PlanError> {
         u64,
         std::ops::RangeInclusive<u64>,
         &'static str,
-    ); 7] = [
+    ); 8] = [
         ("streams", u64::from(raw.streams), 1..=32, "1 to 32"),
         (
             "bandwidth_mbit_max",
@@ -287,6 +351,12 @@ fn check_bounds(raw: &RawPlan) -> Result<(), PlanError> {
             raw.reconnect_ms_max,
             0..=3_600_000,
             "0 to 3600000",
+        ),
+        (
+            "throttle_percent_max",
+            u64::from(raw.throttle_percent_max),
+            0..=95,
+            "0 to 95",
         ),
         (
             "lease_ms",
@@ -379,11 +449,14 @@ mod tests {
             services: vec!["web".parse().unwrap()],
             target: "192.0.2.2:7443".to_owned(),
             engine: Engine::Criu,
+            memory: Memory::Auto,
+            schedule: Schedule::Gang,
             streams: 4,
             compress: Compress::Auto,
             bandwidth_mbit_max: None,
             reconnect_ms_max: 15_000,
             rounds_max: 4,
+            throttle_percent_max: 0,
             lease_ms: 10_000,
             drain_ms_max: 5_000,
             stall_ms_max: 2_000,
@@ -403,6 +476,15 @@ mod tests {
         .unwrap();
         let order: Vec<&str> = plan.order().iter().map(ContainerName::as_str).collect();
         assert_eq!(order, ["db", "cache", "web"]);
+    }
+
+    #[test]
+    fn without_dirty_tracking_pages_are_known_by_content_unless_the_plan_says_otherwise() {
+        assert_eq!(Memory::Auto.settle(true), Tracking::SoftDirty);
+        assert_eq!(Memory::Auto.settle(false), Tracking::Content);
+        assert_eq!(Memory::Content.settle(true), Tracking::Content);
+        assert_eq!(Memory::SoftDirty.settle(false), Tracking::SoftDirty);
+        assert_eq!(Memory::None.settle(true), Tracking::None);
     }
 
     #[test]

@@ -85,6 +85,11 @@ pub enum Response {
         /// One line for a person.
         message: String,
     },
+    /// Answer to [`Request::Restore`].
+    Restored {
+        /// CRIU's own time for the container that took longest, in milliseconds; 0 with another engine.
+        restore_ms: u64,
+    },
 }
 
 /// What one side is and has. Both sides fill it; preflight compares.

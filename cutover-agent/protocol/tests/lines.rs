@@ -7,7 +7,7 @@ use cutover_protocol::hold::{
     Answer, CheckStatus, Claim, Command, Expected, Gate, InFlight, Order, Refusal, ServerState,
     ServerStatus, ServiceStatus,
 };
-use cutover_protocol::hop::{ActionName, Bounds, Ending, Event, Failure, Link, Round, Undo};
+use cutover_protocol::hop::{ActionName, Bounds, Costs, Ending, Event, Failure, Link, Round, Undo};
 use cutover_protocol::id::{Epoch, Register, ServiceName, Site};
 use proptest::prelude::*;
 use serde::de::DeserializeOwned;
@@ -394,6 +394,7 @@ fn every_event_is_this_line_of_a_journal() {
         pages: 3,
         bytes: 12_288,
         seconds: 0.25,
+        resident_bytes: 0,
     };
     assert_line(
         &Event::PreCopied { round },
@@ -444,8 +445,18 @@ fn every_action_a_journal_can_name_is_spelled_so() {
     let bounds = Bounds {
         rounds_max: 4,
         stall_ms_max: 2000,
+        throttle_percent_max: 0,
+        costs: Costs::default(),
     };
     assert_line(&bounds, r#"{"rounds_max":4,"stall_ms_max":2000}"#);
+    let slowed = Bounds {
+        throttle_percent_max: 50,
+        ..bounds
+    };
+    assert_line(
+        &slowed,
+        r#"{"rounds_max":4,"stall_ms_max":2000,"throttle_percent_max":50}"#,
+    );
 }
 
 /// An event as a journal keeps it, beside the time.
@@ -491,6 +502,7 @@ fn any_event() -> impl Strategy<Value = Event> {
                     pages,
                     bytes,
                     seconds,
+                    resident_bytes: pages / 2,
                 },
             }
         }),

@@ -3,7 +3,7 @@
 
 use std::path::{Path, PathBuf};
 
-use cutover_protocol::hop::Phase;
+use cutover_protocol::hop::{Phase, Stall};
 use cutover_protocol::id::{HopId, Site};
 use cutover_protocol::plan::RawPlan;
 use cutover_protocol::wire::{Finding, TreeFacts};
@@ -71,6 +71,8 @@ pub struct Checked {
     pub trees: Vec<TreeFacts>,
     /// The predicted stall in milliseconds.
     pub stall_ms_predicted: u64,
+    /// What it is made of.
+    pub stall: Stall,
     /// Memory rounds that would be made at most; 0 means one full dump while frozen.
     pub rounds_max: u32,
 }
@@ -84,6 +86,9 @@ pub struct Status {
     pub hop: Option<HopId>,
     /// Where that hop stands.
     pub phase: Option<Phase>,
+    /// What moves right now, as [`Progress::Moving`].
+    #[serde(default)]
+    pub moving: Option<Progress>,
     /// The hop it is the target of, if any.
     pub standing: Option<Standing>,
     /// A hop waits for `recover`.

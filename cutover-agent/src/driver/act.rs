@@ -6,20 +6,23 @@ use std::time::{Duration, Instant};
 use cutover_protocol::hold::{Command, Expected};
 use cutover_protocol::hop::{Action, Event, Round};
 use cutover_protocol::id::{ContainerName, Epoch, ServiceName};
-use cutover_protocol::plan::Engine;
+use cutover_protocol::plan::{Engine, Tracking};
 use cutover_protocol::wire::{Request, Response, Severity};
 
 use super::Driver;
 use super::link::SyncJob;
-use crate::engine::pre_dump;
+use crate::engine::Dump;
 use crate::open_files;
-use crate::report::Progress;
+use crate::report::{Moving, Progress, eta_seconds};
 
 /// Passes over the files while the source runs: one for the bulk, one for what changed meanwhile.
 const FILE_PASSES: u32 = 2;
 
 /// The least a pre-copy or file pass may take, whatever the plan says of steps while clients wait.
-const UNHELD_MAX: Duration = Duration::from_secs(24 * 3600);
+pub(super) const UNHELD_MAX: Duration = Duration::from_secs(24 * 3600);
+
+/// How often progress is told.
+pub(super) const PROGRESS_EVERY: Duration = Duration::from_millis(500);
 
 /// How long the target may take to tear down before we stop waiting for it; clients may be held meanwhile.
 pub(super) const KILL_MAX: Duration = Duration::from_secs(20);
@@ -108,6 +111,7 @@ impl Driver {
         };
         self.link.order(&begin, self.step_max()).await?;
         let link = self.link.measure().await?;
+        self.open_pages(&link).await?;
         tracing::info!(
             rtt_ms = link.rtt_ms,
             bytes_per_second = link.bytes_per_second,
@@ -124,13 +128,17 @@ impl Driver {
     }
 
     /// Copies what changed in the file trees of every container, all at once.
-    async fn sync_trees(&mut self, frozen: bool, limit: Duration) -> Result<(), String> {
+    pub(super) async fn sync_trees(&mut self, frozen: bool, limit: Duration) -> Result<(), String> {
         let jobs = self.tree_jobs(frozen, limit).await?;
         self.bytes += self.join(jobs).await?;
         Ok(())
     }
 
-    async fn tree_jobs(&self, frozen: bool, limit: Duration) -> Result<Vec<SyncJob>, String> {
+    pub(super) async fn tree_jobs(
+        &self,
+        frozen: bool,
+        limit: Duration,
+    ) -> Result<Vec<SyncJob>, String> {
         let mut jobs = Vec::new();
         for name in self.containers() {
             let container = self
@@ -165,7 +173,7 @@ impl Driver {
     }
 
     /// The images of every container.
-    fn image_jobs(&self, limit: Duration) -> Vec<SyncJob> {
+    pub(super) fn image_jobs(&self, limit: Duration) -> Vec<SyncJob> {
         let job = |name: ContainerName| {
             let images = self.host.config.images(&name);
             self.link.sync(
@@ -180,12 +188,13 @@ impl Driver {
     }
 
     /// Runs syncs side by side and tells their progress; returns the bytes that crossed the link.
-    async fn join(&self, jobs: Vec<SyncJob>) -> Result<u64, String> {
+    pub(super) async fn join(&self, jobs: Vec<SyncJob>) -> Result<u64, String> {
         let mut running = tokio::task::JoinSet::new();
         for job in jobs {
             running.spawn(job);
         }
-        let mut ticks = tokio::time::interval(Duration::from_millis(500));
+        let began = Instant::now();
+        let mut ticks = tokio::time::interval(PROGRESS_EVERY);
         let mut bytes = 0;
         loop {
             tokio::select! {
@@ -195,27 +204,38 @@ impl Driver {
                 },
                 _ = ticks.tick() => {
                     let (done, total) = self.link.progress();
-                    self.tell(Progress::Moving { name: self.hop.phase().to_string(), done, total });
+                    self.tell_moving(done, total, began, Vec::new());
                 }
             }
         }
     }
 
+    /// Says how far something has come since it began.
+    pub(super) fn tell_moving(
+        &self,
+        done: u64,
+        total: u64,
+        began: Instant,
+        containers: Vec<Moving>,
+    ) {
+        let elapsed = began.elapsed().as_secs_f64().max(1e-3);
+        self.tell(Progress::Moving {
+            name: self.hop.phase().to_string(),
+            done,
+            total,
+            bytes_per_second: (done as f64 / elapsed) as u64,
+            eta_seconds: eta_seconds(done, total, elapsed),
+            containers,
+        });
+    }
+
     async fn pre_copy(&mut self, round: u32) -> Result<Event, String> {
         let begun = Instant::now();
-        let mut pages = 0;
-        let mut rounds = tokio::task::JoinSet::new();
-        for name in self.containers() {
-            let host = self.host.clone();
-            rounds.spawn(async move { pre_dump(&host, &name, round, UNHELD_MAX).await });
-        }
-        while let Some(result) = rounds.join_next().await {
-            pages += result
-                .map_err(|error| error.to_string())?
-                .map_err(|error| error.to_string())?;
-        }
-        let jobs = self.image_jobs(UNHELD_MAX);
-        let bytes = self.join(jobs).await?;
+        self.throttle(self.hop.throttle_percent()).await?;
+        let (pages, bytes) = match self.header.tracking {
+            Tracking::Content => self.content_round().await?,
+            Tracking::SoftDirty | Tracking::None => self.dirty_round(round).await?,
+        };
         self.bytes += bytes;
         // What changed in the files meanwhile goes along, so that the frozen delta stays small.
         self.sync_trees(false, UNHELD_MAX).await?;
@@ -223,6 +243,7 @@ impl Driver {
             pages,
             bytes,
             seconds: begun.elapsed().as_secs_f64(),
+            resident_bytes: self.resident.iter().map(|(_, bytes)| bytes).sum(),
         };
         Ok(Event::PreCopied { round })
     }
@@ -249,7 +270,9 @@ impl Driver {
     }
 
     async fn hold(&mut self) -> Result<(), String> {
-        self.report.stall_ms_predicted = self.hop.predicted_stall_ms();
+        let stall = self.hop.predicted_stall();
+        (self.report.stall_ms_predicted, self.report.stall_predicted) = (stall.total_ms(), stall);
+        self.tell(Progress::Predicted { stall });
         let settings = self.header.plan.settings();
         let (lease_ms, drain_ms_max) = (settings.lease_ms, settings.drain_ms_max);
         let expected = |(service, epoch)| Expected { service, epoch };
@@ -268,39 +291,37 @@ impl Driver {
 
     async fn checkpoint(&mut self) -> Result<(), String> {
         let (engine, limit) = (self.engine(), self.step_max());
-        let rounds = u32::try_from(self.hop.rounds().len()).unwrap_or(u32::MAX);
+        // What dumps a container runs inside it, under the same limit.
+        self.unthrottle().await?;
         if engine == Engine::Restart {
             // Whoever depends on another stops before it.
             for name in self.containers().iter().rev() {
                 self.host
-                    .checkpoint(engine, name, rounds, limit)
+                    .checkpoint(engine, name, Dump::default(), limit)
                     .await
                     .map_err(|error| error.to_string())?;
             }
             return Ok(());
         }
-        let mut dumps = tokio::task::JoinSet::new();
-        for name in self.containers() {
-            let host = self.host.clone();
-            dumps.spawn(async move { host.checkpoint(engine, &name, rounds, limit).await });
+        match self.header.tracking {
+            Tracking::SoftDirty => self.dump_to_images(limit).await,
+            Tracking::Content | Tracking::None => self.dump_to_target(limit).await,
         }
-        while let Some(result) = dumps.join_next().await {
-            result
-                .map_err(|error| error.to_string())?
-                .map_err(|error| error.to_string())?;
-        }
-        Ok(())
     }
 
     async fn transfer(&mut self) -> Result<(), String> {
         let limit = self.step_max();
-        let mut jobs = match self.engine() {
+        let images = match self.engine() {
             Engine::Criu => self.image_jobs(limit),
             Engine::Restart => Vec::new(),
         };
-        jobs.extend(self.tree_jobs(true, limit).await?);
-        self.bytes += self.join(jobs).await?;
-        Ok(())
+        let trees = self.tree_jobs(true, limit).await?;
+        let (images, trees, sealed) =
+            tokio::join!(self.join(images), self.join(trees), self.seal_memory(limit));
+        let images = images?;
+        self.report.memory.freeze_bytes += images;
+        self.bytes += images + trees?;
+        sealed
     }
 
     async fn restore(&mut self) -> Result<(), String> {
@@ -310,7 +331,15 @@ impl Driver {
             engine: self.engine(),
             timeout_ms: self.step_ms(),
         };
-        self.link.order(&request, self.step_max()).await
+        match self.link.call(&request, self.step_max()).await? {
+            Response::Restored { restore_ms } => {
+                self.report.memory.restore_ms = restore_ms;
+                Ok(())
+            }
+            other => Err(format!(
+                "the target answered nonsense to restore: {other:?}"
+            )),
+        }
     }
 
     async fn verify(&mut self) -> Result<(), String> {

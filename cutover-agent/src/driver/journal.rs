@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use cutover_protocol::hop::{Bounds, Event};
 use cutover_protocol::id::{Epoch, HopId, ServiceName};
-use cutover_protocol::plan::Plan;
+use cutover_protocol::plan::{Plan, Tracking};
 use serde::{Deserialize, Serialize};
 
 use crate::preflight::now_ms;
@@ -24,6 +24,9 @@ pub struct Header {
     pub epochs: BTreeMap<ServiceName, Epoch>,
     /// When memory rounds end.
     pub bounds: Bounds,
+    /// How memory is tracked.
+    #[serde(default)]
+    pub tracking: Tracking,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -203,7 +206,7 @@ impl Journal {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use cutover_protocol::hop::ActionName;
+    use cutover_protocol::hop::{ActionName, Costs};
     use cutover_protocol::plan::{PlannedContainer, RawPlan};
 
     fn header() -> Header {
@@ -224,7 +227,10 @@ mod tests {
             bounds: Bounds {
                 rounds_max: 0,
                 stall_ms_max: 1,
+                throttle_percent_max: 0,
+                costs: Costs::default(),
             },
+            tracking: Tracking::None,
         }
     }
 

@@ -13,6 +13,7 @@ use cutover_protocol::plan::{Compress, RawPlan};
 use cutover_protocol::wire::{Request, Response};
 
 use crate::config::{Config, IMAGES_TREE};
+use crate::memory::PageSource;
 use crate::peer::{self, PeerTimeouts, Session};
 use crate::tls::{ClientTls, TlsPaths};
 use crate::transfer::{Progress, SyncOptions, TreeName};
@@ -43,6 +44,7 @@ pub(super) struct Link {
     tls: TlsPaths,
     session: tokio::sync::Mutex<Option<Arc<Session>>>,
     moving: Mutex<Vec<Arc<Progress>>>,
+    pages: Mutex<Option<Arc<PageSource>>>,
 }
 
 impl Link {
@@ -59,6 +61,7 @@ impl Link {
             tls: config.peer.tls.clone(),
             session: tokio::sync::Mutex::new(None),
             moving: Mutex::new(Vec::new()),
+            pages: Mutex::new(None),
         }
     }
 
@@ -131,6 +134,24 @@ impl Link {
             rtt_ms: measured.round_trip.as_secs_f64() * 1e3,
             bytes_per_second: measured.bytes_per_second,
         })
+    }
+
+    /// Opens the target's page store.
+    pub(super) async fn open_pages(&self, limit: Duration) -> Result<(), String> {
+        let session = self.session().await?;
+        let opened = PageSource::open(&session, self.compress, limit)
+            .await
+            .map_err(|error| error.to_string())?;
+        *self.pages.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(opened));
+        Ok(())
+    }
+
+    /// The pages of this hop, once its store was opened.
+    pub(super) fn pages(&self) -> Result<Arc<PageSource>, String> {
+        let pages = self.pages.lock().unwrap_or_else(PoisonError::into_inner);
+        pages
+            .clone()
+            .ok_or_else(|| "the target's page store was not opened".to_owned())
     }
 
     /// One round of one tree. `written` are the inodes that the container has open for writing.

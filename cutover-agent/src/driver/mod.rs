@@ -4,10 +4,13 @@
 //! anything that the machine or the register should decide.
 
 mod act;
+mod costs;
 pub mod journal;
 mod lease;
 mod link;
+mod memory;
 mod register;
+mod throttle;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -15,16 +18,17 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use cutover_protocol::hop::{
-    Action, Bounds, Ending, Event, Failure, Hop, Phase, Step, StepError, Undo, stall_ms,
+    Action, Bounds, Ending, Event, Failure, Hop, Phase, Step, StepError, Undo, predict,
 };
-use cutover_protocol::id::{Epoch, Holder, HopId, ServiceName, Site};
-use cutover_protocol::plan::{Engine, Plan};
+use cutover_protocol::id::{ContainerName, Epoch, Holder, HopId, ServiceName, Site};
+use cutover_protocol::plan::{Engine, Memory, Plan, Tracking};
 use cutover_protocol::wire::{Finding, Inspect, Inspected, Request, Response};
 use tokio::sync::{broadcast, watch};
 
 use crate::config::IMAGES_TREE;
 use crate::control::Checked;
 use crate::engine::Host;
+use crate::memory::Seal;
 use crate::preflight;
 use crate::proxy::{Proxy, ProxyError};
 use crate::report::{Outcome, Progress, Report};
@@ -84,6 +88,8 @@ pub struct Watch {
     pub abort: watch::Sender<bool>,
     /// Where the hop stands.
     pub phase: watch::Sender<Phase>,
+    /// What moves right now.
+    pub moving: watch::Sender<Option<Progress>>,
 }
 
 impl Watch {
@@ -93,6 +99,7 @@ impl Watch {
             progress: broadcast::Sender::new(PROGRESS_LINES_MAX),
             abort: watch::Sender::new(false),
             phase: watch::Sender::new(Phase::Plan),
+            moving: watch::Sender::new(None),
         }
     }
 }
@@ -115,6 +122,12 @@ pub struct Driver {
     fail_at: Option<Phase>,
     first: Event,
     bytes: u64,
+    /// What completes the memory of each container at the target, once it was dumped.
+    seals: Vec<Seal>,
+    /// What each container has in memory, as of the last round.
+    resident: Vec<(String, u64)>,
+    /// Processor time each container had used, in microseconds, when its last round began.
+    used: BTreeMap<ContainerName, (Instant, u64)>,
 }
 
 impl Driver {
@@ -143,15 +156,19 @@ impl Driver {
             }
             epochs.insert(service.clone(), status.register.epoch);
         }
+        let tracking = tracking(&host, &plan).await;
         let bounds = Bounds {
-            rounds_max: rounds_max(&host, &plan).await,
+            rounds_max: rounds_max(&plan, tracking),
             stall_ms_max: plan.settings().stall_ms_max,
+            throttle_percent_max: plan.settings().throttle_percent_max,
+            costs: costs::read(&host.config.state_dir),
         };
         let header = Header {
             hop: new_hop_id(),
             plan,
             epochs,
             bounds,
+            tracking,
         };
         let journal = Journal::begin(&host.config.state_dir, &header)?;
         let epoch = header
@@ -206,7 +223,9 @@ impl Driver {
         first: Event,
         fail_at: Option<Phase>,
     ) -> Self {
-        let report = Report::new(header.hop.clone(), header.plan.settings().engine.as_str());
+        let mut report = Report::new(header.hop.clone(), header.plan.settings().engine.as_str());
+        report.memory.tracking = header.tracking;
+        report.memory.schedule = header.plan.settings().schedule;
         let proxy = proxy.in_name_of(Holder::from(&header.hop));
         let watch = Watch::new(header.hop.clone());
         let link = Arc::new(Link::new(&host.config, header.plan.settings()));
@@ -223,6 +242,9 @@ impl Driver {
             fail_at,
             first,
             bytes: 0,
+            seals: Vec::new(),
+            resident: Vec::new(),
+            used: BTreeMap::new(),
         }
     }
 
@@ -330,6 +352,8 @@ impl Driver {
     }
 
     fn tell(&self, progress: Progress) {
+        let moving = matches!(progress, Progress::Moving { .. }).then(|| progress.clone());
+        self.watch.moving.send_replace(moving);
         // Nobody watching is not an error.
         let _ = self.watch.progress.send(progress);
     }
@@ -340,6 +364,13 @@ impl Driver {
             Ending::Undone => Outcome::Undone,
         };
         self.fill();
+        if ending == Ending::Committed {
+            costs::learn(
+                &self.host.config.state_dir,
+                self.header.bounds.costs,
+                &self.report,
+            );
+        }
         self.journal.finish(&self.header.hop)?;
         Ok(self.report)
     }
@@ -366,15 +397,22 @@ fn proxy_socket(host: &Host) -> Result<PathBuf, DriverError> {
         .ok_or(DriverError::NoProxy)
 }
 
-/// No rounds where the engine moves no memory or the kernel does not track dirty pages.
-async fn rounds_max(host: &Host, plan: &Plan) -> u32 {
-    let tracks = plan.settings().engine == Engine::Criu
-        && plan.settings().rounds_max > 0
+/// How the memory of this plan's containers is tracked on this kernel.
+async fn tracking(host: &Host, plan: &Plan) -> Tracking {
+    let settings = plan.settings();
+    if settings.engine != Engine::Criu {
+        return Tracking::None;
+    }
+    let kernel_tracks = settings.memory == Memory::Auto
         && crate::criu::features::tracks_dirty_pages(&host.config.runtime.criu).await;
-    if tracks {
-        plan.settings().rounds_max
-    } else {
-        0
+    settings.memory.settle(kernel_tracks)
+}
+
+/// No rounds where nothing tells what changed since the last one.
+fn rounds_max(plan: &Plan, tracking: Tracking) -> u32 {
+    match tracking {
+        Tracking::None => 0,
+        Tracking::SoftDirty | Tracking::Content => plan.settings().rounds_max,
     }
 }
 
@@ -447,11 +485,11 @@ pub async fn dry_run(host: &Host, plan: &Plan) -> Result<Checked, String> {
     let link = Link::new(&host.config, plan.settings());
     let (source, findings) = look(host, &link, plan, act::KILL_MAX).await?;
     let measured = link.measure().await?;
-    let rounds_max = if source.tracks_dirty_pages {
-        plan.settings().rounds_max
-    } else {
-        0
+    let tracking = match plan.settings().engine {
+        Engine::Criu => plan.settings().memory.settle(source.tracks_dirty_pages),
+        Engine::Restart => Tracking::None,
     };
+    let rounds_max = rounds_max(plan, tracking);
     let images: u64 = source
         .trees
         .iter()
@@ -459,9 +497,12 @@ pub async fn dry_run(host: &Host, plan: &Plan) -> Result<Checked, String> {
         .map(|tree| tree.bytes)
         .sum();
     let moved = if rounds_max == 0 { images } else { 0 };
+    let costs = costs::read(&host.config.state_dir);
+    let stall = predict(moved, images, &costs, &measured);
     Ok(Checked {
         findings,
-        stall_ms_predicted: stall_ms(moved, &measured),
+        stall_ms_predicted: stall.total_ms(),
+        stall,
         trees: source.trees,
         rounds_max,
     })

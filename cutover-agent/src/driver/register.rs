@@ -157,6 +157,7 @@ impl Driver {
                 Ok(())
             }
             Undo::DropStaging => {
+                self.unthrottle().await?;
                 for name in self.containers() {
                     durable::empty_folder(&self.host.config.images(&name))
                         .map_err(|error| error.to_string())?;

@@ -7,7 +7,7 @@ use std::time::Duration;
 use cutover_protocol::id::ContainerName;
 use tokio::process::Child;
 
-use super::{EngineError, Host};
+use super::{Dump, EngineError, Host};
 use crate::cgroup::Cgroup;
 use crate::config::Container;
 use crate::criu::hook::ParkAt;
@@ -16,7 +16,10 @@ use crate::criu::{cure, stats};
 use crate::runtime::runc::ImageFolders;
 
 /// The folder of the final dump below a container's images.
-const FINAL: &str = "final";
+pub(super) const FINAL: &str = "final";
+
+/// The working folder of a restore.
+pub(super) const RESTORE: &str = "restore";
 
 /// Poll interval for kernel state that has no event: a ptrace detach, an emptied cgroup.
 const POLL: Duration = Duration::from_millis(2);
@@ -64,7 +67,7 @@ fn fresh(images: &Path) {
 pub(super) async fn checkpoint(
     host: &Host,
     name: &ContainerName,
-    rounds: u32,
+    dump: Dump,
     limit: Duration,
 ) -> Result<(), EngineError> {
     let container = host.container(name)?;
@@ -73,15 +76,18 @@ pub(super) async fn checkpoint(
     let images = host.config.images(name).join(FINAL);
     let work = host.work(name).join(FINAL);
     fresh(&images);
-    let parent = parent_of(rounds + 1);
+    let parent = parent_of(dump.rounds + 1);
     let folders = ImageFolders {
         images: &images,
         work: &work,
         parent: parent.as_deref(),
     };
-    let child = host
-        .runc
-        .checkpoint(name.as_str(), folders, &park.criu_configuration())?;
+    let child = host.runc.checkpoint(
+        name.as_str(),
+        folders,
+        dump.page_server,
+        &park.criu_configuration(),
+    )?;
     until_parked(
         host,
         child,
@@ -239,7 +245,7 @@ pub(super) async fn build(
         cgroup_root.as_deref(),
     )?;
     let images = host.config.images(name).join(FINAL);
-    let work = host.work(name).join("restore");
+    let work = host.work(name).join(RESTORE);
     let folders = ImageFolders {
         images: &images,
         work: &work,
@@ -287,7 +293,7 @@ pub(super) async fn run(
             runtime,
             "restore",
             name.as_str(),
-            &host.work(name).join("restore"),
+            &host.work(name).join(RESTORE),
             limit,
         )
         .await?)
@@ -307,7 +313,7 @@ pub(super) async fn kill(
     let namespace = container.network_namespace.clone();
     tokio::task::spawn_blocking(move || {
         cure::unlock_network(&namespace);
-        cure::unmount_leftovers(&work.join("restore"));
+        cure::unmount_leftovers(&work.join(RESTORE));
     })
     .await?;
     Ok(park.clear()?)

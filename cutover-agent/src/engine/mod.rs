@@ -6,6 +6,7 @@ mod criu;
 mod overlay;
 mod restart;
 
+use std::net::SocketAddrV4;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -15,6 +16,7 @@ use cutover_protocol::plan::Engine;
 use crate::cgroup::CgroupError;
 use crate::config::{Config, Container};
 use crate::criu::park::{Park, ParkError};
+use crate::criu::stats;
 use crate::fence::{self, FenceError};
 use crate::runtime::runc::{Runc, RuntimeError};
 
@@ -71,6 +73,15 @@ pub enum EngineError {
     Thread(#[from] tokio::task::JoinError),
 }
 
+/// What a final dump builds on, and where its pages go.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Dump {
+    /// Memory rounds whose images it continues.
+    pub rounds: u32,
+    /// Who takes the pages; without one they are written into the images.
+    pub page_server: Option<SocketAddrV4>,
+}
+
 /// A container that stands at the target and has not run.
 #[derive(Debug)]
 pub enum Built {
@@ -113,6 +124,26 @@ impl Host {
         self.config.state_dir.join("work").join(name.as_str())
     }
 
+    /// Where the images of a container's final dump are.
+    #[must_use]
+    pub fn final_images(&self, name: &ContainerName) -> PathBuf {
+        self.config.images(name).join(criu::FINAL)
+    }
+
+    /// What CRIU says of a container's final dump.
+    #[must_use]
+    pub fn dump_stats(&self, name: &ContainerName) -> Option<stats::DumpStats> {
+        let work = self.work(name).join(criu::FINAL);
+        stats::read(&work).or_else(|| stats::read(&self.final_images(name)))
+    }
+
+    /// How long CRIU took to restore a container, in microseconds.
+    #[must_use]
+    pub fn restore_us(&self, name: &ContainerName) -> Option<u64> {
+        stats::read_restore_us(&self.work(name).join(criu::RESTORE))
+            .or_else(|| stats::read_restore_us(&self.final_images(name)))
+    }
+
     fn park(&self, name: &ContainerName) -> Park {
         Park::new(&self.config.state_dir, name.as_str())
     }
@@ -125,11 +156,11 @@ impl Host {
         &self,
         engine: Engine,
         name: &ContainerName,
-        rounds: u32,
+        dump: Dump,
         limit: Duration,
     ) -> Result<(), EngineError> {
         match engine {
-            Engine::Criu => criu::checkpoint(self, name, rounds, limit).await,
+            Engine::Criu => criu::checkpoint(self, name, dump, limit).await,
             Engine::Restart => restart::checkpoint(self, name, limit).await,
         }
     }

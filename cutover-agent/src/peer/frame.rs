@@ -2,7 +2,8 @@
 //!
 //! ```text
 //! u32 LE  bytes that follow   (≤ FRAME_BYTES_MAX)
-//! u32 LE  bytes of the head
+//! u24 LE  bytes of the head
+//! u8      channel: whose frame it is
 //! head    postcard
 //! body    raw: file data or an encoded message, never copied through the serialiser
 //! ```
@@ -16,6 +17,34 @@ use tokio::io::{AsyncRead, AsyncReadExt};
 /// The largest frame anybody may send, in bytes. Data frames stay near 1 MiB; the rest is room for manifests.
 pub const FRAME_BYTES_MAX: usize = 16 << 20;
 const LENGTHS: usize = 8;
+/// The channel stands above the 24 bits of the head's length.
+const CHANNEL_SHIFT: u32 = 24;
+
+/// Whose frame it is; they share connections and nothing else.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Channel {
+    /// Control messages, greetings and blocks of files.
+    Trees,
+    /// Pages of memory.
+    Pages,
+}
+
+impl Channel {
+    const fn number(self) -> u8 {
+        match self {
+            Self::Trees => 0,
+            Self::Pages => 1,
+        }
+    }
+
+    const fn of(number: u8) -> Option<Self> {
+        match number {
+            0 => Some(Self::Trees),
+            1 => Some(Self::Pages),
+            _ => None,
+        }
+    }
+}
 
 /// Why bytes from the peer are not a frame.
 #[derive(Debug, Error)]
@@ -41,6 +70,7 @@ pub enum FrameError {
 pub(crate) struct Frame {
     bytes: Vec<u8>,
     head: usize,
+    channel: Channel,
 }
 
 impl Frame {
@@ -49,26 +79,44 @@ impl Frame {
         postcard::from_bytes(&self.bytes[..self.head]).map_err(|_| FrameError::Garbled)
     }
 
+    /// Whose frame it is.
+    pub(crate) const fn channel(&self) -> Channel {
+        self.channel
+    }
+
     /// The raw bytes after the head.
     pub(crate) fn body(&self) -> &[u8] {
         &self.bytes[self.head..]
     }
 }
 
-/// Encodes a whole frame, ready to be written in one go.
+/// Encodes a whole frame of [`Channel::Trees`], ready to be written in one go.
 ///
 /// # Errors
 /// When it would exceed [`FRAME_BYTES_MAX`].
 pub(crate) fn encode<T: Serialize>(head: &T, body: &[u8]) -> Result<Vec<u8>, FrameError> {
+    encode_on(Channel::Trees, head, body)
+}
+
+/// Encodes a whole frame of any channel.
+///
+/// # Errors
+/// When it would exceed [`FRAME_BYTES_MAX`].
+pub(crate) fn encode_on<T: Serialize>(
+    channel: Channel,
+    head: &T,
+    body: &[u8],
+) -> Result<Vec<u8>, FrameError> {
     let head = postcard::to_stdvec(head).map_err(|_| FrameError::Garbled)?;
     let bytes = 4 + head.len() + body.len();
-    if bytes > FRAME_BYTES_MAX {
+    if bytes >= FRAME_BYTES_MAX {
         return Err(FrameError::TooLong { bytes });
     }
     let mut frame = Vec::with_capacity(4 + bytes);
-    // Both fit: bounded by FRAME_BYTES_MAX just above.
+    // Both fit: below FRAME_BYTES_MAX, which 24 bits hold.
     frame.extend_from_slice(&(bytes as u32).to_le_bytes());
-    frame.extend_from_slice(&(head.len() as u32).to_le_bytes());
+    let tagged = head.len() as u32 | u32::from(channel.number()) << CHANNEL_SHIFT;
+    frame.extend_from_slice(&tagged.to_le_bytes());
     frame.extend_from_slice(&head);
     frame.extend_from_slice(body);
     Ok(frame)
@@ -95,7 +143,8 @@ pub(crate) async fn read<R: AsyncRead + Unpin>(
     }
     let [a, b, c, d, e, f, g, h] = lengths;
     let bytes = u32::from_le_bytes([a, b, c, d]) as usize;
-    let head = u32::from_le_bytes([e, f, g, h]) as usize;
+    let head = u32::from_le_bytes([e, f, g, 0]) as usize;
+    let channel = Channel::of(h).ok_or(FrameError::Garbled)?;
     if !(4..=FRAME_BYTES_MAX).contains(&bytes) || head > bytes - 4 {
         return Err(FrameError::TooLong { bytes });
     }
@@ -107,7 +156,11 @@ pub(crate) async fn read<R: AsyncRead + Unpin>(
     if read < bytes - 4 {
         return Err(std::io::Error::from(std::io::ErrorKind::UnexpectedEof).into());
     }
-    Ok(Some(Frame { bytes: body, head }))
+    Ok(Some(Frame {
+        bytes: body,
+        head,
+        channel,
+    }))
 }
 
 #[cfg(test)]
@@ -134,6 +187,11 @@ mod tests {
 
         #[test]
         fn what_was_encoded_is_read_back(head in any::<(u64, String)>(), body in proptest::collection::vec(any::<u8>(), 0..5000)) {
+            for channel in [Channel::Trees, Channel::Pages] {
+                let wire = encode_on(channel, &head, &body).unwrap();
+                let frame = block_on(read(&mut wire.as_slice())).unwrap().unwrap();
+                prop_assert_eq!(frame.channel(), channel);
+            }
             let wire = encode(&head, &body).unwrap();
             let frame = block_on(read(&mut wire.as_slice())).unwrap().unwrap();
             prop_assert_eq!(frame.head::<(u64, String)>().unwrap(), head);

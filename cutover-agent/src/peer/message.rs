@@ -37,6 +37,10 @@ pub(crate) enum Topic {
     Ping,
     /// The answer to `Ping`.
     Pong,
+    /// A request about pages of memory.
+    PageAsk,
+    /// The answer to one, under the same number.
+    PageAnswer,
 }
 
 #[derive(Debug, Serialize, Deserialize)]

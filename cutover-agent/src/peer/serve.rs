@@ -17,7 +17,8 @@ use tokio_rustls::server::TlsStream;
 
 use super::hello::{self, Hello, Purpose, Refusal, SessionId, VERSION, Welcome};
 use super::message::{self, Inbox, Outbox, Topic};
-use super::{FrameError, PeerError, PeerTimeouts, frame, socket};
+use super::{Channel, FrameError, PeerError, PeerTimeouts, frame, socket};
+use crate::memory::PageStore;
 use crate::tls::{self, ServerTls};
 use crate::transfer::{Receiver, TreeName};
 
@@ -39,6 +40,11 @@ pub trait Handler: Send + Sync + 'static {
 
     /// Carries out one request. Requests come one at a time, also across sessions: the next one waits.
     fn handle(&self, request: Self::Request) -> impl Future<Output = Self::Response> + Send;
+
+    /// Where pages of memory go; without one a session that sends any is ended.
+    fn pages(&self) -> Option<Arc<PageStore>> {
+        None
+    }
 
     /// The session ended, for whatever reason; comes after all its requests were handled.
     fn peer_lost(&self) -> impl Future<Output = ()> + Send {
@@ -72,6 +78,7 @@ struct Server {
     tls: ServerTls,
     timeouts: PeerTimeouts,
     trees: Trees,
+    pages: Option<Arc<PageStore>>,
     jobs: mpsc::Sender<Job>,
     /// One permit: the session in charge holds it until its last write is done.
     charge: Arc<Semaphore>,
@@ -97,6 +104,7 @@ pub async fn serve<H: Handler>(
         tls,
         timeouts,
         trees,
+        pages: handler.pages(),
         jobs,
         charge: Arc::new(Semaphore::new(1)),
         current: watch::Sender::new(None),
@@ -314,6 +322,13 @@ impl Server {
                         }
                     }
                     Topic::Ask => receiver.ask(number, &message.bytes, outbox, &mut asks),
+                    Topic::PageAsk => {
+                        let Some(pages) = &self.pages else {
+                            break "the peer asked about pages, and nobody keeps any here"
+                                .to_owned();
+                        };
+                        pages.ask(number, &message.bytes, outbox, &mut asks);
+                    }
                     Topic::Ping => {
                         outbox.offer(Topic::Pong, number, &[]);
                     }
@@ -328,7 +343,7 @@ impl Server {
                 if attached > hello::STREAMS_MAX {
                     return format!("more than {} data streams", hello::STREAMS_MAX);
                 }
-                data.spawn(read_data(Arc::clone(receiver), stream));
+                data.spawn(read_data(Arc::clone(receiver), self.pages.clone(), stream));
             }
             "the server is closing".to_owned()
         };
@@ -358,11 +373,15 @@ async fn beat(outbox: Outbox, dead_after: Duration) {
 }
 
 /// Reads one data stream; whatever ends it ends the session.
-async fn read_data(receiver: Arc<Receiver>, stream: Stream) {
+async fn read_data(receiver: Arc<Receiver>, pages: Option<Arc<PageStore>>, stream: Stream) {
     let (mut read, _write): (ReadHalf<Stream>, _) = tokio::io::split(stream);
     let reason = loop {
         let outcome = match frame::read(&mut read).await {
-            Ok(Some(frame)) => receiver.data(frame).await,
+            Ok(Some(frame)) => match (frame.channel(), &pages) {
+                (Channel::Trees, _) => receiver.data(frame).await,
+                (Channel::Pages, Some(pages)) => pages.data(frame).await,
+                (Channel::Pages, None) => Err(FrameError::Garbled),
+            },
             Ok(None) => break "the peer closed a data stream".to_owned(),
             Err(error) => Err(error),
         };

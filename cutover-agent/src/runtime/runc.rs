@@ -2,6 +2,7 @@
 //! CRIU cannot dump one that points outside the container; what it has to say goes to log files.
 
 use std::ffi::OsString;
+use std::net::SocketAddrV4;
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
 use std::time::Duration;
@@ -143,7 +144,8 @@ impl Runc {
         .await
     }
 
-    /// Starts the final dump; CRIU parks in the hook that `criu_configuration` names.
+    /// Starts the final dump; CRIU parks in the hook that `criu_configuration` names. Pages go to `page_server`, if
+    /// there is one, and all else into the images.
     ///
     /// # Errors
     /// When the runtime does not start.
@@ -151,6 +153,7 @@ impl Runc {
         &self,
         container: &str,
         folders: ImageFolders<'_>,
+        page_server: Option<SocketAddrV4>,
         criu_configuration: &Path,
     ) -> Result<Child, RuntimeError> {
         let mut arguments: Vec<OsString> = vec![
@@ -158,6 +161,9 @@ impl Runc {
             "--tcp-established".into(),
             "--file-locks".into(),
         ];
+        if let Some(addr) = page_server {
+            arguments.extend(["--page-server".into(), addr.to_string().into()]);
+        }
         push_folders(&mut arguments, folders);
         arguments.push(container.into());
         self.spawn(&arguments, folders.work, Some(criu_configuration))

@@ -34,9 +34,11 @@ use thiserror::Error;
 use crate::files::{FilesError, ManifestError};
 use crate::peer::PeerError;
 
-pub(crate) use pack::{Gauge, Look};
+pub(crate) use pack::{Gauge, Look, Packer};
 pub(crate) use receive::Receiver;
+pub(crate) use round::unpack;
 pub(crate) use send::Sender;
+pub(crate) use wire::Codec;
 pub use wire::{Fault, Space};
 
 pub use cutover_protocol::plan::Compress;

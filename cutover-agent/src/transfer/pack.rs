@@ -177,15 +177,15 @@ fn blend(known: &AtomicU32, seen: f64) {
     );
 }
 
-/// One collector's tools. Without them (no memory for their tables) everything is sent as it is.
-pub(super) struct Packer {
+/// One thread's tools. Without them (no memory for their tables) everything is sent as it is.
+pub(crate) struct Packer {
     wish: Compress,
     zstd: Option<zstd::bulk::Compressor<'static>>,
     level: i32,
 }
 
 impl Packer {
-    pub(super) fn new(wish: Compress) -> Self {
+    pub(crate) fn new(wish: Compress) -> Self {
         let level = 1;
         let zstd = match wish {
             Compress::Off | Compress::Lz4 => None,
@@ -195,7 +195,7 @@ impl Packer {
     }
 
     /// Packs a frame's bytes, or says that they go as they are.
-    pub(super) fn pack(
+    pub(crate) fn pack(
         &mut self,
         bytes: &[u8],
         gauge: &Gauge,

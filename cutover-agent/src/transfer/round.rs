@@ -274,7 +274,7 @@ fn check(path: &[u8], data: &[u8], digests: &[Digest]) -> Result<(), Fault> {
 }
 
 /// Unpacks a frame's bytes, trusting no length.
-fn unpack(codec: Codec, body: &[u8], bytes: usize) -> Result<Vec<u8>, Fault> {
+pub(crate) fn unpack(codec: Codec, body: &[u8], bytes: usize) -> Result<Vec<u8>, Fault> {
     if bytes > DATA_BYTES_MAX {
         return Err(Fault::Garbled);
     }

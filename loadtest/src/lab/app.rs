@@ -13,6 +13,8 @@ pub enum App {
     Wordpress,
     /// A small stateful program of the lab's own.
     Counter,
+    /// Four of them.
+    Counters,
 }
 
 impl App {
@@ -22,6 +24,7 @@ impl App {
         match self {
             Self::Wordpress => "wordpress",
             Self::Counter => "counter",
+            Self::Counters => "counters",
         }
     }
 
@@ -31,6 +34,7 @@ impl App {
         match self {
             Self::Wordpress => &[ContainerKind::Db, ContainerKind::Web],
             Self::Counter => &[ContainerKind::Counter],
+            Self::Counters => &ContainerKind::COUNTERS,
         }
     }
 
@@ -39,7 +43,7 @@ impl App {
     pub const fn service(self) -> ContainerKind {
         match self {
             Self::Wordpress => ContainerKind::Web,
-            Self::Counter => ContainerKind::Counter,
+            Self::Counter | Self::Counters => ContainerKind::Counter,
         }
     }
 
@@ -48,7 +52,7 @@ impl App {
     pub const fn add_path(self) -> &'static str {
         match self {
             Self::Wordpress => "/add.php",
-            Self::Counter => "/add",
+            Self::Counter | Self::Counters => "/add",
         }
     }
 
@@ -57,7 +61,7 @@ impl App {
     pub const fn page_path(self) -> &'static str {
         match self {
             Self::Wordpress => "/wp-login.php",
-            Self::Counter => "/",
+            Self::Counter | Self::Counters => "/",
         }
     }
 }
@@ -71,6 +75,12 @@ pub enum ContainerKind {
     Web,
     /// The lab's stateful program.
     Counter,
+    /// A second one, beside the first.
+    Counter2,
+    /// A third.
+    Counter3,
+    /// A fourth.
+    Counter4,
 }
 
 /// MariaDB as CRIU can dump it: no kernel AIO and no `io_uring`, memory sized for a lab.
@@ -94,6 +104,24 @@ const MARIADB: &[&str] = &[
 ];
 
 impl ContainerKind {
+    /// The lab's stateful program, as often as there can be one.
+    pub const COUNTERS: [Self; 4] = [
+        Self::Counter,
+        Self::Counter2,
+        Self::Counter3,
+        Self::Counter4,
+    ];
+
+    /// Every container there can be, in the order in which they are ended.
+    pub const ALL: [Self; 6] = [
+        Self::Web,
+        Self::Db,
+        Self::Counter,
+        Self::Counter2,
+        Self::Counter3,
+        Self::Counter4,
+    ];
+
     /// Its name at both sites.
     #[must_use]
     pub const fn name(self) -> &'static str {
@@ -101,6 +129,9 @@ impl ContainerKind {
             Self::Db => "db",
             Self::Web => "web",
             Self::Counter => "counter",
+            Self::Counter2 => "counter-2",
+            Self::Counter3 => "counter-3",
+            Self::Counter4 => "counter-4",
         }
     }
 
@@ -111,6 +142,9 @@ impl ContainerKind {
             Self::Db => 2,
             Self::Web => 3,
             Self::Counter => 4,
+            Self::Counter2 => 5,
+            Self::Counter3 => 6,
+            Self::Counter4 => 7,
         }
     }
 
@@ -120,7 +154,7 @@ impl ContainerKind {
         match self {
             Self::Db => 3306,
             Self::Web => 80,
-            Self::Counter => 8000,
+            Self::Counter | Self::Counter2 | Self::Counter3 | Self::Counter4 => 8000,
         }
     }
 
@@ -130,7 +164,7 @@ impl ContainerKind {
         match self {
             Self::Db => MARIADB,
             Self::Web => &["/start.sh"],
-            Self::Counter => &[
+            Self::Counter | Self::Counter2 | Self::Counter3 | Self::Counter4 => &[
                 "/lab",
                 "counter",
                 "--listen",
@@ -147,7 +181,7 @@ impl ContainerKind {
         match self {
             Self::Db => Some("/var/lib/mysql"),
             Self::Web => None,
-            Self::Counter => Some("/data"),
+            Self::Counter | Self::Counter2 | Self::Counter3 | Self::Counter4 => Some("/data"),
         }
     }
 

@@ -53,10 +53,11 @@ impl Runtime {
     }
 
     /// Makes the bundle: folders for the overlay and its mount, and `config.json`. Starts and mounts nothing.
+    /// `arguments` are added to those of its first process.
     ///
     /// # Errors
     /// When a file cannot be made or runc does not print its default configuration.
-    pub fn prepare(&self, kind: ContainerKind) -> Result<()> {
+    pub fn prepare(&self, kind: ContainerKind, arguments: &[String]) -> Result<()> {
         let bundle = kind.bundle(&self.run, self.site);
         for folder in ["rootfs", "upper", "work"] {
             let path = bundle.join(folder);
@@ -75,6 +76,9 @@ impl Runtime {
             what: error.to_string(),
         })?;
         self.configure(kind, &mut config);
+        if let Some(all) = config["process"]["args"].as_array_mut() {
+            all.extend(arguments.iter().map(|argument| json!(argument)));
+        }
         fs::write(&path, config.to_string()).on("write", &path)
     }
 

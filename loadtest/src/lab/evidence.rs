@@ -33,7 +33,7 @@ pub fn running_at(world: &World) -> Vec<usize> {
 pub fn ids(world: &World, site: usize) -> Result<Vec<String>> {
     let text = match world.app {
         App::Wordpress => sql(world, site, "SELECT id FROM lab_ids")?,
-        App::Counter => {
+        App::Counter | App::Counters => {
             let answer = world.ask(ContainerKind::Counter, site, "/ids", None)?;
             if answer.status != 200 {
                 return Err(LabError::Http {
@@ -47,19 +47,20 @@ pub fn ids(world: &World, site: usize) -> Result<Vec<String>> {
     Ok(text.lines().map(str::to_owned).collect())
 }
 
-/// Whether every byte of the counter's memory is right; nothing for other applications.
+/// Whether every byte of each counter's memory is right; nothing for other applications.
 ///
 /// # Errors
 /// When the counter does not answer.
 pub fn memory_intact(world: &World, site: usize) -> Result<Option<bool>> {
     match world.app {
         App::Wordpress => Ok(None),
-        App::Counter => Ok(Some(
-            world
-                .ask(ContainerKind::Counter, site, "/check", None)?
-                .status
-                == 200,
-        )),
+        App::Counter | App::Counters => {
+            let mut intact = true;
+            for kind in world.app.containers() {
+                intact &= world.ask(*kind, site, "/check", None)?.status == 200;
+            }
+            Ok(Some(intact))
+        }
     }
 }
 

@@ -177,12 +177,12 @@ fn profile(script: &Script, app: App) -> Profile {
     // WordPress needs about 20 ms of processor for an id: this keeps two cores about half busy at 20 clients.
     let think_ms = match app {
         App::Wordpress => 400,
-        App::Counter => 200,
+        App::Counter | App::Counters => 200,
     };
     let slower = match (script.place == GUEST, app) {
         (false, _) => 1,
         (true, App::Wordpress) => 12,
-        (true, App::Counter) => 4,
+        (true, App::Counter | App::Counters) => 4,
     };
     let think_ms = think_ms * slower;
     let tag = format!("{:x}", std::process::id());

@@ -189,8 +189,10 @@ fn container_lines(index: usize, kind: ContainerKind) -> Vec<String> {
         format!("addr add 10.45.{site}.{host}/24 dev eth0"),
         "route add default via 10.44.0.1".to_owned(),
     ];
-    let others: Vec<u8> = [1, 2, 3, 4]
+    let containers = ContainerKind::ALL.map(ContainerKind::host);
+    let others: Vec<u8> = [1]
         .into_iter()
+        .chain(containers)
         .filter(|other| *other != host)
         .collect();
     lines.extend(neighbours(&others, site, "eth0"));

@@ -91,9 +91,12 @@ pub fn recipe() -> String {
 pub fn images(app: App, folders: &Folders, progress: &Progress) -> Result<Images> {
     match app {
         App::Wordpress => wordpress(folders, progress),
-        App::Counter => {
-            let layers = vec![(ContainerKind::Counter, counter(folders)?)];
-            Ok(Images { layers })
+        App::Counter | App::Counters => {
+            let layer = counter(folders)?;
+            let layers = app.containers().iter();
+            Ok(Images {
+                layers: layers.map(|kind| (*kind, layer.clone())).collect(),
+            })
         }
     }
 }

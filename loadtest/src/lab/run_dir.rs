@@ -126,11 +126,7 @@ fn clear(path: &Path, names: Names) {
     }
     end(names, Signal::TERM, Duration::from_secs(TERM_S));
     for site in SITES {
-        for kind in [
-            ContainerKind::Web,
-            ContainerKind::Db,
-            ContainerKind::Counter,
-        ] {
+        for kind in ContainerKind::ALL {
             if path.join(site).join("runc").join(kind.name()).exists() {
                 Runtime::new(path.to_owned(), site, names).delete(kind);
             }

@@ -51,13 +51,14 @@ pub fn parts(
             ContainerKind::Db,
             wordpress_volume(&images, folders, progress)?,
         )],
-        App::Counter => Vec::new(),
+        App::Counter | App::Counters => Vec::new(),
     };
     Ok(Parts {
         app,
         images,
         volumes,
         criu,
+        arguments: Vec::new(),
         schema: None,
         link,
     })

@@ -41,6 +41,8 @@ pub struct Parts {
     pub volumes: Vec<(ContainerKind, PathBuf)>,
     /// The CRIU to use; none for a world that never checkpoints.
     pub criu: Option<PathBuf>,
+    /// Arguments added to those of a container's first process.
+    pub arguments: Vec<(ContainerKind, Vec<String>)>,
     /// Statements for the database before anything else uses it.
     pub schema: Option<&'static str>,
     /// The link between the sites.
@@ -75,8 +77,10 @@ impl World {
         lay_out(parts, folders, &path, names)?;
         let sites = SITES.map(|site| Runtime::new(path.clone(), site, names));
         for kind in kinds {
-            sites[0].prepare(*kind)?;
-            sites[1].prepare(*kind)?;
+            let more = parts.arguments.iter().find(|(whose, _)| whose == kind);
+            let more = more.map_or(&[][..], |(_, arguments)| arguments);
+            sites[0].prepare(*kind, more)?;
+            sites[1].prepare(*kind, more)?;
             sites[0].mount(*kind)?;
         }
         for (kind, content) in &parts.volumes {
@@ -199,10 +203,12 @@ fn start_application(parts: &Parts, source: &Runtime, names: Names) -> Result<()
                 )
                 .is_ok(),
             // WordPress that is not installed yet sends readers to its installer: that is an answer as well.
-            ContainerKind::Web | ContainerKind::Counter => {
-                ask(names, *kind, 0, parts.app.page_path(), None)
-                    .is_ok_and(|answer| matches!(answer.status, 200 | 302))
-            }
+            ContainerKind::Web
+            | ContainerKind::Counter
+            | ContainerKind::Counter2
+            | ContainerKind::Counter3
+            | ContainerKind::Counter4 => ask(names, *kind, 0, parts.app.page_path(), None)
+                .is_ok_and(|answer| matches!(answer.status, 200 | 302)),
         };
         let mut stopped = false;
         let is_ready = wait_until(Duration::from_secs(START_S), || {
@@ -277,6 +283,7 @@ pub fn wordpress_volume(
             images: images.clone(),
             volumes: empty.into_iter().collect(),
             criu: None,
+            arguments: Vec::new(),
             schema: Some(SCHEMA),
             link: Link::None,
         };

@@ -19,7 +19,10 @@ mod table;
 pub use action::{Action, ActionName, Undo};
 pub use event::{Event, Failure};
 pub use phase::Phase;
-pub use rounds::{Bounds, Link, NextRound, Round, next_round, predicted_stall_ms, stall_ms};
+pub use rounds::{
+    Bounds, Costs, Link, NextRound, Round, Stall, next_round, predict, predicted_stall,
+    throttle_percent,
+};
 
 use serde::{Deserialize, Serialize};
 
@@ -129,10 +132,16 @@ impl Hop {
         &self.owed
     }
 
-    /// The stall the next switch-over would cost, in milliseconds, as far as this hop has learned.
+    /// The stall the next switch-over would cost, by its terms, as far as this hop has learned.
     #[must_use]
-    pub fn predicted_stall_ms(&self) -> u64 {
-        predicted_stall_ms(&self.rounds, &self.link)
+    pub fn predicted_stall(&self) -> Stall {
+        predicted_stall(&self.rounds, &self.bounds, &self.link)
+    }
+
+    /// By how much the source is to be slowed down in the next round, in percent.
+    #[must_use]
+    pub fn throttle_percent(&self) -> u8 {
+        throttle_percent(&self.rounds, &self.bounds, &self.link)
     }
 
     /// Takes one event and says what to do next.

@@ -55,6 +55,7 @@ fn round(pages: u64) -> Event {
             pages,
             bytes: pages * 4096,
             seconds: 1.0,
+            resident_bytes: 0,
         },
     }
 }
@@ -72,6 +73,8 @@ fn hop_after(events: &[Event]) -> Hop {
     let mut hop = Hop::new(Bounds {
         rounds_max: 2,
         stall_ms_max: 2000,
+        throttle_percent_max: 0,
+        costs: Costs::default(),
     });
     for event in events {
         hop.step(event.clone()).unwrap();

@@ -137,7 +137,7 @@ fn serve(stage: &Stage, image: &Path, directory: &Path) -> Result<Runtime> {
         symlink(image, &link).on("link", &link)?;
     }
     let site = Runtime::new(run.clone(), "source", stage.run.names);
-    site.prepare(ContainerKind::Db)?;
+    site.prepare(ContainerKind::Db, &[])?;
     site.mount(ContainerKind::Db)?;
     copy(directory, &site.volume(ContainerKind::Db))?;
     site.start(ContainerKind::Db)?;

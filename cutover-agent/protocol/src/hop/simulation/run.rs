@@ -90,6 +90,8 @@ impl Run {
             bounds: Bounds {
                 rounds_max: 2,
                 stall_ms_max: 2000,
+                throttle_percent_max: 0,
+                costs: Costs::default(),
             },
             journal: Vec::new(),
             taken_back: HashSet::new(),
@@ -265,6 +267,7 @@ impl Run {
                     pages: 1000 / u64::from(round),
                     bytes: 4_096_000 / u64::from(round),
                     seconds: 0.1,
+                    resident_bytes: 0,
                 };
                 return Ok(Event::PreCopied { round });
             }

@@ -1,0 +1,298 @@
+//! How the memory of a hop's containers moves: rounds while they run, the dump while they are frozen.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use cutover_protocol::hop::Link as Measured;
+use cutover_protocol::id::ContainerName;
+use cutover_protocol::plan::{Engine, Tracking};
+use cutover_protocol::schedule::Schedule;
+
+use super::Driver;
+use super::act::{PROGRESS_EVERY, UNHELD_MAX};
+use crate::cgroup::Cgroup;
+use crate::engine::{Dump, Host, pre_dump};
+use crate::memory::{
+    DumpServer, Lanes, Moved, OwnLane, PAGE_BYTES, PageSource, Seal, Tally, read_container,
+    resident_bytes, spread_percent,
+};
+use crate::report::{Moving, eta_seconds};
+
+impl Driver {
+    /// Opens the page store at the target, where pages go there by content.
+    pub(super) async fn open_pages(&mut self, link: &Measured) -> Result<(), String> {
+        self.report.memory.link = *link;
+        if self.engine() != Engine::Criu || self.header.tracking == Tracking::SoftDirty {
+            return Ok(());
+        }
+        self.link.open_pages(self.step_max()).await
+    }
+
+    /// One round of CRIU's own, into images that are copied; pages and bytes.
+    pub(super) async fn dirty_round(&mut self, round: u32) -> Result<(u64, u64), String> {
+        let mut pages = 0;
+        let mut rounds = tokio::task::JoinSet::new();
+        for name in self.containers() {
+            let host = self.host.clone();
+            rounds.spawn(async move { pre_dump(&host, &name, round, UNHELD_MAX).await });
+        }
+        while let Some(result) = rounds.join_next().await {
+            pages += result
+                .map_err(|error| error.to_string())?
+                .map_err(|error| error.to_string())?;
+        }
+        let jobs = self.image_jobs(UNHELD_MAX);
+        Ok((pages, self.join(jobs).await?))
+    }
+
+    /// One round by content: every container's memory is read, and what the target lacks is sent; pages and bytes.
+    pub(super) async fn content_round(&mut self) -> Result<(u64, u64), String> {
+        let pages = self.link.pages()?;
+        let tally = Arc::<Tally>::default();
+        let cancel = Cancel::default();
+        let pids = self.look_at_memory().await?;
+        let lanes = Lanes::new(self.schedule(), self.resident.clone());
+        let mut readers = tokio::task::JoinSet::new();
+        for (index, pids) in pids.into_iter().enumerate() {
+            let (pages, tally, cancel) = (Arc::clone(&pages), Arc::clone(&tally), cancel.flag());
+            let lane = lanes.enter(index);
+            readers.spawn_blocking(move || read_container(&pages, &tally, lane, &pids, &cancel));
+        }
+        let reading = async {
+            while let Some(result) = readers.join_next().await {
+                result
+                    .map_err(|error| error.to_string())?
+                    .map_err(|error| error.to_string())?;
+            }
+            pages
+                .settle(UNHELD_MAX)
+                .await
+                .map_err(|error| error.to_string())
+        };
+        self.telling(&lanes, reading).await?;
+        let moved = lanes.moved();
+        let memory = &mut self.report.memory;
+        if memory.round_spread_percent.is_none() {
+            memory.round_spread_percent = Some(spread_percent(&moved));
+            memory.round_ms = moved
+                .iter()
+                .filter_map(|one| one.took)
+                .map(milliseconds)
+                .max()
+                .unwrap_or(0);
+        }
+        let bytes = tally.bytes_wire.load(Ordering::Relaxed);
+        Ok((tally.pages_new.load(Ordering::Relaxed), bytes))
+    }
+
+    const fn schedule(&self) -> Schedule {
+        self.header.plan.settings().schedule
+    }
+
+    /// The processes of each container; what they have in memory is remembered.
+    async fn look_at_memory(&mut self) -> Result<Vec<Vec<u32>>, String> {
+        let (mut sizes, mut all) = (Vec::new(), Vec::new());
+        for name in self.containers() {
+            let pids = pids(&self.host, &name).await?;
+            sizes.push((name.to_string(), resident_bytes(&pids)));
+            all.push(pids);
+        }
+        self.resident = sizes;
+        Ok(all)
+    }
+
+    /// Tells how far each container has come while `work` goes on.
+    async fn telling<T>(&self, lanes: &Arc<Lanes>, work: impl Future<Output = T>) -> T {
+        let began = Instant::now();
+        let mut ticks = tokio::time::interval(PROGRESS_EVERY);
+        tokio::pin!(work);
+        loop {
+            tokio::select! {
+                done = &mut work => return done,
+                _ = ticks.tick() => {
+                    let moved = lanes.moved();
+                    let sum = |of: fn(&Moved) -> u64| moved.iter().map(of).sum();
+                    let (done, total) = (sum(|one| one.done_bytes), sum(|one| one.total_bytes));
+                    let elapsed = began.elapsed().as_secs_f64();
+                    let shown = moved.iter().map(|one| shown(one, elapsed)).collect();
+                    self.tell_moving(done, total, began, shown);
+                }
+            }
+        }
+    }
+
+    /// The final dump into images at the source, which the transfer copies.
+    pub(super) async fn dump_to_images(&mut self, limit: Duration) -> Result<(), String> {
+        let dump = Dump {
+            rounds: u32::try_from(self.hop.rounds().len()).unwrap_or(u32::MAX),
+            page_server: None,
+        };
+        let mut dumps = tokio::task::JoinSet::new();
+        for name in self.containers() {
+            let host = self.host.clone();
+            dumps.spawn(async move { host.checkpoint(Engine::Criu, &name, dump, limit).await });
+        }
+        while let Some(result) = dumps.join_next().await {
+            result
+                .map_err(|error| error.to_string())?
+                .map_err(|error| error.to_string())?;
+        }
+        let containers = self.containers();
+        let dumped = containers
+            .iter()
+            .filter_map(|name| self.host.dump_stats(name));
+        let memory = &mut self.report.memory;
+        for stats in dumped {
+            // Only what changed since the last round is written.
+            memory.dumped_bytes += stats.pages_written * PAGE_BYTES as u64;
+            memory.dirty_bytes += stats.pages_written * PAGE_BYTES as u64;
+            memory.dump_ms = memory.dump_ms.max(stats.frozen_us / 1000);
+        }
+        Ok(())
+    }
+
+    /// The final dump, whose pages go to the target as CRIU reads them.
+    pub(super) async fn dump_to_target(&mut self, limit: Duration) -> Result<(), String> {
+        let pages = self.link.pages()?;
+        let tally = Arc::<Tally>::default();
+        if self.resident.is_empty() {
+            self.look_at_memory().await?;
+        }
+        let lanes = Lanes::new(self.schedule(), self.resident.clone());
+        let mut dumps = tokio::task::JoinSet::new();
+        for (index, name) in self.containers().into_iter().enumerate() {
+            let (host, pages, tally) = (self.host.clone(), Arc::clone(&pages), Arc::clone(&tally));
+            let lane = lanes.enter(index);
+            dumps.spawn(async move { dump(&host, &pages, &tally, lane, &name, limit).await });
+        }
+        let dumping = async {
+            let mut seals = Vec::new();
+            while let Some(result) = dumps.join_next().await {
+                seals.push(result.map_err(|error| error.to_string())??);
+            }
+            Ok::<_, String>(seals)
+        };
+        self.seals = self.telling(&lanes, dumping).await?;
+        let moved = lanes.moved();
+        let own_ms = self
+            .containers()
+            .into_iter()
+            .zip(&moved)
+            .map(|(name, one)| {
+                let stats = self.host.dump_stats(&name).unwrap_or_default();
+                let frozen_ms = stats.frozen_us / 1000;
+                frozen_ms.saturating_sub(milliseconds(one.waited))
+            });
+        self.report.memory.dump_ms = own_ms.max().unwrap_or(0);
+        self.report.memory.freeze_spread_percent = Some(spread_percent(&moved));
+        let bytes = tally.bytes_wire.load(Ordering::Relaxed);
+        self.bytes += bytes;
+        self.report.memory.freeze_bytes += bytes;
+        self.report.memory.dumped_bytes += tally.pages.load(Ordering::Relaxed) * PAGE_BYTES as u64;
+        self.report.memory.dirty_bytes +=
+            tally.pages_new.load(Ordering::Relaxed) * PAGE_BYTES as u64;
+        Ok(())
+    }
+
+    /// Has the target complete the memory images of every container that was dumped to it.
+    pub(super) async fn seal_memory(&self, limit: Duration) -> Result<(), String> {
+        if self.seals.is_empty() {
+            return Ok(());
+        }
+        let pages = self.link.pages()?;
+        let mut seals = tokio::task::JoinSet::new();
+        for seal in self.seals.clone() {
+            let pages = Arc::clone(&pages);
+            seals.spawn(async move { pages.seal(seal, limit).await });
+        }
+        while let Some(result) = seals.join_next().await {
+            result
+                .map_err(|error| error.to_string())?
+                .map_err(|error| error.to_string())?;
+        }
+        Ok(())
+    }
+}
+
+fn milliseconds(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
+
+fn shown(moved: &Moved, elapsed: f64) -> Moving {
+    Moving {
+        container: moved.container.clone(),
+        done_bytes: moved.done_bytes,
+        total_bytes: moved.total_bytes,
+        eta_seconds: eta_seconds(moved.done_bytes, moved.total_bytes, elapsed)
+            .filter(|_| moved.took.is_none()),
+    }
+}
+
+/// Tells reading threads to end when whoever waits for them is dropped.
+#[derive(Default)]
+struct Cancel(Arc<AtomicBool>);
+
+impl Cancel {
+    fn flag(&self) -> Arc<AtomicBool> {
+        Arc::clone(&self.0)
+    }
+}
+
+impl Drop for Cancel {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+/// The processes of a running container.
+pub(super) async fn pids(host: &Host, name: &ContainerName) -> Result<Vec<u32>, String> {
+    let state = host
+        .runc
+        .state(name.as_str())
+        .await
+        .map_err(|error| error.to_string())?;
+    let Some(state) = state.filter(|state| state.pid != 0) else {
+        return Err(format!("the container {name} does not run here any more"));
+    };
+    let mut pids = Cgroup::of(state.pid)
+        .map_err(|error| error.to_string())?
+        .pids();
+    // In the order of their dump, so that pages which lie together there get slots together.
+    pids.sort_unstable();
+    Ok(pids)
+}
+
+/// Dumps one container through a page server of its own.
+async fn dump(
+    host: &Host,
+    pages: &Arc<PageSource>,
+    tally: &Arc<Tally>,
+    lane: OwnLane,
+    name: &ContainerName,
+    limit: Duration,
+) -> Result<Seal, String> {
+    let (server, given_up) = DumpServer::bind().map_err(|error| error.to_string())?;
+    let dump = Dump {
+        rounds: 0,
+        page_server: Some(server.addr()),
+    };
+    let (source, container, counted) = (Arc::clone(pages), name.to_string(), Arc::clone(tally));
+    let serving = tokio::task::spawn_blocking(move || {
+        server.serve(&source, &container, &counted, lane, limit)
+    });
+    let dumped = host.checkpoint(Engine::Criu, name, dump, limit).await;
+    drop(given_up);
+    match dumped {
+        // A failed dump may leave CRIU connected until it is vetoed: its server is not waited for.
+        Err(error) if !serving.is_finished() => Err(error.to_string()),
+        Err(error) => match serving.await {
+            Ok(Err(cause)) => Err(format!("{error}: {cause}")),
+            _ => Err(error.to_string()),
+        },
+        Ok(()) => serving
+            .await
+            .map_err(|error| error.to_string())?
+            .map_err(|error| format!("the memory of {name}: {error}")),
+    }
+}

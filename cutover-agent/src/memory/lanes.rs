@@ -1,0 +1,240 @@
+//! Turns on the link: who of several containers sends next, by the plan's schedule. It blocks threads, never tasks, and
+//! nobody waits for a container that has nothing to send.
+
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use cutover_protocol::schedule::{Lane, Schedule, Standing};
+
+use super::wire::FRAME_DATA_MAX;
+
+/// A container that had something to send so recently will have more: reading and hashing the next frame takes a few
+/// milliseconds. The streams' queue holds several times as much, so the link does not run dry meanwhile.
+const READY_FOR: Duration = Duration::from_millis(20);
+
+/// What one container moves, as somebody watching sees it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Moved {
+    /// The container.
+    pub(crate) container: String,
+    /// Bytes of its memory that were looked at and, where needed, sent.
+    pub(crate) done_bytes: u64,
+    /// Bytes of its memory, as far as known.
+    pub(crate) total_bytes: u64,
+    /// How long it waited for its turns and for room on the link.
+    pub(crate) waited: Duration,
+    /// When it was done, after the beginning.
+    pub(crate) took: Option<Duration>,
+}
+
+/// The lanes of one round, or of one dump.
+#[derive(Debug)]
+pub(crate) struct Lanes {
+    schedule: Schedule,
+    began: Instant,
+    state: Mutex<Vec<State>>,
+    moved: Condvar,
+}
+
+#[derive(Debug)]
+struct State {
+    container: String,
+    total_bytes: u64,
+    done_bytes: u64,
+    is_waiting: bool,
+    ready_until: Instant,
+    waited: Duration,
+    took: Option<Duration>,
+}
+
+impl State {
+    fn lane(&self, now: Instant) -> Lane {
+        let standing = if self.took.is_some() {
+            Standing::Over
+        } else if self.is_waiting || now < self.ready_until {
+            Standing::Ready
+        } else {
+            Standing::Idle
+        };
+        Lane {
+            total_bytes: self.total_bytes,
+            done_bytes: self.done_bytes,
+            standing,
+        }
+    }
+}
+
+impl Lanes {
+    /// One lane for each container, with the bytes it will look at.
+    pub(crate) fn new(schedule: Schedule, containers: Vec<(String, u64)>) -> Arc<Self> {
+        let now = Instant::now();
+        let state = containers
+            .into_iter()
+            .map(|(container, total_bytes)| State {
+                container,
+                total_bytes,
+                done_bytes: 0,
+                is_waiting: false,
+                ready_until: now + READY_FOR,
+                waited: Duration::ZERO,
+                took: None,
+            })
+            .collect();
+        Arc::new(Self {
+            schedule,
+            began: now,
+            state: Mutex::new(state),
+            moved: Condvar::new(),
+        })
+    }
+
+    /// A container's own lane. Dropped, it is over, and nobody waits for it.
+    pub(crate) fn enter(self: &Arc<Self>, index: usize) -> OwnLane {
+        OwnLane {
+            lanes: Arc::clone(self),
+            index,
+        }
+    }
+
+    /// How far each has come.
+    pub(crate) fn moved(&self) -> Vec<Moved> {
+        let moved = |state: &State| Moved {
+            container: state.container.clone(),
+            done_bytes: state.done_bytes,
+            total_bytes: state.total_bytes.max(state.done_bytes),
+            waited: state.waited,
+            took: state.took,
+        };
+        self.lock().iter().map(moved).collect()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<State>> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// See [`Lanes::enter`].
+#[derive(Debug)]
+pub(crate) struct OwnLane {
+    lanes: Arc<Lanes>,
+    index: usize,
+}
+
+impl OwnLane {
+    /// Counts bytes that were looked at.
+    pub(crate) fn count(&self, bytes: u64) {
+        if let Some(state) = self.lanes.lock().get_mut(self.index) {
+            state.done_bytes += bytes;
+        }
+        self.lanes.moved.notify_all();
+    }
+
+    /// Waits for a turn and keeps it while `send` runs.
+    pub(crate) fn send<T>(&self, send: impl FnOnce() -> T) -> T {
+        let began = Instant::now();
+        self.set_waiting(true);
+        let mut states = self.lanes.lock();
+        loop {
+            let now = Instant::now();
+            let lanes: Vec<Lane> = states.iter().map(|state| state.lane(now)).collect();
+            let frame = FRAME_DATA_MAX as u64;
+            if self.lanes.schedule.may_send(&lanes, self.index, frame) {
+                break;
+            }
+            // Lanes turn idle without a word.
+            states = self
+                .lanes
+                .moved
+                .wait_timeout(states, READY_FOR)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
+        }
+        drop(states);
+        let sent = send();
+        self.set_waiting(false);
+        if let Some(state) = self.lanes.lock().get_mut(self.index) {
+            state.waited += began.elapsed();
+        }
+        sent
+    }
+
+    fn set_waiting(&self, is_waiting: bool) {
+        if let Some(state) = self.lanes.lock().get_mut(self.index) {
+            state.is_waiting = is_waiting;
+            state.ready_until = Instant::now() + READY_FOR;
+        }
+        self.lanes.moved.notify_all();
+    }
+}
+
+impl Drop for OwnLane {
+    fn drop(&mut self) {
+        let took = self.lanes.began.elapsed();
+        if let Some(state) = self.lanes.lock().get_mut(self.index) {
+            state.took.get_or_insert(took);
+        }
+        self.lanes.moved.notify_all();
+    }
+}
+
+/// How far apart containers finished, as a share of the time until the last one did; 0 for one alone.
+pub(crate) fn spread_percent(moved: &[Moved]) -> f64 {
+    let seconds: Vec<f64> = moved
+        .iter()
+        .filter_map(|one| one.took)
+        .map(|took| took.as_secs_f64())
+        .collect();
+    let first = seconds.iter().copied().fold(f64::INFINITY, f64::min);
+    let last = seconds.iter().copied().fold(0.0, f64::max);
+    if last > 0.0 {
+        (last - first) / last * 100.0
+    } else {
+        0.0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lane_that_is_over_keeps_nobody_waiting() {
+        let totals = vec![("a".to_owned(), 100), ("b".to_owned(), 100)];
+        let lanes = Lanes::new(Schedule::Sequential, totals);
+        let (first, second) = (lanes.enter(0), lanes.enter(1));
+        let waiting = std::thread::spawn(move || second.send(|| 7));
+        first.send(|| ());
+        drop(first);
+        assert_eq!(waiting.join().unwrap(), 7);
+        assert!(lanes.moved().iter().all(|one| one.took.is_some()));
+    }
+
+    #[test]
+    fn who_is_behind_goes_first() {
+        let totals = vec![("a".to_owned(), 100), ("b".to_owned(), 100)];
+        let lanes = Lanes::new(Schedule::Gang, totals);
+        let (ahead, behind) = (lanes.enter(0), lanes.enter(1));
+        ahead.count(50);
+        let order = Arc::new(Mutex::new(Vec::new()));
+        let seen = Arc::clone(&order);
+        behind.set_waiting(true);
+        let waiting = std::thread::spawn(move || ahead.send(|| seen.lock().unwrap().push("ahead")));
+        behind.send(|| order.lock().unwrap().push("behind"));
+        drop(behind);
+        waiting.join().unwrap();
+        assert_eq!(*order.lock().unwrap(), ["behind", "ahead"]);
+    }
+
+    #[test]
+    fn the_spread_is_a_share_of_the_whole_time() {
+        let moved = |millis| Moved {
+            container: String::new(),
+            done_bytes: 0,
+            total_bytes: 0,
+            waited: Duration::ZERO,
+            took: Some(Duration::from_millis(millis)),
+        };
+        assert!((spread_percent(&[moved(970), moved(1000)]) - 3.0).abs() < 1e-9);
+        assert!(spread_percent(&[]).abs() < 1e-9);
+    }
+}

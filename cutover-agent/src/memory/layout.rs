@@ -1,0 +1,226 @@
+//! Which page lies where in a container's images: kept by the source while CRIU dumps, told to the target in pieces.
+
+use super::digest::PageDigest;
+use super::runs::{Runs, Slot};
+use super::wire::{ImageHead, ImageId, Piece, Region};
+use super::{MemoryError, server::frames::FLAG_PRESENT};
+use crate::memory::wire::IMAGES_MAX;
+
+/// Pages in one piece at most: 16 MiB of image, so that the target assembles while CRIU still dumps.
+const PIECE_PAGES: u32 = 4096;
+
+/// One hash over all that makes a container's page images: what lies where, and what it contains.
+///
+/// The source adds each page as CRIU sends it; the target adds what its store holds. Equal roots mean equal memory.
+#[derive(Debug)]
+pub(crate) struct Root {
+    pages: Vec<blake3::Hasher>,
+}
+
+impl Root {
+    pub(crate) const fn new() -> Self {
+        Self { pages: Vec::new() }
+    }
+
+    /// Adds a page to image `image`, counted from 1.
+    pub(crate) fn add(&mut self, image: u32, digest: PageDigest) {
+        let image = image as usize;
+        if self.pages.len() < image {
+            self.pages.resize_with(image, blake3::Hasher::new);
+        }
+        if let Some(pages) = self.pages.get_mut(image.wrapping_sub(1)) {
+            pages.update(&digest.0);
+        }
+    }
+
+    /// The hash, with everything else about the images.
+    pub(crate) fn finish(mut self, images: &[ImageHead]) -> [u8; 32] {
+        self.pages.resize_with(images.len(), blake3::Hasher::new);
+        let mut whole = blake3::Hasher::new();
+        for (head, pages) in images.iter().zip(&self.pages) {
+            // Plain integers only: it cannot fail.
+            whole.update(&postcard::to_stdvec(head).unwrap_or_default());
+            whole.update(pages.finalize().as_bytes());
+        }
+        *whole.finalize().as_bytes()
+    }
+}
+
+/// The layout of one dump in the making.
+#[derive(Debug)]
+pub(crate) struct Layout {
+    container: String,
+    images: Vec<ImageHead>,
+    current: usize,
+    root: Root,
+    piece: Runs,
+    piece_pages: u32,
+    pieces: u32,
+}
+
+impl Layout {
+    pub(crate) fn new(container: &str) -> Self {
+        Self {
+            container: container.to_owned(),
+            images: Vec::new(),
+            current: 0,
+            root: Root::new(),
+            piece: Runs::default(),
+            piece_pages: 0,
+            pieces: 0,
+        }
+    }
+
+    /// Turns to an image; gives the last piece of the one before.
+    pub(crate) fn open(&mut self, id: ImageId) -> Result<Option<Piece>, MemoryError> {
+        let piece = self.cut();
+        let known = self.images.iter().position(|image| image.id == id);
+        self.current = match known {
+            Some(known) => known,
+            None if self.images.len() >= IMAGES_MAX => return Err(MemoryError::Full),
+            None => {
+                self.images.push(ImageHead {
+                    id,
+                    pages: 0,
+                    regions: Vec::new(),
+                });
+                self.images.len() - 1
+            }
+        };
+        Ok(piece)
+    }
+
+    /// Adds a region, whose pages follow if they are present.
+    pub(crate) fn region(
+        &mut self,
+        id: ImageId,
+        region: Region,
+    ) -> Result<Option<Piece>, MemoryError> {
+        let piece = match self.images.get(self.current) {
+            Some(image) if image.id == id => None,
+            _ => self.open(id)?,
+        };
+        if region.flags & FLAG_PRESENT == 0 {
+            // Nothing here has a parent, so such pages would be nowhere.
+            return Err(MemoryError::Parent);
+        }
+        if let Some(image) = self.images.get_mut(self.current) {
+            image.regions.push(region);
+        }
+        Ok(piece)
+    }
+
+    /// Adds a page of the last region; gives a piece when one is full.
+    pub(crate) fn page(&mut self, slot: Slot, digest: PageDigest) -> Option<Piece> {
+        // Bounded by the number of images.
+        let number = self.current as u32 + 1;
+        self.images.get_mut(self.current)?.pages += 1;
+        self.root.add(number, digest);
+        self.piece.push(slot);
+        self.piece_pages += 1;
+        (self.piece_pages >= PIECE_PAGES)
+            .then(|| self.cut())
+            .flatten()
+    }
+
+    /// What was collected and not yet given.
+    pub(crate) fn cut(&mut self) -> Option<Piece> {
+        if self.piece_pages == 0 {
+            return None;
+        }
+        let image = self.images.get(self.current)?;
+        let piece = Piece {
+            container: self.container.clone(),
+            image: self.current as u32 + 1,
+            first: image.pages - self.piece_pages,
+            runs: self.piece.take(),
+        };
+        self.piece_pages = 0;
+        self.pieces += 1;
+        Some(piece)
+    }
+
+    /// The seal, once the last piece was cut.
+    pub(crate) fn seal(self) -> super::wire::Seal {
+        let root = self.root.finish(&self.images);
+        super::wire::Seal {
+            container: self.container,
+            pieces: self.pieces,
+            images: self.images,
+            root,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn region(pages: u32) -> Region {
+        Region {
+            address: 0x1000,
+            pages,
+            flags: FLAG_PRESENT,
+        }
+    }
+
+    #[test]
+    fn pieces_say_where_in_which_image_their_pages_are() {
+        let mut layout = Layout::new("db");
+        let (one, two) = (ImageId::Process(1), ImageId::Shared(9));
+        layout.open(one).unwrap();
+        layout.region(one, region(PIECE_PAGES + 1)).unwrap();
+        let mut pieces = Vec::new();
+        for slot in 1..=PIECE_PAGES + 1 {
+            pieces.extend(layout.page(slot, PageDigest([1; 16])));
+        }
+        pieces.extend(layout.open(two).unwrap());
+        layout.region(two, region(1)).unwrap();
+        pieces.extend(layout.page(5, PageDigest([2; 16])));
+        pieces.extend(layout.cut());
+        let seen: Vec<(u32, u32)> = pieces
+            .iter()
+            .map(|piece| (piece.image, piece.first))
+            .collect();
+        assert_eq!(seen, [(1, 0), (1, PIECE_PAGES), (2, 0)]);
+        assert_eq!(pieces[0].runs.len(), 1);
+        let seal = layout.seal();
+        assert_eq!((seal.pieces, seal.images.len()), (3, 2));
+        assert_eq!(seal.images[0].pages, PIECE_PAGES + 1);
+    }
+
+    #[test]
+    fn the_root_tells_a_changed_page_and_a_moved_region() {
+        let images = |address| {
+            vec![ImageHead {
+                id: ImageId::Process(1),
+                pages: 1,
+                regions: vec![Region {
+                    address,
+                    ..region(1)
+                }],
+            }]
+        };
+        let root = |byte, address| {
+            let mut root = Root::new();
+            root.add(1, PageDigest([byte; 16]));
+            root.finish(&images(address))
+        };
+        assert_eq!(root(1, 0), root(1, 0));
+        assert_ne!(root(1, 0), root(2, 0));
+        assert_ne!(root(1, 0), root(1, 0x1000));
+    }
+
+    #[test]
+    fn pages_that_only_a_parent_would_have_are_refused() {
+        let mut layout = Layout::new("db");
+        let hole = Region {
+            flags: 1,
+            ..region(1)
+        };
+        assert!(matches!(
+            layout.region(ImageId::Process(1), hole),
+            Err(MemoryError::Parent)
+        ));
+    }
+}

@@ -1,0 +1,121 @@
+//! Where CRIU connects: a port of the loopback, open for one dump, to processes of our own user only.
+
+use std::io::ErrorKind;
+use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener, TcpStream};
+use std::time::{Duration, Instant};
+
+use super::super::MemoryError;
+
+/// Pause between looks for a connection; the runtime needs a hundred times as long to get there.
+const POLL: Duration = Duration::from_millis(1);
+
+/// A port that waits for CRIU.
+#[derive(Debug)]
+pub(crate) struct Listener {
+    listener: TcpListener,
+    addr: SocketAddrV4,
+}
+
+impl Listener {
+    /// Listens on a port that the kernel chooses.
+    ///
+    /// # Errors
+    /// When there is no loopback.
+    pub(crate) fn bind() -> Result<Self, MemoryError> {
+        let bind = || {
+            let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
+            listener.set_nonblocking(true)?;
+            match listener.local_addr()? {
+                SocketAddr::V4(addr) => Ok(Self { listener, addr }),
+                SocketAddr::V6(_) => Err(ErrorKind::AddrNotAvailable.into()),
+            }
+        };
+        bind().map_err(MemoryError::Listen)
+    }
+
+    /// Where.
+    pub(crate) const fn addr(&self) -> SocketAddrV4 {
+        self.addr
+    }
+
+    /// Waits for CRIU until `is_given_up` says that it will not come any more, at most `limit`. Strangers are closed.
+    ///
+    /// # Errors
+    /// When nobody came.
+    pub(crate) fn accept(
+        &self,
+        limit: Duration,
+        is_given_up: impl Fn() -> bool,
+    ) -> Result<TcpStream, MemoryError> {
+        let deadline = Instant::now() + limit;
+        while !is_given_up() && Instant::now() < deadline {
+            match self.listener.accept() {
+                Ok((stream, SocketAddr::V4(peer))) if is_ours(peer, self.addr) => {
+                    stream.set_nonblocking(false).map_err(MemoryError::Listen)?;
+                    stream.set_nodelay(true).map_err(MemoryError::Listen)?;
+                    return Ok(stream);
+                }
+                Ok((_, peer)) => {
+                    tracing::warn!(%peer, "a stranger at the page server was sent away")
+                }
+                Err(error) if error.kind() == ErrorKind::WouldBlock => std::thread::sleep(POLL),
+                Err(error) => return Err(MemoryError::Listen(error)),
+            }
+        }
+        Err(MemoryError::NoDump)
+    }
+}
+
+/// Whether the other end belongs to our own user, by the kernel's table of this network namespace.
+fn is_ours(peer: SocketAddrV4, server: SocketAddrV4) -> bool {
+    let table = std::fs::read_to_string("/proc/thread-self/net/tcp").unwrap_or_default();
+    let user = rustix::process::geteuid().as_raw();
+    owner(&table, peer, server) == Some(user)
+}
+
+/// The user of the socket with these ends, in the table of `proc_net_tcp(5)`.
+fn owner(table: &str, local: SocketAddrV4, remote: SocketAddrV4) -> Option<u32> {
+    let (local, remote) = (shown(local), shown(remote));
+    table.lines().skip(1).find_map(|line| {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        let is_it = words.get(1) == Some(&local.as_str()) && words.get(2) == Some(&remote.as_str());
+        is_it.then(|| words.get(7)?.parse().ok()).flatten()
+    })
+}
+
+/// An address as that table writes it: the four bytes as one number of the machine, then the port.
+fn shown(addr: SocketAddrV4) -> String {
+    let number = u32::from_ne_bytes(addr.ip().octets());
+    format!("{number:08X}:{:04X}", addr.port())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TABLE: &str = "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid\n\
+        0: 0100007F:1F90 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 1 1\n\
+        1: 0100007F:C001 0100007F:1F90 01 00000000:00000000 00:00000000 00000000  1000        0 2 1\n";
+
+    #[test]
+    fn the_owner_of_the_other_end_is_found() {
+        let addr = |port| SocketAddrV4::new(Ipv4Addr::LOCALHOST, port);
+        assert_eq!(owner(TABLE, addr(0xc001), addr(0x1f90)), Some(1000));
+        assert_eq!(owner(TABLE, addr(0x1f90), addr(0xc001)), None);
+        assert_eq!(owner("", addr(1), addr(2)), None);
+    }
+
+    #[test]
+    fn our_own_connection_is_let_in() {
+        let listener = Listener::bind().unwrap();
+        let _near = TcpStream::connect(listener.addr()).unwrap();
+        assert!(listener.accept(Duration::from_secs(10), || false).is_ok());
+    }
+
+    #[test]
+    fn nobody_is_waited_for_once_it_was_given_up() {
+        let listener = Listener::bind().unwrap();
+        let waited = listener.accept(Duration::from_secs(3600), || true);
+        assert!(matches!(waited, Err(MemoryError::NoDump)), "{waited:?}");
+    }
+}

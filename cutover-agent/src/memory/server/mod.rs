@@ -1,0 +1,184 @@
+//! A page server for CRIU: the final dump goes from its socket into a [`Sink`], and never to a disk.
+//!
+//! One connection, one dump. What it never does: answer that all is well when a page was not taken. Whatever goes
+//! wrong ends the connection or answers the close with an error, and CRIU then lets the tasks run on.
+
+pub mod frames;
+mod listen;
+
+use std::io::{BufReader, Read, Write};
+
+use frames::{Command, FLAG_PRESENT, HEADER_BYTES};
+
+pub(crate) use listen::Listener;
+
+use super::MemoryError;
+use super::digest::PAGE_BYTES;
+use super::wire::{FRAME_DATA_MAX, ImageId, Region};
+
+/// What becomes of the pages.
+pub(crate) trait Sink {
+    /// An image begins, or goes on.
+    fn open(&mut self, image: ImageId) -> Result<(), MemoryError>;
+    /// The pages of a region follow, in order, if it says that they are present.
+    fn region(&mut self, image: ImageId, region: Region) -> Result<(), MemoryError>;
+    /// Whole pages of the last region.
+    fn pages(&mut self, bytes: &[u8]) -> Result<(), MemoryError>;
+    /// Everything has come; an error keeps the source alive.
+    fn close(&mut self) -> Result<(), MemoryError>;
+}
+
+/// Bytes read ahead: memory is full of regions of a few pages, and each would cost two system calls.
+const READ_AHEAD_BYTES: usize = 256 << 10;
+
+/// Serves one dump to its end. `Ok(())` only when the sink took everything and CRIU was told so.
+///
+/// # Errors
+/// When the stream breaks, does not speak the protocol, or the sink fails.
+pub(crate) fn serve(
+    says: impl Read,
+    hears: &mut impl Write,
+    sink: &mut impl Sink,
+) -> Result<(), MemoryError> {
+    let mut says = BufReader::with_capacity(READ_AHEAD_BYTES, says);
+    let mut buffer = vec![0; FRAME_DATA_MAX];
+    let mut answer = |bytes: &[u8]| hears.write_all(bytes).map_err(MemoryError::Dump);
+    loop {
+        let mut header = [0; HEADER_BYTES];
+        says.read_exact(&mut header).map_err(MemoryError::Dump)?;
+        match frames::decode(&header)? {
+            Command::Open { image, asks } => {
+                sink.open(image)?;
+                if asks {
+                    // No parent: every page comes, and what the target has is found by its content.
+                    answer(&[0])?;
+                }
+            }
+            Command::HasParent { .. } => {
+                answer(&0_i32.to_ne_bytes())?;
+            }
+            Command::Add { image, region } => {
+                sink.region(image, region)?;
+                if region.flags & FLAG_PRESENT != 0 {
+                    pages(&mut says, sink, &mut buffer, region)?;
+                }
+            }
+            Command::Close => {
+                let taken = sink.close();
+                let verdict: i32 = if taken.is_ok() { 0 } else { -1 };
+                answer(&verdict.to_ne_bytes())?;
+                return taken;
+            }
+        }
+    }
+}
+
+fn pages(
+    stream: &mut impl Read,
+    sink: &mut impl Sink,
+    buffer: &mut [u8],
+    region: Region,
+) -> Result<(), MemoryError> {
+    let mut left = u64::from(region.pages) * PAGE_BYTES as u64;
+    while left > 0 {
+        let length = buffer
+            .len()
+            .min(usize::try_from(left).unwrap_or(usize::MAX));
+        stream
+            .read_exact(&mut buffer[..length])
+            .map_err(MemoryError::Dump)?;
+        sink.pages(&buffer[..length])?;
+        left -= length as u64;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::frames::tests::header;
+    use super::*;
+
+    /// CRIU's end: what it sends, and what it was answered.
+    #[derive(Default)]
+    struct Criu {
+        sends: Vec<u8>,
+        answered: Vec<u8>,
+    }
+
+    impl Criu {
+        fn served(&mut self, sink: &mut Notes) -> Result<(), MemoryError> {
+            serve(self.sends.as_slice(), &mut self.answered, sink)
+        }
+    }
+
+    #[derive(Default)]
+    struct Notes {
+        opened: Vec<ImageId>,
+        regions: Vec<Region>,
+        bytes: usize,
+        fails_at_close: bool,
+    }
+
+    impl Sink for Notes {
+        fn open(&mut self, image: ImageId) -> Result<(), MemoryError> {
+            self.opened.push(image);
+            Ok(())
+        }
+        fn region(&mut self, _: ImageId, region: Region) -> Result<(), MemoryError> {
+            self.regions.push(region);
+            Ok(())
+        }
+        fn pages(&mut self, bytes: &[u8]) -> Result<(), MemoryError> {
+            self.bytes += bytes.len();
+            Ok(())
+        }
+        fn close(&mut self) -> Result<(), MemoryError> {
+            if self.fails_at_close {
+                return Err(MemoryError::Full);
+            }
+            Ok(())
+        }
+    }
+
+    fn dump(pages: u64) -> Criu {
+        let mut criu = Criu::default();
+        criu.sends.extend(header(4, 0, 0, 1 << 8 | 1));
+        criu.sends
+            .extend(header(6 | 4 << 16, pages, 0x1000, 1 << 8 | 1));
+        let content = vec![5_u8; usize::try_from(pages).unwrap() * PAGE_BYTES];
+        criu.sends.extend(content);
+        criu.sends.extend(header(0x1023, 0, 0, 0));
+        criu
+    }
+
+    #[test]
+    fn a_whole_dump_is_taken_and_answered() {
+        let (mut criu, mut notes) = (dump(300), Notes::default());
+        criu.served(&mut notes).unwrap();
+        assert_eq!(notes.opened, [ImageId::Process(1)]);
+        assert_eq!(notes.bytes, 300 * PAGE_BYTES);
+        assert_eq!(criu.answered, [0, 0, 0, 0, 0]);
+    }
+
+    #[test]
+    fn a_sink_that_fails_at_the_end_is_a_veto() {
+        let mut criu = dump(1);
+        let mut notes = Notes {
+            fails_at_close: true,
+            ..Notes::default()
+        };
+        assert!(criu.served(&mut notes).is_err());
+        assert_eq!(criu.answered[1..], (-1_i32).to_ne_bytes());
+    }
+
+    #[test]
+    fn a_dump_cut_short_is_never_answered_well() {
+        let whole = dump(2).sends.len();
+        for length in [0, 31, 33, whole - 1, whole - HEADER_BYTES] {
+            let mut criu = dump(2);
+            criu.sends.truncate(length);
+            assert!(criu.served(&mut Notes::default()).is_err(), "{length}");
+            assert!(criu.answered.len() <= 1);
+        }
+    }
+}

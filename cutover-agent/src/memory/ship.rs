@@ -1,0 +1,342 @@
+//! The source's end: gives each page its slot, and sends those the target lacks.
+
+use std::net::SocketAddrV4;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use cutover_protocol::plan::Compress;
+use tokio::runtime::Handle;
+
+use super::MemoryError;
+use super::digest::{DigestKey, PAGE_BYTES, PageDigest, is_zero};
+use super::known::{Known, Place};
+use super::lanes::OwnLane;
+use super::layout::Layout;
+use super::runs::{Runs, Slot, ZERO};
+use super::server::{self, Listener, Sink};
+use super::wire::{
+    FRAME_DATA_MAX, FRAME_PAGES_MAX, ImageId, PageAnswer, PageAsk, PagesHead, Piece, Region, Seal,
+};
+use crate::peer::message::Topic;
+use crate::peer::{Channel, Link, PeerError, Session, encode_on};
+use crate::transfer::{Codec, Packer};
+
+/// What a session knows about the pages of one hop.
+#[derive(Debug)]
+pub(crate) struct PageSource {
+    link: Arc<Link>,
+    runtime: Handle,
+    key: DigestKey,
+    zero: PageDigest,
+    compress: Compress,
+    known: Mutex<Known>,
+}
+
+/// What was done, of one container or of all; counters only grow.
+#[derive(Debug, Default)]
+pub(crate) struct Tally {
+    /// Pages looked at.
+    pub(crate) pages: AtomicU64,
+    /// Pages the target lacked.
+    pub(crate) pages_new: AtomicU64,
+    /// Bytes handed to the streams, packed, with heads and pieces.
+    pub(crate) bytes_wire: AtomicU64,
+}
+
+impl PageSource {
+    /// Opens the target's store with a fresh key.
+    ///
+    /// # Errors
+    /// When the target has no room, or the session is lost.
+    pub(crate) async fn open(
+        session: &Session,
+        compress: Compress,
+        limit: Duration,
+    ) -> Result<Self, MemoryError> {
+        let mut secret = [0; 32];
+        rustls::crypto::aws_lc_rs::default_provider()
+            .secure_random
+            .fill(&mut secret)
+            .map_err(|_| PeerError::Lost {
+                reason: "the system has no random numbers".into(),
+            })?;
+        let key = DigestKey::new(secret);
+        let source = Self {
+            link: session.link(),
+            runtime: Handle::current(),
+            key,
+            zero: key.digest(&[0; PAGE_BYTES]),
+            compress,
+            known: Mutex::new(Known::new()),
+        };
+        source
+            .ask(&PageAsk::Open { key }, "opening the page store", limit)
+            .await?;
+        Ok(source)
+    }
+
+    async fn ask(
+        &self,
+        ask: &PageAsk,
+        what: &'static str,
+        limit: Duration,
+    ) -> Result<(), MemoryError> {
+        let bytes = encoded(ask)?;
+        let answer = self.link.ask(Topic::PageAsk, bytes, what, limit).await?;
+        match postcard::from_bytes(&answer.bytes) {
+            Ok(PageAnswer::Done) => Ok(()),
+            Ok(PageAnswer::Failed(fault)) => Err(fault.into()),
+            Err(_) => Err(PeerError::Vocabulary.into()),
+        }
+    }
+
+    /// Waits until the target has every page that was sent.
+    ///
+    /// # Errors
+    /// When a page was damaged or had no room, the time is over, or the session is lost.
+    pub(crate) async fn settle(&self, limit: Duration) -> Result<(), MemoryError> {
+        let end = self.lock().end();
+        self.ask(
+            &PageAsk::Settle { end },
+            "the target to have every page",
+            limit,
+        )
+        .await
+    }
+
+    /// Has the target complete the images of a container.
+    ///
+    /// # Errors
+    /// When they are not what was dumped, the time is over, or the session is lost.
+    pub(crate) async fn seal(&self, seal: Seal, limit: Duration) -> Result<(), MemoryError> {
+        self.ask(&PageAsk::Seal(seal), "the images of memory", limit)
+            .await
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Known> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn encoded(ask: &PageAsk) -> Result<Vec<u8>, MemoryError> {
+    postcard::to_stdvec(ask).map_err(|_| PeerError::Vocabulary.into())
+}
+
+/// One thread's pages on their way.
+pub(crate) struct Shipper {
+    source: Arc<PageSource>,
+    tally: Arc<Tally>,
+    lane: OwnLane,
+    runs: Runs,
+    digests: Vec<u8>,
+    bytes: Vec<u8>,
+    packer: Packer,
+    places: Vec<(Slot, PageDigest)>,
+}
+
+impl Shipper {
+    pub(crate) fn new(source: Arc<PageSource>, tally: Arc<Tally>, lane: OwnLane) -> Self {
+        let packer = Packer::new(source.compress);
+        Self {
+            source,
+            tally,
+            lane,
+            runs: Runs::default(),
+            digests: Vec::new(),
+            bytes: Vec::with_capacity(FRAME_DATA_MAX),
+            packer,
+            places: Vec::with_capacity(FRAME_PAGES_MAX),
+        }
+    }
+
+    /// Takes whole pages, and gives where each lies at the target. What is new is on its way or waits for [`Self::flush`].
+    ///
+    /// # Errors
+    /// When the session is lost, or there are too many different pages.
+    pub(crate) fn take(&mut self, pages: &[u8]) -> Result<&[(Slot, PageDigest)], MemoryError> {
+        self.places.clear();
+        // Hashed without the lock; looked up in one go with it.
+        for page in pages.chunks_exact(PAGE_BYTES) {
+            let place = if is_zero(page) {
+                (ZERO, self.source.zero)
+            } else {
+                (Slot::MAX, self.source.key.digest(page))
+            };
+            self.places.push(place);
+        }
+        let mut fresh = Vec::new();
+        {
+            let mut known = self.source.lock();
+            for (index, (slot, digest)) in self.places.iter_mut().enumerate() {
+                if *slot == ZERO {
+                    continue;
+                }
+                *slot = match known.place(*digest).ok_or(MemoryError::Full)? {
+                    Place::Known(slot) => slot,
+                    Place::New(slot) => {
+                        fresh.push(index);
+                        slot
+                    }
+                };
+            }
+        }
+        self.tally
+            .pages
+            .fetch_add(self.places.len() as u64, Ordering::Relaxed);
+        self.tally
+            .pages_new
+            .fetch_add(fresh.len() as u64, Ordering::Relaxed);
+        for index in fresh {
+            let (slot, digest) = self.places[index];
+            self.runs.push(slot);
+            self.digests.extend_from_slice(&digest.0);
+            self.bytes
+                .extend_from_slice(&pages[index * PAGE_BYTES..][..PAGE_BYTES]);
+            if self.bytes.len() >= FRAME_DATA_MAX {
+                self.flush()?;
+            }
+        }
+        self.lane.count(pages.len() as u64);
+        Ok(&self.places)
+    }
+
+    /// Sends what waits.
+    ///
+    /// # Errors
+    /// When the session is lost.
+    pub(crate) fn flush(&mut self) -> Result<(), MemoryError> {
+        if self.bytes.is_empty() {
+            return Ok(());
+        }
+        let link = &self.source.link;
+        let packed = self.packer.pack(&self.bytes, &link.gauge, link.look());
+        let (codec, body) = match &packed {
+            Some((codec, packed)) => (*codec, packed.as_slice()),
+            None => (Codec::Plain, self.bytes.as_slice()),
+        };
+        let head = PagesHead {
+            runs: self.runs.take(),
+            digests: std::mem::take(&mut self.digests),
+            codec,
+        };
+        // Far below the bound on frames; see FRAME_PAGES_MAX.
+        let frame = encode_on(Channel::Pages, &head, body).map_err(|_| PeerError::Vocabulary)?;
+        self.bytes.clear();
+        self.tally
+            .bytes_wire
+            .fetch_add(frame.len() as u64, Ordering::Relaxed);
+        let runtime = &self.source.runtime;
+        if self.lane.send(|| runtime.block_on(link.frames.push(frame))) {
+            Ok(())
+        } else {
+            Err(link.lost_error().into())
+        }
+    }
+
+    fn tell(&self, piece: Option<Piece>) -> Result<(), MemoryError> {
+        let Some(piece) = piece else { return Ok(()) };
+        let bytes = encoded(&PageAsk::Piece(piece))?;
+        self.tally
+            .bytes_wire
+            .fetch_add(bytes.len() as u64, Ordering::Relaxed);
+        let link = &self.source.link;
+        Ok(self
+            .source
+            .runtime
+            .block_on(link.tell(Topic::PageAsk, link.number(), &bytes))?)
+    }
+}
+
+/// A page server that waits for one container's dump.
+pub(crate) struct DumpServer {
+    listener: Listener,
+    is_given_up: Arc<AtomicBool>,
+}
+
+/// Ends the waiting of a [`DumpServer`] when dropped.
+pub(crate) struct GiveUp(Arc<AtomicBool>);
+
+impl Drop for GiveUp {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+impl DumpServer {
+    /// Listens.
+    ///
+    /// # Errors
+    /// When there is no loopback.
+    pub(crate) fn bind() -> Result<(Self, GiveUp), MemoryError> {
+        let is_given_up = Arc::<AtomicBool>::default();
+        let server = Self {
+            listener: Listener::bind()?,
+            is_given_up: Arc::clone(&is_given_up),
+        };
+        Ok((server, GiveUp(is_given_up)))
+    }
+
+    /// Where CRIU is to connect.
+    pub(crate) const fn addr(&self) -> SocketAddrV4 {
+        self.listener.addr()
+    }
+
+    /// Takes the dump; gives the seal that completes its images at the target. Blocks its thread.
+    ///
+    /// # Errors
+    /// When CRIU breaks off or the session is lost; CRIU then rolls its dump back.
+    pub(crate) fn serve(
+        self,
+        source: &Arc<PageSource>,
+        container: &str,
+        tally: &Arc<Tally>,
+        lane: OwnLane,
+        limit: Duration,
+    ) -> Result<Seal, MemoryError> {
+        let stream = self
+            .listener
+            .accept(limit, || self.is_given_up.load(Ordering::Relaxed))?;
+        let mut sink = DumpSink {
+            shipper: Shipper::new(Arc::clone(source), Arc::clone(tally), lane),
+            layout: Layout::new(container),
+        };
+        server::serve(&stream, &mut &stream, &mut sink)?;
+        Ok(sink.layout.seal())
+    }
+}
+
+/// Pages from CRIU: shipped if new, and their places kept.
+struct DumpSink {
+    shipper: Shipper,
+    layout: Layout,
+}
+
+impl Sink for DumpSink {
+    fn open(&mut self, image: ImageId) -> Result<(), MemoryError> {
+        let piece = self.layout.open(image)?;
+        self.shipper.tell(piece)
+    }
+
+    fn region(&mut self, image: ImageId, region: Region) -> Result<(), MemoryError> {
+        let piece = self.layout.region(image, region)?;
+        self.shipper.tell(piece)
+    }
+
+    fn pages(&mut self, bytes: &[u8]) -> Result<(), MemoryError> {
+        let mut pieces = Vec::new();
+        for (slot, digest) in self.shipper.take(bytes)? {
+            pieces.extend(self.layout.page(*slot, *digest));
+        }
+        for piece in pieces {
+            self.shipper.tell(Some(piece))?;
+        }
+        Ok(())
+    }
+
+    fn close(&mut self) -> Result<(), MemoryError> {
+        self.shipper.flush()?;
+        let piece = self.layout.cut();
+        self.shipper.tell(piece)
+    }
+}

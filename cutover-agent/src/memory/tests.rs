@@ -1,0 +1,282 @@
+//! Both ends on loopback, with real certificates and sockets, and a CRIU that is a few lines of this file.
+
+use std::convert::Infallible;
+use std::io::{Read, Write};
+use std::net::{SocketAddr, SocketAddrV4, TcpStream};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use cutover_protocol::plan::Compress;
+use cutover_protocol::schedule::Schedule;
+use tokio::net::TcpListener;
+use tokio::task::JoinSet;
+
+use super::lanes::Lanes;
+use super::server::frames::HEADER_BYTES;
+use super::ship::DumpServer;
+use super::*;
+use crate::peer::{self, Handler, PeerTimeouts, Session};
+use crate::pki;
+use crate::tls::{ClientTls, ServerTls, TlsPaths};
+
+/// Generous: only a hang runs into it.
+const LIMIT: Duration = Duration::from_secs(60);
+const TIMEOUTS: PeerTimeouts = PeerTimeouts {
+    connect: Duration::from_secs(10),
+    dead_after: Duration::from_secs(5),
+    resume_within: Duration::ZERO,
+};
+
+struct Keeper(Arc<PageStore>);
+
+impl Handler for Keeper {
+    type Request = String;
+    type Response = String;
+
+    async fn handle(&self, request: String) -> String {
+        request
+    }
+
+    fn pages(&self) -> Option<Arc<PageStore>> {
+        Some(Arc::clone(&self.0))
+    }
+}
+
+struct World {
+    folder: tempfile::TempDir,
+    store: Arc<PageStore>,
+    session: Session,
+    source: Arc<PageSource>,
+    _tasks: JoinSet<Result<Infallible, PeerError>>,
+}
+
+fn identity(folder: &std::path::Path, role: &str) -> TlsPaths {
+    TlsPaths {
+        ca: folder.join("ca.pem"),
+        certificate: folder.join(format!("{role}.pem")),
+        key: folder.join(format!("{role}.key")),
+    }
+}
+
+impl World {
+    async fn new(compress: Compress) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let tls = folder.path().join("tls");
+        pki::create(&tls).unwrap();
+        let store = Arc::new(PageStore::new(folder.path().join("store")));
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let addr: SocketAddr = listener.local_addr().unwrap();
+        let server = ServerTls::load(&identity(&tls, "target"), "source").unwrap();
+        let keeper = Arc::new(Keeper(Arc::clone(&store)));
+        let mut tasks = JoinSet::new();
+        let no_trees = Arc::new(|_: &crate::transfer::TreeName| None::<PathBuf>);
+        tasks.spawn(peer::serve(listener, server, TIMEOUTS, keeper, no_trees));
+        let client = ClientTls::load(&identity(&tls, "source"), "target").unwrap();
+        let session = peer::connect(addr, client, TIMEOUTS, 4).await.unwrap();
+        let source = PageSource::open(&session, compress, LIMIT).await.unwrap();
+        Self {
+            folder,
+            store,
+            session,
+            source: Arc::new(source),
+            _tasks: tasks,
+        }
+    }
+
+    /// Dumps images of one container; gives what was counted and what came of it.
+    async fn dump(&self, images: Vec<Image>) -> (Arc<Tally>, Result<(), MemoryError>) {
+        let (server, _given_up) = DumpServer::bind().unwrap();
+        let addr = server.addr();
+        let criu = std::thread::spawn(move || criu(addr, &images));
+        let (source, tally) = (Arc::clone(&self.source), Arc::<Tally>::default());
+        let counted = Arc::clone(&tally);
+        let lane = Lanes::new(Schedule::Gang, vec![("db".to_owned(), 1)]).enter(0);
+        let served =
+            tokio::task::spawn_blocking(move || server.serve(&source, "db", &counted, lane, LIMIT));
+        let seal = served.await.unwrap().unwrap();
+        assert_eq!(criu.join().unwrap(), 0);
+        (tally, self.source.seal(seal, LIMIT).await)
+    }
+
+    fn placed(&self) -> PathBuf {
+        let images = self.folder.path().join("images");
+        std::fs::create_dir_all(&images).unwrap();
+        self.store.place(&"db".parse().unwrap(), &images).unwrap();
+        images
+    }
+}
+
+/// An image's number as CRIU says it, and its pages in one region.
+struct Image(u64, Vec<u8>);
+
+/// Sends a dump as CRIU does; gives the answer to its close.
+fn criu(addr: SocketAddrV4, images: &[Image]) -> i32 {
+    let mut stream = TcpStream::connect(addr).unwrap();
+    let header = |command: u32, pages: usize, image: u64| {
+        let mut bytes = [0; HEADER_BYTES];
+        bytes[..4].copy_from_slice(&command.to_ne_bytes());
+        bytes[8..16].copy_from_slice(&(pages as u64).to_ne_bytes());
+        bytes[16..24].copy_from_slice(&0x1000_u64.to_ne_bytes());
+        bytes[24..].copy_from_slice(&image.to_ne_bytes());
+        bytes
+    };
+    for Image(image, content) in images {
+        stream.write_all(&header(4, 0, *image)).unwrap();
+        stream.read_exact(&mut [0]).unwrap();
+        let pages = content.len() / PAGE_BYTES;
+        if pages > 0 {
+            stream
+                .write_all(&header(6 | 4 << 16, pages, *image))
+                .unwrap();
+            stream.write_all(content).unwrap();
+        }
+    }
+    stream.write_all(&header(0x1023, 0, 0)).unwrap();
+    let mut answer = [0; 4];
+    stream.read_exact(&mut answer).unwrap();
+    i32::from_ne_bytes(answer)
+}
+
+/// Pages of noise, with a page of zeros and a repeated one among them.
+fn memory(seed: &str, pages: usize) -> Vec<u8> {
+    let mut bytes = vec![0; pages * PAGE_BYTES];
+    let mut hasher = blake3::Hasher::new();
+    hasher.update(seed.as_bytes());
+    hasher.finalize_xof().fill(&mut bytes);
+    if pages > 4 {
+        bytes[PAGE_BYTES..2 * PAGE_BYTES].fill(0);
+        bytes.copy_within(0..PAGE_BYTES, 3 * PAGE_BYTES);
+    }
+    bytes
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_dump_arrives_byte_for_byte_packed_or_not() {
+    for compress in [Compress::Off, Compress::Auto, Compress::Zstd, Compress::Lz4] {
+        let world = World::new(compress).await;
+        let (one, two) = (memory("one", 5000), memory("two", 3));
+        let images = vec![
+            Image(1 << 8 | 1, one.clone()),
+            Image(7 << 8 | 2, two.clone()),
+            Image(2 << 8 | 1, Vec::new()),
+        ];
+        let (tally, sealed) = world.dump(images).await;
+        sealed.unwrap();
+        assert_eq!(tally.pages.load(Ordering::Relaxed), 5003);
+        assert_eq!(tally.pages_new.load(Ordering::Relaxed), 5001);
+        let images = world.placed();
+        let read = |name: &str| std::fs::read(images.join(name)).unwrap();
+        assert!(read("pages-1.img") == one && read("pages-2.img") == two);
+        assert!(read("pages-3.img").is_empty());
+        assert_eq!(read("pagemap-1.img").len(), 8 + 6 + 4 + 8);
+        assert_eq!(read("pagemap-2.img").len(), 8 + 6);
+        assert!(images.join("pagemap-shmem-7.img").exists());
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_the_target_has_is_not_sent_again() {
+    let world = World::new(Compress::Off).await;
+    let mut content = memory("same", 4000);
+    let (_, sealed) = world.dump(vec![Image(257, content.clone())]).await;
+    sealed.unwrap();
+    for page in [5, 900, 901, 3999] {
+        content[page * PAGE_BYTES + 17] ^= 1;
+    }
+    // The second dump is another container's as far as the store is concerned: nothing but content counts.
+    let (server, _given_up) = DumpServer::bind().unwrap();
+    let addr = server.addr();
+    let images = vec![Image(257, content.clone())];
+    let criu = std::thread::spawn(move || criu(addr, &images));
+    let (source, tally) = (Arc::clone(&world.source), Arc::<Tally>::default());
+    let counted = Arc::clone(&tally);
+    let lane = Lanes::new(Schedule::Gang, vec![("web".to_owned(), 1)]).enter(0);
+    let served =
+        tokio::task::spawn_blocking(move || server.serve(&source, "web", &counted, lane, LIMIT));
+    let seal = served.await.unwrap().unwrap();
+    criu.join().unwrap();
+    world.source.seal(seal, LIMIT).await.unwrap();
+    assert_eq!(tally.pages_new.load(Ordering::Relaxed), 4);
+    let wire = tally.bytes_wire.load(Ordering::Relaxed);
+    assert!(wire < 4 * 4096 + 1024, "{wire} bytes for four pages");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_read_from_a_running_process_is_not_dumped_again() {
+    let world = World::new(Compress::Off).await;
+    let content = memory("running", 2000);
+    let tally = Arc::<Tally>::default();
+    let (source, counted) = (Arc::clone(&world.source), Arc::clone(&tally));
+    let lane = Lanes::new(Schedule::Gang, vec![("db".to_owned(), 1)]).enter(0);
+    let pids = [std::process::id()];
+    assert!(resident_bytes(&pids) >= content.len() as u64);
+    let read = tokio::task::spawn_blocking(move || {
+        read_container(&source, &counted, lane, &pids, &AtomicBool::new(false))
+    });
+    read.await.unwrap().unwrap();
+    world.source.settle(LIMIT).await.unwrap();
+    assert!(tally.pages.load(Ordering::Relaxed) >= 2000);
+    // The buffer need not begin at a page, so it is the pages within it that are known.
+    let start = content.as_ptr() as usize;
+    let skipped = start.next_multiple_of(PAGE_BYTES) - start;
+    let whole = (content.len() - skipped) / PAGE_BYTES * PAGE_BYTES;
+    let image = Image(257, content[skipped..][..whole].to_vec());
+    let (dumped, sealed) = world.dump(vec![image]).await;
+    sealed.unwrap();
+    assert_eq!(dumped.pages_new.load(Ordering::Relaxed), 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn images_with_a_missing_piece_or_another_root_are_not_completed() {
+    let world = World::new(Compress::Off).await;
+    let (server, _given_up) = DumpServer::bind().unwrap();
+    let addr = server.addr();
+    let criu = std::thread::spawn(move || criu(addr, &[Image(257, memory("x", 10))]));
+    let source = Arc::clone(&world.source);
+    let lane = Lanes::new(Schedule::Gang, vec![("db".to_owned(), 1)]).enter(0);
+    let served = tokio::task::spawn_blocking(move || {
+        server.serve(&source, "db", &Arc::default(), lane, LIMIT)
+    });
+    let seal = served.await.unwrap().unwrap();
+    criu.join().unwrap();
+    let refused = [
+        Seal {
+            root: [0; 32],
+            ..seal.clone()
+        },
+        Seal {
+            images: Vec::new(),
+            ..seal.clone()
+        },
+        Seal {
+            container: "web".to_owned(),
+            pieces: 0,
+            ..seal.clone()
+        },
+    ];
+    for lie in refused {
+        let sealed = world.source.seal(lie, LIMIT).await;
+        let is_refused = matches!(sealed, Err(MemoryError::Target(PageFault::NotSealed(_))));
+        assert!(is_refused, "{sealed:?}");
+    }
+    world.source.seal(seal, LIMIT).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_container_that_names_a_path_is_refused() {
+    let world = World::new(Compress::Off).await;
+    let seal = Seal {
+        container: "../db".to_owned(),
+        pieces: 0,
+        images: Vec::new(),
+        root: [0; 32],
+    };
+    let refused = world.source.seal(seal, LIMIT).await;
+    assert!(
+        matches!(refused, Err(MemoryError::Target(PageFault::Garbled))),
+        "{refused:?}"
+    );
+    assert!(world.session.is_alive());
+}
