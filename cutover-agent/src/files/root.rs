@@ -7,6 +7,7 @@ use std::ffi::{CString, OsStr};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, ResolveFlags, Stat};
 use rustix::io::Errno;
@@ -102,9 +103,46 @@ impl Place {
     pub(crate) fn attributes(&self) -> Result<Attributes, Errno> {
         let path = self.through_proc();
         attributes(
-            |buffer| rustix::fs::llistxattr(&path, buffer),
+            |buffer| self.list_attributes(&path, buffer),
             |name, buffer| rustix::fs::lgetxattr(&path, name, buffer),
         )
+    }
+}
+
+/// `listxattrat` (Linux 6.13), by its number: the same on all architectures, and in no library yet.
+const SYS_LISTXATTRAT: libc::c_long = 465;
+/// Whether this kernel has it, as far as we know.
+static HAS_LISTXATTRAT: AtomicBool = AtomicBool::new(true);
+
+impl Place {
+    /// The names, by one call where the kernel can: a walk asks this of every entry, and the way through `/proc` is long.
+    fn list_attributes(&self, path: &Path, buffer: &mut [u8]) -> Result<usize, Errno> {
+        if HAS_LISTXATTRAT.load(Ordering::Relaxed) {
+            match self.list_at(buffer) {
+                // Older kernels, or a filter of system calls that does not know it.
+                Err(Errno::NOSYS | Errno::PERM) => HAS_LISTXATTRAT.store(false, Ordering::Relaxed),
+                listed => return listed,
+            }
+        }
+        rustix::fs::llistxattr(path, buffer)
+    }
+
+    fn list_at(&self, buffer: &mut [u8]) -> Result<usize, Errno> {
+        // SAFETY: the name ends with a zero, the buffer is as long as we say, and both live through the call.
+        let listed = unsafe {
+            libc::syscall(
+                SYS_LISTXATTRAT,
+                self.directory.as_raw_fd(),
+                self.name.as_ptr(),
+                libc::AT_SYMLINK_NOFOLLOW,
+                buffer.as_mut_ptr(),
+                buffer.len(),
+            )
+        };
+        usize::try_from(listed).map_err(|_| {
+            let error = std::io::Error::last_os_error();
+            Errno::from_io_error(&error).unwrap_or(Errno::IO)
+        })
     }
 }
 

@@ -90,6 +90,52 @@ impl Frame {
     }
 }
 
+/// An encoded frame on its way: lengths and head, and a body that is not copied for it.
+#[derive(Debug)]
+pub(crate) struct Parcel {
+    head: Vec<u8>,
+    body: Vec<u8>,
+}
+
+impl Parcel {
+    /// Bytes on the wire.
+    pub(crate) fn len(&self) -> usize {
+        self.head.len() + self.body.len()
+    }
+
+    /// What is written, in order.
+    pub(crate) fn parts(&self) -> [&[u8]; 2] {
+        [&self.head, &self.body]
+    }
+}
+
+impl From<Vec<u8>> for Parcel {
+    fn from(frame: Vec<u8>) -> Self {
+        Self {
+            head: frame,
+            body: Vec::new(),
+        }
+    }
+}
+
+/// Encodes the lengths and the head of a frame of [`Channel::Trees`] in front of its body.
+///
+/// # Errors
+/// When it would exceed [`FRAME_BYTES_MAX`].
+pub(crate) fn parcel<T: Serialize>(head: &T, body: Vec<u8>) -> Result<Parcel, FrameError> {
+    let mut head = encode(head, &[])?;
+    let [a, b, c, d, ..] = head[..] else {
+        return Err(FrameError::Garbled);
+    };
+    let bytes = u32::from_le_bytes([a, b, c, d]) as usize + body.len();
+    if bytes >= FRAME_BYTES_MAX {
+        return Err(FrameError::TooLong { bytes });
+    }
+    // It fits: bounded just above.
+    head[..4].copy_from_slice(&(bytes as u32).to_le_bytes());
+    Ok(Parcel { head, body })
+}
+
 /// Encodes a whole frame of [`Channel::Trees`], ready to be written in one go.
 ///
 /// # Errors
@@ -193,6 +239,8 @@ mod tests {
                 prop_assert_eq!(frame.channel(), channel);
             }
             let wire = encode(&head, &body).unwrap();
+            let parcel = parcel(&head, body.clone()).unwrap();
+            prop_assert_eq!(parcel.parts().concat(), wire.clone());
             let frame = block_on(read(&mut wire.as_slice())).unwrap().unwrap();
             prop_assert_eq!(frame.head::<(u64, String)>().unwrap(), head);
             prop_assert_eq!(frame.body(), body);

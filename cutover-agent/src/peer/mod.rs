@@ -49,7 +49,7 @@ pub use serve::{Handler, Trees, serve};
 pub use session::{Session, connect};
 pub use socket::slows_down_after_idle;
 
-pub(crate) use frame::{Channel, Frame, encode, encode_on};
+pub(crate) use frame::{Channel, Frame, Parcel, encode, encode_on, parcel};
 pub(crate) use queue::Queue;
 pub(crate) use session::Link;
 

@@ -33,7 +33,7 @@ impl<T> Queue<T> {
     ///
     /// # Cancel safety
     /// Dropped while waiting, the item is not queued.
-    pub(crate) async fn push(&self, item: T) -> bool {
+    pub(crate) async fn push(&self, item: impl Into<T>) -> bool {
         let Ok(permit) = self.room.acquire().await else {
             return false;
         };
@@ -41,7 +41,7 @@ impl<T> Queue<T> {
         self.items
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
-            .push_back(item);
+            .push_back(item.into());
         self.filled.add_permits(1);
         true
     }

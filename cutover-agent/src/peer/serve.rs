@@ -26,8 +26,8 @@ use crate::transfer::{Receiver, TreeName};
 const GREETINGS_MAX: usize = 64;
 /// Requests that may wait for the handler.
 const CALLS_QUEUED: usize = 64;
-/// How long streams of a session that ended may still be read: what has arrived already, and no more.
-const DRAIN_MAX: Duration = Duration::from_millis(150);
+/// How long nothing may come on the streams of a session that ended before they are given up.
+const DRAIN_PAUSE: Duration = Duration::from_millis(300);
 /// Pause after a failed accept (no descriptors left): the next one would fail as well.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
@@ -349,11 +349,27 @@ impl Server {
         };
         let failing = receiver.failed();
         let reason = tokio::select! { reason = reading => reason, reason = attaching => reason, reason = failing => reason };
-        // What the kernel has of the broken streams is worth keeping: it need not cross again.
-        let draining = async { while data.join_next().await.is_some() {} };
-        let _ = tokio::time::timeout(DRAIN_MAX, draining).await;
+        drain(&mut data, receiver, dead_after).await;
         reason
     }
+}
+
+/// Lets the streams of a session that ended read what has arrived: it need not cross again. Ends when they have, or when
+/// nothing comes any more.
+async fn drain(data: &mut JoinSet<()>, receiver: &Receiver, limit: Duration) {
+    let draining = async {
+        let mut seen = receiver.taken();
+        while !data.is_empty() {
+            let ended = tokio::time::timeout(DRAIN_PAUSE, data.join_next()).await;
+            let taken = receiver.taken();
+            if ended.is_err() && taken == seen {
+                return;
+            }
+            seen = taken;
+        }
+    };
+    // Whoever is left then is aborted with the session.
+    let _ = tokio::time::timeout(limit, draining).await;
 }
 
 async fn answer(stream: &mut Stream, welcome: &Welcome) -> Result<(), PeerError> {

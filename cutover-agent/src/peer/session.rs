@@ -18,7 +18,7 @@ use tokio_rustls::client::TlsStream;
 use super::hello::{self, Hello, Purpose, Refusal, SessionId, VERSION, Welcome};
 use super::message::{self, Inbox, Message, Outbox, Topic};
 use super::pace::{PIECE_BYTES, Pace};
-use super::{PeerError, PeerTimeouts, Queue, socket};
+use super::{Parcel, PeerError, PeerTimeouts, Queue, socket};
 use crate::tls::{self, ClientTls};
 use crate::transfer::{Gauge, Look, Sender};
 
@@ -65,7 +65,7 @@ pub(crate) struct Link {
     waiting: Mutex<HashMap<u64, oneshot::Sender<Message>>>,
     lost: watch::Sender<Option<String>>,
     /// Encoded data frames on their way to whichever stream has room.
-    pub(crate) frames: Queue<Vec<u8>>,
+    pub(crate) frames: Queue<Parcel>,
     /// Bytes that the data streams have taken.
     pub(crate) bytes_sent: AtomicU64,
     /// How strongly frames are packed.
@@ -379,16 +379,17 @@ impl Link {
     async fn write<W: AsyncWriteExt + Unpin>(
         &self,
         stream: &mut W,
-        frame: &[u8],
+        frame: &Parcel,
     ) -> std::io::Result<()> {
-        let mut rest = frame;
-        while self.pace.is_set() && !rest.is_empty() {
-            let (piece, next) = rest.split_at(rest.len().min(PIECE_BYTES));
-            self.pace.take(piece.len()).await;
-            stream.write_all(piece).await?;
-            rest = next;
+        for mut rest in frame.parts() {
+            while self.pace.is_set() && !rest.is_empty() {
+                let (piece, next) = rest.split_at(rest.len().min(PIECE_BYTES));
+                self.pace.take(piece.len()).await;
+                stream.write_all(piece).await?;
+                rest = next;
+            }
+            stream.write_all(rest).await?;
         }
-        stream.write_all(rest).await?;
         stream.flush().await?;
         self.bytes_sent
             .fetch_add(frame.len() as u64, Ordering::Relaxed);

@@ -12,7 +12,7 @@ use super::{Compress, Progress};
 use crate::files::FilesError;
 use crate::files::blocks::{BLOCK_BYTES, Digest};
 use crate::files::content::Visit;
-use crate::peer::{Link, encode};
+use crate::peer::{Link, parcel};
 
 /// Pieces in one frame at most, so that heads stay small whatever a tree looks like.
 const PIECES_MAX: usize = 4096;
@@ -66,9 +66,16 @@ impl<'a> Collector<'a> {
         }
         let link = &self.outlet.link;
         let packed = self.packer.pack(&self.bytes, &link.gauge, link.look());
-        let (codec, body) = match &packed {
-            Some((codec, packed)) => (*codec, packed.as_slice()),
-            None => (Codec::Plain, self.bytes.as_slice()),
+        let plain_bytes = self.bytes.len() as u64;
+        let (codec, body) = match packed {
+            Some((codec, packed)) => {
+                self.bytes.clear();
+                (codec, packed)
+            }
+            None => {
+                let next = Vec::with_capacity(self.bytes.len());
+                (Codec::Plain, std::mem::replace(&mut self.bytes, next))
+            }
         };
         let head = DataHead {
             round: self.outlet.round,
@@ -76,15 +83,12 @@ impl<'a> Collector<'a> {
             pieces: std::mem::take(&mut self.pieces),
         };
         // Frames are far below the bound on frames; see DATA_BYTES_MAX and PIECES_MAX.
-        let frame = encode(&head, body).map_err(|_| FilesError::Cancelled)?;
+        let frame = parcel(&head, body).map_err(|_| FilesError::Cancelled)?;
         let length = frame.len() as u64;
         let tally = &self.outlet.tally;
         tally.frames.fetch_add(1, Ordering::Relaxed);
-        tally
-            .bytes_data
-            .fetch_add(self.bytes.len() as u64, Ordering::Relaxed);
+        tally.bytes_data.fetch_add(plain_bytes, Ordering::Relaxed);
         tally.bytes_wire.fetch_add(length, Ordering::Relaxed);
-        self.bytes.clear();
         let is_queued = !self.outlet.cancel.load(Ordering::Relaxed)
             && self
                 .outlet

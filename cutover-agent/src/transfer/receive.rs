@@ -5,7 +5,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -38,6 +38,8 @@ pub(crate) struct Receiver {
     works: Arc<Semaphore>,
     cancel: Arc<AtomicBool>,
     dead_after: Duration,
+    /// Frames that streams have handed in.
+    taken: AtomicU64,
 }
 
 #[derive(Default)]
@@ -60,6 +62,7 @@ impl Receiver {
             works: Arc::new(Semaphore::new(WORKS_AT_ONCE as usize)),
             cancel: Arc::default(),
             dead_after,
+            taken: AtomicU64::new(0),
         }
     }
 
@@ -306,6 +309,7 @@ impl Receiver {
     /// When the frame cannot be read, or belongs to a round that does not begin in time.
     pub(crate) async fn data(self: &Arc<Self>, frame: Frame) -> Result<(), FrameError> {
         let head: DataHead = frame.head()?;
+        self.taken.fetch_add(1, Ordering::Relaxed);
         let mut begun = self.begun.subscribe();
         let waiting = async { begun.wait_for(|begun| *begun >= head.round).await.is_ok() };
         if !tokio::time::timeout(self.dead_after, waiting)
@@ -344,6 +348,11 @@ impl Receiver {
             });
         }
         Ok(())
+    }
+
+    /// How many frames streams have handed in.
+    pub(crate) fn taken(&self) -> u64 {
+        self.taken.load(Ordering::Relaxed)
     }
 
     /// Ends the session for a reason that a stream noticed.

@@ -215,6 +215,57 @@ async fn a_file_open_for_writing_is_read_again_although_its_times_did_not_change
     assert_eq!((report.bytes_read, report.bytes_data), (4 * 16384, 0));
 }
 
+/// An access list as the kernel keeps it (linux/posix_acl_xattr.h): the owner, one more user, group, mask, others.
+fn acl(user: u32, permissions: u16) -> Vec<u8> {
+    const NOBODY: u32 = u32::MAX;
+    let lines: [(u16, u16, u32); 5] = [
+        (0x01, 6, NOBODY),
+        (0x02, permissions, user),
+        (0x04, 4, NOBODY),
+        (0x10, 6, NOBODY),
+        (0x20, 0, NOBODY),
+    ];
+    let mut bytes = 2_u32.to_le_bytes().to_vec();
+    for (tag, permissions, id) in lines {
+        bytes.extend_from_slice(&tag.to_le_bytes());
+        bytes.extend_from_slice(&permissions.to_le_bytes());
+        bytes.extend_from_slice(&id.to_le_bytes());
+    }
+    bytes
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn access_lists_arrive_and_new_files_do_not_inherit_one_that_the_source_lacks() {
+    let world = World::new().await;
+    let here = world.here();
+    fs::create_dir(here.join("shared")).unwrap();
+    fs::write(here.join("shared/plain"), "made before there was a default").unwrap();
+    fs::write(here.join("shared/empty"), "").unwrap();
+    fs::write(here.join("shared/listed"), "x").unwrap();
+    let access = ("system.posix_acl_access", acl(1234, 4));
+    if let Err(error) = xattr::set(here.join("shared/listed"), access.0, &access.1) {
+        left_out(&format!(
+            "access lists: this file system has none ({error})"
+        ));
+        return;
+    }
+    xattr::set(
+        here.join("shared"),
+        "system.posix_acl_default",
+        &acl(4321, 6),
+    )
+    .unwrap();
+    let session = world.connect().await;
+    world.sync(&session).await.unwrap();
+    assert_eq!(picture(&here), picture(&world.there()));
+    // With the default in place at the target, a new file would get it from there.
+    fs::write(here.join("shared/plain"), pattern(12, 40_000)).unwrap();
+    fs::write(here.join("shared/late"), "y").unwrap();
+    xattr::remove(here.join("shared/late"), access.0).unwrap();
+    world.sync(&session).await.unwrap();
+    assert_eq!(picture(&here), picture(&world.there()));
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_renamed_file_costs_nothing() {
     let world = World::new().await;
