@@ -25,6 +25,7 @@ mod snapshot;
 mod stream;
 mod tcp;
 mod tls;
+mod traces;
 pub mod upstream;
 mod worker;
 

@@ -83,6 +83,14 @@ pub enum StartError {
         /// What the system said.
         source: io::Error,
     },
+    /// Spans cannot be sent.
+    #[error("cannot send spans to {endpoint}; check [traces]")]
+    Traces {
+        /// The collector.
+        endpoint: Box<str>,
+        /// What the exporter said.
+        source: io::Error,
+    },
     /// No threads or no runtime to be had.
     #[error("cannot start a thread")]
     Thread(#[source] io::Error),

@@ -16,7 +16,8 @@ use cutover_protocol::id::ServiceName;
 
 use crate::access_log::AccessLog;
 use crate::config::{
-    Config, ListenAddress, LogConfig, LogTarget, ServiceConfig, TlsConfig, UpstreamRef,
+    Config, ListenAddress, LogConfig, LogTarget, ServiceConfig, TlsConfig, TracesConfig,
+    UpstreamRef,
 };
 use crate::control::events::Events;
 use crate::life::inherited::Inherited;
@@ -29,6 +30,7 @@ use crate::proxy::StartError;
 use crate::service::{Service, StateDir};
 use crate::tls::TlsError;
 use crate::tls::profile::Profile;
+use crate::traces::Traces;
 use crate::upstream::{Directory, Sites};
 
 /// The snapshot in force.
@@ -46,6 +48,7 @@ pub(crate) struct Snapshot {
     pub(crate) directory: Directory,
     pub(crate) metrics: Option<Arc<Bound>>,
     pub(crate) access_log: Option<AccessLog>,
+    pub(crate) traces: Option<Traces>,
     pub(crate) guards: Guards,
     /// TLS profiles, in the order of the configuration.
     pub(crate) profiles: Vec<Arc<Profile>>,
@@ -76,7 +79,7 @@ pub(crate) struct Ground {
     pub(crate) events: Events,
 }
 
-/// The threads that write access logs; each ends with the last snapshot that names it.
+/// The threads that write access logs and send spans; each ends with the last snapshot that names it.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Logs(Arc<Mutex<Vec<JoinHandle<()>>>>);
 
@@ -127,6 +130,7 @@ impl Snapshot {
         });
         let metrics = metrics.transpose()?;
         let access_log = open_log(config.access_log.as_ref(), before, &ground.logs)?;
+        let traces = open_traces(config.traces.as_ref(), before, &ground.logs)?;
         let directory = directory(&config, before).map_err(StartError::Tls)?;
         let mut services = Vec::new();
         for (config_of, (listeners, quic)) in config.services.iter().zip(listeners) {
@@ -154,6 +158,7 @@ impl Snapshot {
             directory,
             metrics,
             access_log,
+            traces,
             guards: ground.guards.clone(),
             profiles,
             gone: Vec::new(),
@@ -251,6 +256,7 @@ impl Serving {
                 .map(|(name, sites)| (name.clone(), Rc::new(sites.clone())))
                 .collect(),
             access_log: snapshot.access_log.clone(),
+            traces: snapshot.traces.clone(),
             guards: snapshot.guards.clone(),
             acme: snapshot.config.acme(),
         }
@@ -429,4 +435,22 @@ fn open_log(
         })?;
     logs.add(thread);
     Ok(Some(log))
+}
+
+fn open_traces(
+    config: Option<&TracesConfig>,
+    before: Option<&Snapshot>,
+    logs: &Logs,
+) -> Result<Option<Traces>, StartError> {
+    let Some(config) = config else {
+        return Ok(None);
+    };
+    let before = before.and_then(|before| before.traces.as_ref());
+    let opened = Traces::open(config, before).map_err(|source| StartError::Traces {
+        endpoint: config.endpoint.clone(),
+        source,
+    });
+    let (traces, thread) = opened?;
+    thread.into_iter().for_each(|thread| logs.add(thread));
+    Ok(Some(traces))
 }

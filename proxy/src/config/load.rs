@@ -13,6 +13,7 @@ use super::raw;
 use super::route;
 use super::table::{Problem, Section};
 use super::tls::{self, TlsConfig};
+use super::traces;
 use super::upstream::{RESOLVER_KEYS, reference, resolver, upstreams};
 use super::{
     Config, Limits, ListenAddress, ListenConfig, LogConfig, LogFormat, LogTarget, Protocol,
@@ -35,6 +36,7 @@ const ROOT_KEYS: &[&str] = &[
     "workers",
     "metrics",
     "access_log",
+    "traces",
     "limits",
     "http2",
     "quic",
@@ -140,6 +142,10 @@ impl Config {
             Some(section) => Some(access_log(&section, folder)?),
             None => None,
         };
+        let traces = match root.section("traces", traces::KEYS)? {
+            Some(section) => Some(traces::traces(&section)?),
+            None => None,
+        };
         let limits = limits(
             root.section("limits", LIMITS_KEYS)?,
             http2::http2(root.section("http2", http2::KEYS)?)?,
@@ -163,6 +169,7 @@ impl Config {
             workers,
             metrics,
             access_log,
+            traces,
             limits,
             quic,
             release,

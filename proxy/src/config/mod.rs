@@ -10,6 +10,7 @@ mod raw;
 mod route;
 mod table;
 mod tls;
+mod traces;
 mod upstream;
 
 use std::net::SocketAddr;
@@ -32,6 +33,7 @@ pub use tls::{
     AcmeConfig, CertificateConfig, Challenge, ClientsConfig, Demand, TlsConfig, TlsVersion,
     UpstreamTlsConfig,
 };
+pub use traces::TracesConfig;
 pub use upstream::{
     Balance, Check, EjectConfig, HashBy, HealthConfig, HttpCheck, ProxyVersion, ResolverConfig,
     ServerConfig, StickyConfig, UpstreamConfig, UpstreamProtocol, UpstreamRef,
@@ -52,6 +54,8 @@ pub struct Config {
     pub metrics: Option<SocketAddr>,
     /// Where access lines go, if anywhere.
     pub access_log: Option<LogConfig>,
+    /// Where spans of requests go, if anywhere.
+    pub traces: Option<TracesConfig>,
     /// Counts, bytes and times that bound everything.
     pub limits: Limits,
     /// Bounds and times of HTTP/3 listeners.

@@ -18,7 +18,8 @@ use crate::http::head::same_field;
 use crate::http::request::RequestId;
 use crate::listen::client::Client;
 pub(crate) use node::AddressText;
-#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) use trace::Hop;
+#[cfg(any(test, feature = "fuzzing", feature = "otel"))]
 pub(crate) use trace::TraceParent;
 
 /// Longest X-Request-Id that is passed on, in bytes: four times a UUID.

@@ -74,6 +74,29 @@ impl TraceParent {
     }
 }
 
+/// Where a request stands in its trace, before us and with us.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Hop {
+    /// Who called us, if it said so.
+    pub(crate) parent: Option<TraceParent>,
+    /// Our span, as the upstream is told.
+    pub(crate) own: TraceParent,
+}
+
+impl Hop {
+    /// Of a request that goes on with a span of ours.
+    pub(crate) fn of(said: Said<'_>, id: RequestId) -> Self {
+        let parent = received(said);
+        let own = parent.map_or_else(|| TraceParent::begin(id), |parent| parent.goes_on(id));
+        Self { parent, own }
+    }
+
+    /// Whether whoever began the trace wants it recorded.
+    pub(crate) const fn is_recorded(&self) -> bool {
+        self.own.flags & 1 == 1
+    }
+}
+
 /// The place in a trace a request came with, if it is well-formed and there once.
 pub(crate) fn received(said: Said<'_>) -> Option<TraceParent> {
     if !said.seen.has(OurField::TraceParent) {
@@ -89,9 +112,8 @@ pub(super) fn write(said: Said<'_>, tracing: Tracing, id: RequestId, out: &mut V
     let received = received(said);
     let passed = match (received, tracing) {
         (None, Tracing::Off) => return,
-        (None, Tracing::On) => TraceParent::begin(id),
         (Some(parent), Tracing::Off) => parent,
-        (Some(parent), Tracing::On) => parent.goes_on(id),
+        (_, Tracing::On) => Hop::of(said, id).own,
     };
     passed.write(out);
     if received.is_some() && said.seen.has(OurField::TraceState) && is_state(said.fields) {

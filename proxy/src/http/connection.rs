@@ -23,6 +23,7 @@ use crate::acme;
 use crate::buffer::{Buffer, Buffers};
 use crate::config::Limits;
 use crate::error::RequestError;
+use crate::forwarded::Hop;
 use crate::listen::client::{Client, Scheme};
 use crate::listen::port::{Connected, Link, Passage, Port, Presence, Settings, Visitor};
 use crate::service::Ticket;
@@ -234,6 +235,7 @@ impl Connection<'_> {
             arrival,
             request: decided.request,
             treatment: decided.treatment,
+            hop: decided.hop,
             head,
             passage,
             progress: Progress::default(),
@@ -252,8 +254,7 @@ impl Connection<'_> {
             Err(error) => self.answer_failure(&served, &error).await,
         };
         self.port.count(served.progress.status.get());
-        self.port
-            .log(|| Line::served(self.port, self.client.address, &served));
+        self.port.tell(self.client, &served);
         self.port.buffers.give_output(served.head);
         next
     }
@@ -284,6 +285,7 @@ impl Connection<'_> {
             service: &self.settings.service,
             limits: &self.settings.limits,
             is_pressed: self.settings.guards.memory.is_pressed(),
+            tracing: self.settings.tracing(),
             client: self.client,
             id,
             now,
@@ -589,6 +591,8 @@ pub(crate) struct Served {
     pub(crate) request: Request,
     /// What its route means for it, if it has one.
     pub(crate) treatment: Option<Box<Treatment>>,
+    /// Its place in a trace, where spans are recorded.
+    pub(crate) hop: Option<Box<Hop>>,
     /// As the upstream gets it; begins with method and target.
     pub(crate) head: Vec<u8>,
     pub(crate) passage: Passage,

@@ -11,7 +11,7 @@ use super::head::{Framing, HeadError};
 use super::request::{Method, Parsed, Request, RequestId, Told, class};
 use crate::config::{Limits, ServiceConfig};
 use crate::error::RequestError;
-use crate::forwarded::{AddressText, Arrived};
+use crate::forwarded::{AddressText, Arrived, Hop, Tracing};
 use crate::listen::client::Client;
 use crate::listen::port::{Passage, Settings};
 use crate::route::action::{FieldEdits, RedirectStatus};
@@ -25,6 +25,8 @@ pub(crate) struct Rules<'r> {
     pub(crate) limits: &'r Limits,
     /// Whether there is too little memory for any request.
     pub(crate) is_pressed: bool,
+    /// Whether spans are recorded.
+    pub(crate) tracing: Tracing,
     pub(crate) client: &'r Client,
     pub(crate) id: RequestId,
     pub(crate) now: Instant,
@@ -35,6 +37,8 @@ pub(crate) struct Rules<'r> {
 pub(crate) struct Decided {
     pub(crate) request: Request,
     pub(crate) treatment: Option<Box<Treatment>>,
+    /// Its place in a trace, where spans are recorded.
+    pub(crate) hop: Option<Box<Hop>>,
     /// Why it is refused, if it is.
     pub(crate) refusal: Option<RequestError>,
 }
@@ -92,7 +96,11 @@ impl Treatment {
 
 /// Decides, and appends the head that the upstream gets.
 pub(crate) fn decide(by: Rules<'_>, parsed: &Parsed<'_, '_>, out: &mut Vec<u8>) -> Decided {
-    let arrived = Arrived::by(by.client, &by.service.trusted_from);
+    let arrived = Arrived {
+        tracing: by.tracing,
+        ..Arrived::by(by.client, &by.service.trusted_from)
+    };
+    let hop = (by.tracing == Tracing::On).then(|| Box::new(Hop::of(parsed.said(), by.id)));
     let plain = Told::plain(&arrived, by.id);
     let judged = if by.is_pressed {
         Err(RequestError::Memory)
@@ -117,6 +125,7 @@ pub(crate) fn decide(by: Rules<'_>, parsed: &Parsed<'_, '_>, out: &mut Vec<u8>) 
     Decided {
         request,
         treatment,
+        hop,
         refusal: refusal.or_else(|| too_long.then_some(RequestError::BodyTooLong)),
     }
 }

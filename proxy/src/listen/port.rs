@@ -15,11 +15,14 @@ use cutover_protocol::id::Register;
 use tokio::sync::Notify;
 use tokio::time::timeout;
 
+use super::client::Client;
 use super::hangup::HangupWatch;
 use crate::access_log::{AccessLog, Line};
 use crate::buffer::{Buffer, Buffers};
 use crate::config::{AcmeConfig, Limits, Quic, ServiceConfig, UpstreamProtocol};
 use crate::error::RequestError;
+use crate::forwarded::Tracing;
+use crate::http::connection::Served;
 use crate::http::h2::upstream::Slot;
 use crate::http::request::RequestId;
 use crate::limit::{Guards, Reason};
@@ -30,6 +33,7 @@ use crate::service::roll::Roll;
 use crate::service::traffic::{Manner, Traffic};
 use crate::service::{Admission, Parked, Service, Ticket};
 use crate::stream::Stream;
+use crate::traces::Traces;
 use crate::upstream::{Chosen, Endpoint, Outcome, PickKey, Picked, Sender, Sites};
 
 /// What a reload may change under a running connection; taken anew for each request.
@@ -43,12 +47,21 @@ pub(crate) struct Settings {
     /// Those of routes that have servers of their own, by the route's name.
     pub(crate) route_sites: BTreeMap<String, Rc<Sites>>,
     pub(crate) access_log: Option<AccessLog>,
+    pub(crate) traces: Option<Traces>,
     pub(crate) guards: Guards,
     /// Whose proofs are shown to authorities.
     pub(crate) acme: Vec<AcmeConfig>,
 }
 
 impl Settings {
+    /// Whether spans are recorded.
+    pub(crate) const fn tracing(&self) -> Tracing {
+        match self.traces {
+            Some(_) => Tracing::On,
+            None => Tracing::Off,
+        }
+    }
+
     /// Everybody who may serve, by a route or without one.
     pub(crate) fn all_sites(&self) -> impl Iterator<Item = &Rc<Sites>> {
         std::iter::once(&self.sites).chain(self.route_sites.values())
@@ -523,6 +536,14 @@ impl Port {
     pub(crate) fn count_reason(&self, reason: Reason) {
         let shard = self.service.gate.shard(self.worker);
         shard.refusals.count(reason);
+    }
+
+    /// Says what became of a request, to whoever wants to know.
+    pub(crate) fn tell(&self, client: &Client, served: &Served) {
+        self.log(|| Line::served(self, client.address, served));
+        if let (Some(traces), Some(hop)) = (&self.settings().traces, &served.hop) {
+            traces.record(self.service.name().as_str(), client, served, hop);
+        }
     }
 
     /// Writes an access line, if anybody wants one.

@@ -33,6 +33,7 @@ mod stage2;
 mod supervisor;
 mod tls;
 mod together;
+mod traces;
 mod tunnels;
 mod upgrade;
 mod world;

@@ -69,6 +69,10 @@ const CASES: &[Case] = &[
         run: python::http3,
     },
     Case {
+        name: "gRPC talks in every manner, with trailers, errors and deadlines, clear and TLS",
+        run: python::grpc,
+    },
+    Case {
         name: "the mariadb client talks to its server through raw TCP",
         run: database::talk,
     },

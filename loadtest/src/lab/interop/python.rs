@@ -12,6 +12,10 @@ const TALKED: &str = "text hello\nbinary 1048576 True\nin order True\npong\nclos
 const TALKED_IN_A_STREAM: &str =
     "extended connect 1\nstatus 200\ntext hello\nbinary 2 5000\nclosed 8 4001 bye\n";
 
+const TALKED_BY_CALLS: &str = "unary hello you OK unary\nlarge 3000006 OK\nserver streaming True OK counting\n\
+     bidi you said one\nbidi you said two\nbidi you said three\nbidi [] OK\n\
+     failing NOT_FOUND no such thing: ä failing\nnowhere UNIMPLEMENTED\ndeadline DEADLINE_EXCEEDED\n";
+
 const TALKED_BY_DATAGRAMS: &str = "get 200 GET /three https\npost 200 True\nmany True\n";
 
 /// The Python program that has the packages of our list.
@@ -56,4 +60,12 @@ pub(super) fn http3(stage: &mut Stage) -> Result<()> {
         &talk.arg(stage.ca()),
         TALKED_BY_DATAGRAMS,
     )
+}
+
+pub(super) fn grpc(stage: &mut Stage) -> Result<()> {
+    let (clear, tls) = (stage.clear(Service::Greeter), stage.tls(Service::Greeter));
+    let talk = stage.python("talk_grpc.py").arg(clear.to_string());
+    stage.says("gRPC clear", &talk, TALKED_BY_CALLS)?;
+    let talk = stage.python("talk_grpc.py").arg(tls.to_string());
+    stage.says("gRPC TLS", &talk.arg(stage.ca()), TALKED_BY_CALLS)
 }

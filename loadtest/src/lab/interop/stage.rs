@@ -35,14 +35,17 @@ pub(super) enum Service {
     Fast,
     /// Speaks WebSocket.
     Chat,
+    /// Answers calls of gRPC: HTTP/2 upstream as well.
+    Greeter,
     /// A real database.
     Database,
 }
 
-const SERVICES: [Service; 4] = [
+const SERVICES: [Service; 5] = [
     Service::Echo,
     Service::Fast,
     Service::Chat,
+    Service::Greeter,
     Service::Database,
 ];
 
@@ -52,6 +55,7 @@ impl Service {
             Self::Echo => "echo",
             Self::Fast => "fast",
             Self::Chat => "chat",
+            Self::Greeter => "greeter",
             Self::Database => "database",
         }
     }
@@ -59,7 +63,7 @@ impl Service {
     const fn protocol(self) -> &'static str {
         match self {
             Self::Database => "tcp",
-            Self::Echo | Self::Fast | Self::Chat => "http",
+            Self::Echo | Self::Fast | Self::Chat | Self::Greeter => "http",
         }
     }
 }
@@ -107,6 +111,7 @@ impl Stage {
             let (process, port) = match service {
                 Service::Echo => script("origin", &environment, &assets, &folder)?,
                 Service::Chat => script("chat", &environment, &assets, &folder)?,
+                Service::Greeter => script("greeter", &environment, &assets, &folder)?,
                 Service::Fast => fast(&folders.program, &folder)?,
                 Service::Database => database::start(&folder)?,
             };
@@ -238,13 +243,21 @@ fn configuration(places: &[Place]) -> String {
         let (clear, tls) = (place.clear, place.tls);
         let http3 = match place.service {
             Service::Echo => "http3 = true\n",
-            Service::Fast | Service::Chat | Service::Database => "",
+            Service::Fast | Service::Chat | Service::Greeter | Service::Database => "",
         };
+        let mut server = format!("127.0.0.1:{behind}");
+        if place.service == Service::Greeter {
+            let _ = write!(
+                text,
+                "\n[[upstream]]\nname = \"{name}\"\nprotocol = \"http2\"\nservers = [{{ address = \"{server}\" }}]\n"
+            );
+            server = name.to_owned();
+        }
         // Writing into a string cannot fail.
         let _ = write!(
             text,
-            "\n[[service]]\nname = \"{name}\"\nprotocol = \"{protocol}\"\nsource = \"127.0.0.1:{behind}\"\n\
-             target = \"127.0.0.1:{behind}\"\n[[service.listen]]\naddress = \"127.0.0.1:{clear}\"\n\
+            "\n[[service]]\nname = \"{name}\"\nprotocol = \"{protocol}\"\nsource = \"{server}\"\n\
+             target = \"{server}\"\n[[service.listen]]\naddress = \"127.0.0.1:{clear}\"\n\
              [[service.listen]]\naddress = \"127.0.0.1:{tls}\"\ntls = \"public\"\n{http3}"
         );
     }

@@ -77,7 +77,7 @@ pub(crate) async fn serve_stream<B: RequestBody, A: AnswerSink>(
         Box::pin(forwarding.answer_failure(&served, &error)).await;
     }
     port.count(served.progress.status.get());
-    port.log(|| Line::served(port, client.address, &served));
+    port.tell(client, &served);
     port.buffers.give_output(served.head);
 }
 
@@ -100,6 +100,7 @@ fn read(port: &Port, client: &Client, asked: Asked) -> Result<Read, RequestError
             service: &settings.service,
             limits: &settings.limits,
             is_pressed: settings.guards.memory.is_pressed(),
+            tracing: settings.tracing(),
             client,
             id,
             now: arrival,
@@ -122,6 +123,7 @@ fn read(port: &Port, client: &Client, asked: Asked) -> Result<Read, RequestError
         arrival,
         request: decided.request,
         treatment: decided.treatment,
+        hop: decided.hop,
         head,
         passage,
         progress: Progress::default(),
