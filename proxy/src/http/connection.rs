@@ -107,19 +107,24 @@ impl Connection<'_> {
         self.port.buffers.give_empty(&mut self.buffer);
     }
 
-    /// Waits, without a buffer, for the first bytes of a request. False when there is none to come.
+    /// Waits, without a buffer, for the first bytes of a request. False when there is none to come. While the service
+    /// is held, nobody is idle: a client whose time is over then has it once more.
     async fn next_request_begins(&mut self) -> bool {
         if !self.buffer.is_empty() {
             return true;
         }
         let port = self.port;
         let idle_max = self.settings.limits.client_idle_max;
-        let begun = tokio::select! {
-            biased;
-            read = stream::read(self.stream, &port.buffers, &mut self.buffer, idle_max) => {
-                matches!(read, Ok(1..))
+        let begun = loop {
+            let read = tokio::select! {
+                biased;
+                read = stream::read(self.stream, &port.buffers, &mut self.buffer, idle_max) => read,
+                () = port.closing.idle_over() => break false,
+            };
+            match read {
+                Err(error) if error.kind() == io::ErrorKind::TimedOut && port.holds() => {}
+                read => break matches!(read, Ok(1..)),
             }
-            () = port.closing.idle_over() => false,
         };
         self.settings = port.settings();
         begun

@@ -31,7 +31,7 @@ use crate::service::inflight::InFlightTable;
 use crate::service::pool::{NoConnection, Pool, Upstream};
 use crate::service::roll::Roll;
 use crate::service::traffic::{Manner, Traffic};
-use crate::service::{Admission, Parked, Service, Ticket};
+use crate::service::{Admission, Mode, Parked, Service, Ticket};
 use crate::stream::Stream;
 use crate::traces::Traces;
 use crate::upstream::{Chosen, Endpoint, Outcome, PickKey, Picked, Sender, Sites};
@@ -338,6 +338,11 @@ impl Port {
     /// The settings in force.
     pub(crate) fn settings(&self) -> Rc<Settings> {
         self.current.settings()
+    }
+
+    /// Whether requests wait at the gate now.
+    pub(crate) fn holds(&self) -> bool {
+        self.service.gate.word().mode != Mode::Open
     }
 
     /// Passes an open gate, or waits at a closed one.

@@ -417,6 +417,25 @@ fn an_idle_connection_is_told_to_go() {
     assert_eq!(client.end(), None);
 }
 
+#[test]
+fn a_connection_of_a_held_service_is_not_idle() {
+    let (source, target) = (Origin::new("source"), Origin::new("target"));
+    let plan = || Plan::new(source.address(), target.address()).limits("client_idle_ms_max = 50");
+    let (world, other) = (plan().start(), plan().start());
+    let mut ours = client(&world);
+    let stream = ours.get("/");
+    assert_eq!(ours.answer(stream).status, 200);
+    world.hold();
+    let mut elsewhere = client(&other);
+    let stream = elsewhere.get("/");
+    assert_eq!(elsewhere.answer(stream).status, 200);
+    assert_eq!(elsewhere.end(), None);
+    let held = ours.get("/held");
+    world.until_held(1);
+    world.move_to(Site::Target);
+    assert_eq!(ours.answer(held).body, "target GET /held");
+}
+
 fn websocket(client: &mut Client2) -> Stream2 {
     let mut request = Request::builder()
         .method(Method::CONNECT)

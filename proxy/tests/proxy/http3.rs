@@ -528,6 +528,25 @@ fn an_idle_connection_is_closed_without_an_error() {
 }
 
 #[test]
+fn a_connection_of_a_held_service_is_not_idle() {
+    let (source, target) = (Origin::new("source"), Origin::new("target"));
+    let plan = || Plan::new(source.address(), target.address()).limits("client_idle_ms_max = 200");
+    let (world, other) = (plan().start_http3(), plan().start_http3());
+    let mut client = world.client();
+    let stream = client.get("/");
+    assert_eq!(client.answer(stream).text(), "source GET /");
+    world.world.hold();
+    let mut elsewhere = other.client();
+    let stream = elsewhere.get("/");
+    assert_eq!(elsewhere.answer(stream).text(), "source GET /");
+    assert!(elsewhere.end().is_h3_no_error());
+    let held = client.get("/held");
+    world.world.until_held(1);
+    world.world.move_to(Site::Target);
+    assert_eq!(client.answer(held).text(), "target GET /held");
+}
+
+#[test]
 fn a_hold_says_nothing_to_a_connection() {
     let (world, _source, target) = two_sites();
     let mut client = world.client();

@@ -1,6 +1,8 @@
 //! What is not forwarded: anything that two readers could read in two ways, and anything past a limit. The origin
 //! must not see a byte of it.
 
+use cutover_protocol::id::Site;
+
 use crate::world::{Origin, Plan};
 
 /// Sends each request on a connection of its own, followed by one that must not be answered.
@@ -257,4 +259,22 @@ fn an_idle_client_is_let_go() {
     let mut client = world.client();
     assert_eq!(client.get("/").message().status(), 200);
     assert!(client.is_closed());
+}
+
+#[test]
+fn nobody_is_idle_while_the_service_is_held() {
+    let (source, target) = (Origin::new("source"), Origin::new("target"));
+    let plan = || Plan::new(source.address(), target.address()).limits("client_idle_ms_max = 50");
+    let (world, other) = (plan().start(), plan().start());
+    let mut client = world.client();
+    assert_eq!(client.get("/").message().status(), 200);
+    world.hold();
+    // Where nothing is held, who comes after our client has to go before it.
+    let mut elsewhere = other.client();
+    assert_eq!(elsewhere.get("/").message().status(), 200);
+    assert!(elsewhere.is_closed());
+    client.get("/held");
+    world.until_held(1);
+    world.move_to(Site::Target);
+    assert_eq!(client.message().body, "target GET /held");
 }

@@ -98,7 +98,7 @@ impl Session {
     /// Accepts streams until the connection ends.
     async fn run(&mut self, idle_max: Duration) -> Result<(), h2::Error> {
         let shared = Rc::clone(&self.shared);
-        let mut idle = std::pin::pin!(shared.active.idle(idle_max));
+        let mut idle = std::pin::pin!(shared.active.idle(idle_max, || shared.port.holds()));
         loop {
             tokio::select! {
                 biased;

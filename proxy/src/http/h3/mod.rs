@@ -65,7 +65,7 @@ impl Session {
         let port = Rc::clone(&self.port);
         let active = Rc::clone(&self.active);
         let idle_max = port.settings().limits.client_idle_max;
-        let mut idle = std::pin::pin!(active.idle(idle_max));
+        let mut idle = std::pin::pin!(active.idle(idle_max, || port.holds()));
         loop {
             tokio::select! {
                 biased;

@@ -32,9 +32,13 @@ impl Active {
         Running(Rc::clone(self))
     }
 
-    /// Completes when no stream has run for this long.
-    pub(crate) async fn idle(&self, idle_max: Duration) {
+    /// Completes when no stream has run for this long. While the service is held, nobody is idle: where `holds` is
+    /// true when the time is over, it begins anew.
+    pub(crate) async fn idle(&self, idle_max: Duration, holds: impl Fn() -> bool) {
         loop {
+            if self.count.get() == 0 && holds() {
+                self.since.set(Instant::now());
+            }
             let runs = self.count.get() > 0;
             let since = if runs {
                 Instant::now()
