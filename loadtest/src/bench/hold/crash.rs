@@ -140,6 +140,7 @@ pub fn play(scene: &Scene<'_>, times: usize) -> Result<Played> {
         requests: &notes.requests,
         executions: &executions(&stage)?,
         released: None,
+        window: Knobs::default().window_max,
     });
     let clients = scene.clients;
     let row = Row {

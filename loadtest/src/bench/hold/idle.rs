@@ -68,6 +68,7 @@ pub fn play(scene: &Scene<'_>) -> Result<Played> {
             requests: &requests,
             executions: &own.copied().collect::<Vec<_>>(),
             released: Some(released),
+            window: Knobs::default().window_max,
         });
         let word = if is_held { "held" } else { "idle" };
         let case = format!("{}-{}-{word}", scene.case.name, kind.as_str());

@@ -17,6 +17,9 @@ pub struct Evidence<'a> {
     pub executions: &'a [Execution],
     /// When the held were let through; nothing where they never were.
     pub released: Option<Released>,
+    /// Requests that may be under way to an origin at the same time. Of those that are, chance says which one the
+    /// origin sees first: one finds a kept connection, the one before it has to connect.
+    pub window: usize,
 }
 
 /// The moments around a release.
@@ -35,8 +38,9 @@ pub struct Tally {
     pub verdict: Verdict,
     /// Requests that were held.
     pub held: usize,
-    /// Later requests whose execution was over before that of an earlier one began: one that was sent after the release
-    /// before one that was held for the same service, or a later stream of an HTTP/2 connection before an earlier one.
+    /// Later requests whose execution was over before that of an earlier one began, and so long before that more than a
+    /// window of others began in between: one that was sent after the release and one that was held for the same
+    /// service, or two streams of an HTTP/2 connection.
     pub overtaken: usize,
     /// From the release to the last answer of a held request.
     pub release: Option<Duration>,
@@ -56,10 +60,12 @@ pub fn judge(evidence: &Evidence<'_>) -> Tally {
         let index = (stalls.len() * part).div_ceil(100).max(1) - 1;
         stalls.get(index).copied().map(Duration::from_nanos)
     };
+    let executed = by_id(evidence.executions);
     Tally {
         verdict: account(evidence),
         held: held.len(),
-        overtaken: newcomers_before_held(evidence) + streams_out_of_order(evidence),
+        overtaken: newcomers_before_held(evidence, &executed)
+            + streams_out_of_order(evidence, &executed),
         release: stalls.last().copied().map(Duration::from_nanos),
         stall_p50: at(50),
         stall_p99: at(99),
@@ -123,42 +129,57 @@ fn is_raw(request: &Request) -> bool {
     request.kind == Kind::Tcp
 }
 
-fn by_id(executions: &[Execution]) -> HashMap<u64, &Execution> {
-    executions
-        .iter()
-        .map(|execution| (execution.id, execution))
+/// An execution and its place in the order of their beginnings.
+#[derive(Debug, Clone, Copy)]
+struct Placed<'a> {
+    execution: &'a Execution,
+    place: usize,
+}
+
+impl Placed<'_> {
+    /// Whether `self`, the later request, is out of order with an earlier one.
+    fn overtakes(&self, earlier: &Self, window: usize) -> bool {
+        let is_over = self.execution.ended_ns > 0;
+        is_over
+            && self.execution.ended_ns < earlier.execution.began_ns
+            && earlier.place.saturating_sub(self.place) > window
+    }
+}
+
+fn by_id(executions: &[Execution]) -> HashMap<u64, Placed<'_>> {
+    let mut ordered: Vec<&Execution> = executions.iter().collect();
+    ordered.sort_by_key(|execution| execution.began_ns);
+    let places = ordered.into_iter().enumerate();
+    places
+        .map(|(place, execution)| (execution.id, Placed { execution, place }))
         .collect()
 }
 
-fn newcomers_before_held(evidence: &Evidence<'_>) -> usize {
+fn newcomers_before_held(evidence: &Evidence<'_>, executed: &HashMap<u64, Placed<'_>>) -> usize {
     let Some(released) = evidence.released else {
         return 0;
     };
-    let executed = by_id(evidence.executions);
-    [false, true]
-        .into_iter()
-        .map(|raw| {
-            let last_held = held(evidence)
-                .iter()
-                .filter(|(request, _)| is_raw(request) == raw)
-                .filter_map(|(request, _)| executed.get(&request.id))
-                .map(|execution| execution.began_ns)
-                .max()
-                .unwrap_or(0);
-            let newcomers = evidence
-                .requests
-                .iter()
-                .filter(|request| is_raw(request) == raw && request.sent_ns > released.done_ns);
-            newcomers
-                .filter_map(|request| executed.get(&request.id))
-                .filter(|execution| execution.ended_ns > 0 && execution.ended_ns < last_held)
+    let held = held(evidence);
+    let of_service = |raw: bool| {
+        let own = held.iter().filter(|(request, _)| is_raw(request) == raw);
+        let last = own
+            .filter_map(|(request, _)| executed.get(&request.id))
+            .max_by_key(|placed| placed.place);
+        let newcomers = evidence
+            .requests
+            .iter()
+            .filter(|request| is_raw(request) == raw && request.sent_ns > released.done_ns);
+        let executed = newcomers.filter_map(|request| executed.get(&request.id));
+        last.map_or(0, |last| {
+            executed
+                .filter(|newcomer| newcomer.overtakes(last, evidence.window))
                 .count()
         })
-        .sum()
+    };
+    of_service(false) + of_service(true)
 }
 
-fn streams_out_of_order(evidence: &Evidence<'_>) -> usize {
-    let executed = by_id(evidence.executions);
+fn streams_out_of_order(evidence: &Evidence<'_>, executed: &HashMap<u64, Placed<'_>>) -> usize {
     let mut streams: Vec<&Request> = evidence
         .requests
         .iter()
@@ -166,15 +187,20 @@ fn streams_out_of_order(evidence: &Evidence<'_>) -> usize {
         .collect();
     // Ids grow in the order of sending; their upper part is the process.
     streams.sort_unstable_by_key(|request| (request.id >> 40, request.connection, request.id));
-    let (mut connection, mut latest_ns, mut inverted) = (None, 0, 0);
+    let (mut connection, mut latest, mut inverted) = (None, None::<Placed<'_>>, 0);
     for request in streams {
         let own = Some((request.id >> 40, request.connection));
         if own != connection {
-            (connection, latest_ns) = (own, 0);
+            (connection, latest) = (own, None);
         }
-        if let Some(execution) = executed.get(&request.id) {
-            inverted += usize::from(execution.ended_ns > 0 && execution.ended_ns < latest_ns);
-            latest_ns = latest_ns.max(execution.began_ns);
+        let Some(placed) = executed.get(&request.id) else {
+            continue;
+        };
+        match latest {
+            Some(earlier) if placed.place < earlier.place => {
+                inverted += usize::from(placed.overtakes(&earlier, evidence.window));
+            }
+            _ => latest = Some(*placed),
         }
     }
     inverted
@@ -217,6 +243,7 @@ mod tests {
             requests,
             executions,
             released: Some(RELEASED),
+            window: 0,
         })
     }
 
@@ -264,6 +291,19 @@ mod tests {
         assert_eq!(tally(&all, &after).overtaken, 1);
         let beside = [execution(1, 1300, 1400), execution(2, 1200, 1350)];
         assert_eq!(tally(&all, &beside).overtaken, 0);
+    }
+
+    #[test]
+    fn two_requests_that_may_be_under_way_together_have_no_order() {
+        let requests = [request(1, 10, 2000), request(2, 1020, 1500)];
+        let executions = [execution(1, 1300, 1400), execution(2, 1200, 1250)];
+        let evidence = Evidence {
+            requests: &requests,
+            executions: &executions,
+            released: Some(RELEASED),
+            window: 1,
+        };
+        assert_eq!(judge(&evidence).overtaken, 0);
     }
 
     #[test]

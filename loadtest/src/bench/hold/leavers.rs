@@ -50,6 +50,7 @@ pub fn play(scene: &Scene<'_>) -> Result<Played> {
             requests: &[left.requests.as_slice(), others.as_slice()].concat(),
             executions: &executions,
             released: Some(released),
+            window: Knobs::default().window_max,
         });
         let executed = left
             .requests

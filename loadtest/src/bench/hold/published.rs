@@ -111,6 +111,7 @@ fn ours(scene: &Scene<'_>) -> Result<Row> {
         processes_min: 1,
         steady: Vec::new(),
         coming: Coming::Before,
+        window: Knobs::default().window_max,
     };
     let outcome = scene.waves(&mut stage, &cast)?;
     Ok(Row::of("hopgate", &name, scene.clients, &outcome.tally))
@@ -248,6 +249,7 @@ fn theirs(scene: &Scene<'_>, python: &Path) -> Result<(Row, Vec<String>)> {
             asked_ns,
             done_ns: asked_ns,
         }),
+        window: Knobs::default().window_max,
     });
     let held = told
         .requests

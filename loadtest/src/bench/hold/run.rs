@@ -182,6 +182,7 @@ fn mixed(scene: &Scene<'_>) -> Result<Played> {
         processes_min: 1,
         steady: steady(&stage, &[Kind::Clear, Kind::Tls, Kind::H2]),
         coming: Coming::Before,
+        window: Knobs::default().window_max,
     };
     let outcome = scene.waves(&mut stage, &cast)?;
     let row = row(scene, scene.clients, &outcome);
@@ -237,6 +238,7 @@ fn every(scene: &Scene<'_>, spoil: Spoil) -> Result<Played> {
         processes_min: 1,
         steady: steady(&stage, &Kind::ALL),
         coming: Coming::Before,
+        window: Knobs::default().window_max,
     };
     let outcome = scene.waves(&mut stage, &cast)?;
     let row = row(scene, scene.clients, &outcome);
@@ -262,6 +264,7 @@ fn one(scene: &Scene<'_>, kind: Kind, streams: usize, bytes_max: u32) -> Result<
         },
         steady: Vec::new(),
         coming: Coming::Held,
+        window: Knobs::default().window_max,
     };
     let outcome = scene.waves(&mut stage, &cast)?;
     let row = row(scene, connections, &outcome);
@@ -294,6 +297,7 @@ fn capacity(scene: &Scene<'_>) -> Result<Played> {
         processes_min: 1,
         steady: steady(&stage, &[Kind::Clear, Kind::Tls, Kind::H2]),
         coming: Coming::Held,
+        window: CAPACITY_WORKERS,
     };
     let outcome = scene.waves(&mut stage, &cast)?;
     let row = row(scene, scene.clients, &outcome);

@@ -60,6 +60,8 @@ pub struct Cast {
     pub steady: Vec<Group>,
     /// When the former connect.
     pub coming: Coming,
+    /// Requests that the proxy may have under way to the target at once.
+    pub window: usize,
 }
 
 /// What a scene of waves brought.
@@ -188,6 +190,7 @@ impl Scene<'_> {
             requests: &requests,
             executions: &executions(stage)?,
             released: Some(released),
+            window: cast.window,
         });
         let suspects = tally.verdict.suspects.iter();
         faults.extend(suspects.take(FAULTS_MAX).cloned());
