@@ -8,11 +8,14 @@ use cutover_protocol::hold::{
 };
 use cutover_protocol::id::{Holder, Register, ServiceName};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::time::{Instant, sleep};
 
 use crate::sockets;
 
 /// What the proxy may add to a drain limit before we give up on its answer.
 const ANSWER_MAX: Duration = Duration::from_secs(5);
+/// Pause before a proxy is asked again that gives way to a new process just now.
+const BUSY_PAUSE: Duration = Duration::from_millis(100);
 
 /// The proxy could not be commanded.
 #[derive(Debug, thiserror::Error)]
@@ -152,7 +155,21 @@ impl Proxy {
         }
     }
 
+    /// Asks again for as long as the proxy is busy being replaced: whoever answers then knows the same register.
     async fn ask(&self, command: &Command, limit: Duration) -> Result<Answer, ProxyError> {
+        let give_up = Instant::now() + limit;
+        loop {
+            match self.ask_once(command, limit).await {
+                Err(ProxyError::Refused {
+                    reason: Refusal::Busy,
+                    ..
+                }) if Instant::now() + BUSY_PAUSE < give_up => sleep(BUSY_PAUSE).await,
+                answered => return answered,
+            }
+        }
+    }
+
+    async fn ask_once(&self, command: &Command, limit: Duration) -> Result<Answer, ProxyError> {
         let unreachable = |source| ProxyError::Unreachable {
             path: self.path.clone(),
             source,
@@ -211,4 +228,74 @@ const fn answer_max(command: &Command) -> Duration {
 
 fn unexpected(answer: &Answer) -> ProxyError {
     ProxyError::Nonsense(format!("{answer:?}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use cutover_protocol::id::{Epoch, Site};
+    use tokio::net::UnixListener;
+
+    use super::*;
+
+    const REFUSED_BUSY: &str =
+        "{\"answer\":\"refused\",\"reason\":\"busy\",\"message\":\"an upgrade is under way\"}\n";
+    const DONE: &str = "{\"answer\":\"done\",\"service\":{\"service\":\"web\",\"register\":{\"epoch\":2,\"owner\":\"target\"},\
+        \"gate\":\"holding\",\"in_flight\":0,\"upstream_connections\":0,\"held_now\":0,\"held\":0,\"released\":0,\"gave_up\":0,\"evicted\":0}}\n";
+    const NONE_HELD: &str = "{\"answer\":\"refused_all\",\"service\":\"db\",\"reason\":\"not_drained\",\"message\":\"m\",\
+        \"left\":[{\"client\":\"c\",\"what\":\"tcp\",\"age_ms\":7}],\"services\":[]}\n";
+
+    /// A proxy that says these lines, one a connection, and what it was told.
+    fn proxy_that_says(
+        folder: &tempfile::TempDir,
+        lines: &'static [&'static str],
+    ) -> tokio::task::JoinHandle<Vec<String>> {
+        let listener = UnixListener::bind(folder.path().join("control.sock")).unwrap();
+        tokio::spawn(async move {
+            let mut told = Vec::new();
+            for line in lines {
+                let mut stream = BufReader::new(listener.accept().await.unwrap().0);
+                let mut command = String::new();
+                stream.read_line(&mut command).await.unwrap();
+                told.push(command);
+                stream.write_all(line.as_bytes()).await.unwrap();
+            }
+            told
+        })
+    }
+
+    #[tokio::test]
+    async fn a_proxy_that_gives_way_to_a_new_process_is_asked_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let proxy = proxy_that_says(&folder, &[REFUSED_BUSY, REFUSED_BUSY, DONE]);
+        let holder = "hop-1".parse().unwrap();
+        let ours = Proxy::new(&folder.path().join("control.sock")).in_name_of(holder);
+        let commit = Command::Commit {
+            service: "web".parse().unwrap(),
+            epoch: Epoch(1),
+            to: Site::Target,
+        };
+        let status = ours.command(&commit).await.unwrap();
+        assert_eq!(status.register.owner, Site::Target);
+        let told = proxy.await.unwrap();
+        let line = "{\"claim\":{\"holder\":\"hop-1\"},\"command\":\"commit\",\"service\":\"web\",\"epoch\":1,\"to\":\"target\"}\n";
+        assert_eq!(told, [line; 3]);
+    }
+
+    #[tokio::test]
+    async fn what_keeps_one_of_several_services_from_draining_is_named() {
+        let folder = tempfile::tempdir().unwrap();
+        let proxy = proxy_that_says(&folder, &[NONE_HELD]);
+        let ours = Proxy::new(&folder.path().join("control.sock"));
+        let hold = Command::HoldAll {
+            services: Vec::new(),
+            lease_ms: 1,
+            drain_ms_max: 1,
+        };
+        let error = ours.command_all(&hold).await.unwrap_err().to_string();
+        assert_eq!(
+            error,
+            "db did not drain in time: 1 left, the oldest tcp from c for 7 ms"
+        );
+        proxy.await.unwrap();
+    }
 }

@@ -5,9 +5,10 @@
 
 use std::net::{Ipv4Addr, SocketAddr};
 
-use cutover_protocol::hold::Command;
+use cutover_protocol::hold::Order;
 
 use crate::config::Config;
+use crate::control::seen;
 use crate::forwarded::TraceParent;
 use crate::forwarded::{Arrived, TrustedFrom};
 use crate::http::chunked::{ChunkError, Chunks};
@@ -79,10 +80,15 @@ pub fn config(bytes: &[u8]) {
 
 /// A line of the control socket: what is understood is said again in the same words.
 pub fn command(bytes: &[u8]) {
-    if let Ok(command) = serde_json::from_slice::<Command>(bytes) {
-        let said = serde_json::to_vec(&command).unwrap_or_default();
-        let again = serde_json::from_slice::<Command>(&said);
-        assert_eq!(again.ok(), Some(command));
+    if let Ok(order) = serde_json::from_slice::<Order>(bytes) {
+        let said = serde_json::to_vec(&order).unwrap_or_default();
+        let again = serde_json::from_slice::<Order>(&said);
+        assert_eq!(again.ok(), Some(order));
+    }
+    if let Ok(look) = serde_json::from_slice::<seen::Look>(bytes) {
+        let said = serde_json::to_vec(&look).unwrap_or_default();
+        let again = serde_json::from_slice::<seen::Look>(&said);
+        assert_eq!(again.ok(), Some(look));
     }
 }
 

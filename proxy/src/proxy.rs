@@ -205,7 +205,9 @@ impl Proxy {
             predecessor,
             unused,
         } = predecessor;
-        predecessor.wait_for_our_turn(unused)?;
+        let services = config.services.iter();
+        let gates = services.map(|service| service.name.clone()).collect();
+        predecessor.wait_for_our_turn(unused, gates)?;
         // Clients first: those who are in the queues wait for nothing but this.
         proxy.phase.send_replace(Phase::Running);
         if let Err(error) = predecessor.say_serving() {
@@ -524,7 +526,10 @@ impl ControlSeed {
         if !replaced {
             supervisor::stopping();
         }
-        socket.own_file(!replaced);
+        // A process that was to take over and never did leaves the file to the one that has it.
+        if replaced {
+            socket.own_file(false);
+        }
         // Commands are obeyed to the end: a hold may be released while we wait for its held.
         let mut closing = Closing {
             running: &running,

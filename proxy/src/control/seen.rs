@@ -214,3 +214,44 @@ impl Look {
             .is_ok_and(|word| WORDS.contains(&word.command.as_str()))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use cutover_protocol::id::{Epoch, Site};
+
+    use super::*;
+
+    #[test]
+    fn what_is_asked_and_told_is_spelled_so() {
+        let held = serde_json::to_string(&Look::Held { service: None }).unwrap();
+        assert_eq!(held, r#"{"command":"held"}"#);
+        let forecast = Look::Forecast {
+            service: "web".parse().unwrap(),
+            duration_ms: 9,
+        };
+        let text = r#"{"command":"forecast","service":"web","duration_ms":9}"#;
+        assert_eq!(serde_json::to_string(&forecast).unwrap(), text);
+        assert!(Look::is_meant_by(text.as_bytes()));
+        assert!(!Look::is_meant_by(br#"{"command":"status"}"#));
+        let event = Event {
+            at_ms: 1,
+            what: Happening::Gate {
+                service: "web".parse().unwrap(),
+                gate: Gate::Holding,
+                register: Register {
+                    epoch: Epoch(7),
+                    owner: Site::Source,
+                },
+            },
+        };
+        let text = r#"{"at_ms":1,"event":"gate","service":"web","gate":"holding","register":{"epoch":7,"owner":"source"}}"#;
+        assert_eq!(serde_json::to_string(&event).unwrap(), text);
+        let missed = Event {
+            at_ms: 2,
+            what: Happening::Missed { count: 3 },
+        };
+        let text = r#"{"at_ms":2,"event":"missed","count":3}"#;
+        assert_eq!(serde_json::to_string(&missed).unwrap(), text);
+        assert_eq!(serde_json::from_str::<Event>(text).unwrap(), missed);
+    }
+}

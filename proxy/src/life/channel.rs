@@ -65,9 +65,9 @@ pub(crate) enum Message {
     Ready {
         /// Places that the new configuration does not have.
         unused: Vec<Place>,
-        /// Whether it will tell of its gates: without that nothing that holds is handed over.
+        /// Whose gates it will tell of: no other that holds is handed over.
         #[serde(default)]
-        tells_gates: bool,
+        gates: Vec<ServiceName>,
     },
     /// Begin.
     Yours,

@@ -9,6 +9,8 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use cutover_protocol::id::ServiceName;
+
 use super::channel::{Channel, Message, VERSION, receive_with_files};
 use super::inherited::Inherited;
 use crate::config::Config;
@@ -171,12 +173,13 @@ pub(crate) fn decline(channel: &Channel, why: &str) {
 }
 
 impl Predecessor {
-    /// Everything is made: asks to begin, and waits for the word.
-    pub(crate) fn wait_for_our_turn(&self, unused: Vec<Place>) -> Result<(), SuccessionError> {
-        self.say(&Message::Ready {
-            unused,
-            tells_gates: true,
-        })?;
+    /// Everything is made: asks to begin, and waits for the word. It is told of the `gates` from then on.
+    pub(crate) fn wait_for_our_turn(
+        &self,
+        unused: Vec<Place>,
+        gates: Vec<ServiceName>,
+    ) -> Result<(), SuccessionError> {
+        self.say(&Message::Ready { unused, gates })?;
         match receive(&self.channel)? {
             (Message::Yours, _) => Ok(()),
             _ => Err(SuccessionError::Unexpected),

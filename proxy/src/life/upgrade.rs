@@ -40,8 +40,10 @@ pub enum UpgradeError {
     )]
     InHop(ServiceName),
     /// The held would never be let through.
-    #[error("a gate holds, and the new program is too old to tell this process when it opens")]
-    TellsNoGates,
+    #[error(
+        "the gate of service {0} holds, and the new process would not say when it opens: it has no such service, or is too old"
+    )]
+    TellsNothing(ServiceName),
     /// One thing at a time.
     #[error("a reload or an upgrade is under way; try again when it has ended")]
     Busy,
@@ -311,7 +313,7 @@ impl Running {
                 Err(_) => break,
             }
         }
-        if self.holds_anything() {
+        if !self.holding().is_empty() {
             tracing::error!("the process after this one is gone: whoever is held here is refused");
             for serving in &self.shared.load().services {
                 serving.service.gate.shut();
@@ -320,10 +322,12 @@ impl Running {
         self.deserted.send_replace(true);
     }
 
-    fn holds_anything(&self) -> bool {
+    /// Services whose gates hold.
+    fn holding(&self) -> Vec<ServiceName> {
         let snapshot = self.shared.load();
-        let mut services = snapshot.services.iter();
-        services.any(|serving| serving.service.gate.word().mode == Mode::Holding)
+        let services = snapshot.services.iter().map(|serving| &serving.service);
+        let holding = services.filter(|service| service.gate.word().mode == Mode::Holding);
+        holding.map(|service| service.name().clone()).collect()
     }
 
     /// Whether a command would close a gate that does not hold yet.
@@ -386,15 +390,13 @@ impl Running {
         let limit = self.shared.load().config.limits.upgrade_max;
         let offered = timeout(limit, self.offer(channel)).await;
         offered.map_err(|_| UpgradeError::TooSlow(limit))??;
-        let (unused, tells_gates) = match hear_within(limit, channel).await? {
-            Message::Ready {
-                unused,
-                tells_gates,
-            } => (unused, tells_gates),
+        let (unused, gates) = match hear_within(limit, channel).await? {
+            Message::Ready { unused, gates } => (unused, gates),
             _ => return Err(UpgradeError::Unexpected),
         };
-        if !tells_gates && self.holds_anything() {
-            return Err(UpgradeError::TellsNoGates);
+        let stranded = |name: &ServiceName| !gates.contains(name);
+        if let Some(name) = self.holding().into_iter().find(stranded) {
+            return Err(UpgradeError::TellsNothing(name));
         }
         // From here commands wait for the new process, or for us again.
         self.commands.send_replace(false);

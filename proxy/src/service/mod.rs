@@ -68,7 +68,9 @@ struct Ledger {
 enum Leases {
     Run,
     /// Another process has the register, or is about to.
-    Pause,
+    Pause {
+        since: Instant,
+    },
 }
 
 /// A hold, as whoever ordered it knows it.
@@ -195,12 +197,19 @@ impl Service {
 
     /// From now on no lease runs out here: another process is about to have the register.
     pub(crate) fn pause_lease(&self) {
-        self.lock().leases = Leases::Pause;
+        let since = Instant::now();
+        self.lock().leases = Leases::Pause { since };
     }
 
-    /// The register stays here.
+    /// The register stays here. Nobody could renew meanwhile, so that time does not count.
     pub(crate) fn resume_lease(&self) {
-        self.lock().leases = Leases::Run;
+        let mut ledger = self.lock();
+        if let Leases::Pause { since } = ledger.leases {
+            ledger.leases = Leases::Run;
+            let later = |until: Instant| until.checked_add(since.elapsed());
+            ledger.lease_until = ledger.lease_until.and_then(later);
+        }
+        drop(ledger);
         self.gate.keeper.notify_one();
     }
 

@@ -288,3 +288,28 @@ fn nothing_is_held_anew_while_the_old_process_finishes_what_was_held() {
     assert_eq!(client.message().body, "ok");
     answering.join().unwrap();
 }
+
+#[test]
+fn a_service_that_holds_cannot_be_lost_by_an_upgrade() {
+    let (source, target) = (Origin::new("source"), Origin::new("target"));
+    let folder = tempfile::tempdir().unwrap();
+    let path = Plan::new(source.address(), target.address()).write(&folder);
+    let running = Running::start(&folder);
+    done(Control::connect(&folder).order(&order(hold(Epoch(1), 60_000, 20_000))));
+    let mut client = Peer::connect(running.address);
+    client.get("/held");
+    until_held(&folder, 1);
+    let text = std::fs::read_to_string(&path).unwrap();
+    std::fs::write(&path, text.replace("name = \"web\"", "name = \"shop\"")).unwrap();
+    let (code, said) = ctl(&folder, &["upgrade"]);
+    assert_eq!(code, Some(1), "{said}");
+    assert!(
+        said.contains(
+            "the gate of service web holds, and the new process would not say when it opens"
+        ),
+        "{said}"
+    );
+    assert_eq!(process(&folder).pid, running.child.id());
+    move_to_target(&folder);
+    assert_eq!(client.message().body, "target GET /held");
+}
