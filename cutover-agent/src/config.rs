@@ -2,7 +2,7 @@
 //! folder of the file that names it. Unknown keys are refused with the nearest known one.
 
 use std::collections::BTreeSet;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 
 use cutover_protocol::id::{ContainerName, Site};
@@ -10,6 +10,7 @@ use cutover_protocol::plan::{Plan, PlanError, RawPlan};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
+use crate::names::Name;
 use crate::tls::TlsPaths;
 
 /// Name of the tree that holds a container's memory images; no configured tree may take it.
@@ -26,6 +27,10 @@ pub struct Config {
     pub control: PathBuf,
     /// The other agents' door.
     pub peer: Peer,
+    /// How tunnels are made here.
+    pub tunnel: TunnelSettings,
+    /// Where clients are told to find the services.
+    pub dns: Option<Dns>,
     /// The proxy's control socket; a source cannot hop without one.
     pub proxy_control: Option<PathBuf>,
     /// How containers are run here.
@@ -41,6 +46,53 @@ pub struct Peer {
     pub listen: SocketAddr,
     /// Who we are, and whom we trust.
     pub tls: TlsPaths,
+}
+
+/// How tunnels are made at this site.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct TunnelSettings {
+    /// UDP port of WireGuard here; 0 lets the system choose.
+    pub port: u16,
+    /// charon's control socket, for IPsec.
+    pub vici: PathBuf,
+    /// Addresses that go on reaching the containers through this site after a hop, besides those whose connections
+    /// are open at the freeze: the proxy's, and of containers that stay.
+    pub carried: BTreeSet<IpAddr>,
+}
+
+impl Default for TunnelSettings {
+    fn default() -> Self {
+        Self {
+            // The one everybody's firewalls know.
+            port: 51_820,
+            // Where Debian's charon-systemd and charon have it.
+            vici: "/run/charon.vici".into(),
+            carried: BTreeSet::new(),
+        }
+    }
+}
+
+/// A name server that takes updates, and the names to turn.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Dns {
+    /// The primary server of the zones.
+    pub server: SocketAddr,
+    /// The name of the TSIG key, of HMAC-SHA-256.
+    pub key_name: String,
+    /// The file with its secret, as base64.
+    pub key_file: PathBuf,
+    /// For how long resolvers may remember names around a hop, in seconds.
+    #[serde(default = "default_ttl_moving_s")]
+    pub ttl_moving_s: u32,
+    /// The names, in the order in which they are turned one by one.
+    #[serde(rename = "name", default)]
+    pub names: Vec<Name>,
+}
+
+const fn default_ttl_moving_s() -> u32 {
+    30
 }
 
 /// The container runtime and CRIU.
@@ -96,6 +148,10 @@ struct RawConfig {
     state_dir: PathBuf,
     control: PathBuf,
     peer: RawPeer,
+    #[serde(default)]
+    tunnel: TunnelSettings,
+    #[serde(default)]
+    dns: Option<Dns>,
     #[serde(default)]
     proxy: Option<RawProxy>,
     #[serde(default)]
@@ -234,6 +290,14 @@ impl Config {
                     key: base.join(raw.peer.key),
                 },
             },
+            tunnel: TunnelSettings {
+                vici: base.join(&raw.tunnel.vici),
+                ..raw.tunnel
+            },
+            dns: raw.dns.map(|dns| Dns {
+                key_file: base.join(&dns.key_file),
+                ..dns
+            }),
             proxy_control: raw.proxy.map(|proxy| base.join(proxy.control)),
             runtime: Runtime {
                 runc: base.join(raw.runtime.runc),

@@ -12,6 +12,7 @@ pub mod files;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzzing;
 pub mod memory;
+pub mod names;
 mod open_files;
 pub mod peer;
 pub mod pki;
@@ -25,3 +26,4 @@ pub mod sockets;
 pub mod target;
 pub mod tls;
 pub mod transfer;
+pub mod tunnel;

@@ -6,9 +6,12 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 use cutover_agent::config::{Config, load_plan};
 use cutover_agent::control::{self, Checked, Command, Line, Status};
+use cutover_agent::names::OldDoor;
 use cutover_agent::report::{Outcome, Progress, Report};
 use cutover_agent::{criu, pki, serve};
+use cutover_protocol::door::Closing;
 use cutover_protocol::hop::Phase;
+use cutover_protocol::tunnel::{Carrier, Fare};
 use cutover_protocol::wire::Severity;
 
 /// The agent answers, but what was asked did not work.
@@ -79,6 +82,12 @@ enum Verb {
     Abort,
     /// Take up what a dead agent left: finish what was committed, undo what was not.
     Recover,
+    /// After a hop: stop leading late clients from the source to the target, and take the tunnel down.
+    Retire {
+        /// Also when somebody still comes, or may.
+        #[arg(long)]
+        anyway: bool,
+    },
     /// Make a certificate authority and one certificate and key a site.
     Pki {
         /// Where to put them; existing files are kept.
@@ -151,6 +160,7 @@ fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
         Verb::Status { json } => status(&control, json),
         Verb::Abort => simple(&control, &Command::Abort),
         Verb::Recover => simple(&control, &Command::Recover),
+        Verb::Retire { anyway } => simple(&control, &Command::Retire { anyway }),
         Verb::Pki { dir } => {
             pki::create(&dir)?;
             println!(
@@ -344,8 +354,54 @@ fn print_status(status: &Status) {
     if status.unfinished {
         println!("unfinished: a hop waits for `cutover-agent recover`");
     }
+    if let Some(tunnel) = &status.tunnel {
+        print_tunnel(tunnel);
+    }
+    if let Some(door) = &status.old_door {
+        print_old_door(door);
+    }
     for owed in &status.owed {
         println!("owed to the target: {owed}");
+    }
+}
+
+fn print_tunnel(tunnel: &Fare) {
+    let carrier = match tunnel.carrier {
+        Carrier::Kernel => "in the kernel",
+        Carrier::User => "in user space",
+    };
+    let age = tunnel.handshake_age_s.map_or_else(
+        || "none yet".to_owned(),
+        |seconds| format!("{seconds} s ago"),
+    );
+    println!(
+        "tunnel of {}: {} {carrier}, {} to {} on {}, MTU {}, {} bytes sent, {} received, last handshake {age}",
+        tunnel.hop,
+        tunnel.kind.as_str(),
+        tunnel.address,
+        tunnel.peer,
+        tunnel.device,
+        tunnel.mtu,
+        tunnel.bytes_sent,
+        tunnel.bytes_received
+    );
+    for address in &tunnel.forwarded {
+        println!("led through the tunnel: {address}");
+    }
+}
+
+fn print_old_door(door: &OldDoor) {
+    let when = match door.closing {
+        Closing::Now => "it is safe to close it: cutover-agent retire".to_owned(),
+        Closing::Busy => "somebody is there".to_owned(),
+        Closing::In { seconds } => format!("safe to close in {seconds} s if nobody comes"),
+    };
+    println!(
+        "old door of {}: {} requests since the commit, {} under way, the last {} s ago; {when}",
+        door.hop, door.requests, door.now, door.quiet_s
+    );
+    for (name, pointing) in &door.names {
+        println!("name {name}: {pointing:?}");
     }
 }
 

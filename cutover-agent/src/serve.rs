@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use cutover_protocol::door::Closing;
 use cutover_protocol::hop::Undo;
 use cutover_protocol::id::{HopId, Site};
 use cutover_protocol::plan::{Plan, RawPlan};
@@ -20,10 +21,12 @@ use crate::control::{Checked, Command, Line, Status};
 use crate::driver::{Driver, DriverError, Watch, journal::Journal};
 use crate::engine::Host;
 use crate::memory::PageStore;
-use crate::peer::{self, Handler, PeerTimeouts};
+use crate::names::Names;
+use crate::peer::{self, Doors, Handler, PeerTimeouts};
 use crate::report::Report;
 use crate::target::Target;
 use crate::tls::ServerTls;
+use crate::tunnel::Tunnel;
 use crate::{driver, durable, sockets};
 
 /// Longest command line, in bytes: a plan of thousands of containers fits.
@@ -69,6 +72,9 @@ pub enum ServeError {
     /// The certificates cannot be used.
     #[error(transparent)]
     Tls(#[from] crate::tls::TlsError),
+    /// Names cannot be turned.
+    #[error(transparent)]
+    Names(#[from] crate::names::NamesError),
     /// The remembered standing cannot be read.
     #[error(transparent)]
     Target(#[from] crate::target::TargetError),
@@ -87,6 +93,8 @@ struct Owed {
 pub struct Agent {
     host: Host,
     target: Arc<Target>,
+    tunnel: Arc<Tunnel>,
+    names: Arc<Names>,
     /// The hop that is being driven. Held across the whole hop by whoever drives.
     current: Mutex<Option<Watch>>,
     owed: Mutex<Owed>,
@@ -123,9 +131,17 @@ pub async fn serve(config: Config) -> Result<(), ServeError> {
         place: config.control.display().to_string(),
         source,
     })?;
+    let port = config.peer.listen.port();
+    let tunnel = Arc::new(Tunnel::new(&config.state_dir, &config.tunnel, port));
+    if let Err(error) = tunnel.restore().await {
+        // A hop that needs it makes a new one, and goes past it meanwhile.
+        tracing::error!("the tunnel of an earlier hop is not up: {error}");
+    }
     let agent = Arc::new(Agent {
         host: Host::new(config.clone()),
-        target: Arc::new(Target::new(config.clone())?),
+        target: Arc::new(Target::new(config.clone(), Arc::clone(&tunnel))?),
+        tunnel,
+        names: Arc::new(Names::load(&config)?),
         current: Mutex::new(None),
         owed: Mutex::new(owed),
     });
@@ -142,6 +158,8 @@ pub async fn serve(config: Config) -> Result<(), ServeError> {
     tracing::info!(site = %config.site, control = %config.control.display(), peer = %config.peer.listen, "serving");
     tasks.spawn(Arc::clone(&agent).recover_at_start());
     tasks.spawn(Arc::clone(&agent).pay_owed());
+    let (names, proxy) = (Arc::clone(&agent.names), config.proxy_control.clone());
+    tasks.spawn(async move { names.follow(proxy.as_deref()).await });
     let accepting = Arc::clone(&agent);
     tasks.spawn(async move { accepting.accept(control).await });
     stop_signal().await;
@@ -174,7 +192,8 @@ async fn serve_peers(listener: TcpListener, tls: ServerTls, agent: Arc<Agent>) {
     let config = agent.host.config.clone();
     let trees: peer::Trees = Arc::new(move |name| config.tree_path(name.as_str()));
     let handler = Arc::new(PeerHandler(Arc::clone(&agent.target)));
-    let Err(error) = peer::serve(listener, tls, PEER_TIMEOUTS, handler, trees).await;
+    let doors = Doors::new(listener, agent.tunnel.door());
+    let Err(error) = peer::serve(doors, tls, PEER_TIMEOUTS, handler, trees).await;
     tracing::error!("the peer listener failed: {error}");
 }
 
@@ -235,6 +254,7 @@ impl Agent {
             Command::Status => Ok(Line::Status(Box::new(self.status().await))),
             Command::Abort => self.abort().await,
             Command::Recover => self.recover(answers).await,
+            Command::Retire { anyway } => self.retire(anyway).await,
         };
         result.unwrap_or_else(|message| Line::Error { message })
     }
@@ -252,7 +272,7 @@ impl Agent {
                 watch.hop
             ));
         }
-        let driver = Driver::begin(self.host.clone(), plan.clone(), fail_at)
+        let driver = Driver::begin(self.place(), plan.clone(), fail_at)
             .await
             .map_err(|error| error.to_string())?;
         *current = Some(driver.watch());
@@ -368,7 +388,7 @@ impl Agent {
         if let Some(watch) = current.as_ref() {
             return Err(format!("{} is under way already", watch.hop));
         }
-        let driver = Driver::resume(self.host.clone()).map_err(|error| error.to_string())?;
+        let driver = Driver::resume(self.place()).map_err(|error| error.to_string())?;
         *current = driver.as_ref().map(Driver::watch);
         Ok(driver)
     }
@@ -426,6 +446,8 @@ impl Agent {
             hop: watch.map(|watch| watch.hop),
             standing: self.target.standing().await,
             unfinished,
+            tunnel: self.tunnel.fare().await,
+            old_door: self.names.old_door().await,
             owed: self
                 .owed
                 .lock()
@@ -449,6 +471,44 @@ impl Agent {
         }
         watch.abort.send_replace(true);
         Ok(follow(watch).await)
+    }
+
+    fn place(&self) -> driver::Place {
+        (
+            self.host.clone(),
+            Arc::clone(&self.tunnel),
+            Arc::clone(&self.names),
+        )
+    }
+
+    async fn retire(&self, anyway: bool) -> Result<Line, String> {
+        let door = self.names.old_door().await;
+        if !anyway && door.is_some_and(|door| door.closing != Closing::Now) {
+            return Err(
+                "somebody still comes by the source, or may: see `cutover-agent status`, or say --anyway"
+                    .to_owned(),
+            );
+        }
+        if let Some(watch) = self.current.lock().await.as_ref() {
+            return Err(format!("{} is under way: wait for its end", watch.hop));
+        }
+        self.names.retire().await?;
+        let Some((hop, target)) = self.tunnel.kept().await else {
+            return Ok(Line::Done {
+                message: "no tunnel is left; names live as long as before".to_owned(),
+            });
+        };
+        // The target's end first: while ours is there, another try is possible.
+        driver::close_far_end(&self.host, target, &hop).await?;
+        self.tunnel
+            .close(&hop)
+            .await
+            .map_err(|error| error.to_string())?;
+        Ok(Line::Done {
+            message: format!(
+                "the tunnel of {hop} is down; the source no longer leads anybody to the target"
+            ),
+        })
     }
 
     /// At SIGTERM: what has not committed is undone, what has is finished.

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use cutover_protocol::id::{ContainerName, HopId};
 use cutover_protocol::plan::{Engine, Probe};
+use cutover_protocol::tunnel::Offer;
 use cutover_protocol::wire::{Request, Response};
 use serde::{Deserialize, Serialize};
 use tokio::sync::Mutex;
@@ -17,6 +18,7 @@ use crate::durable;
 use crate::engine::{Built, EngineError, Host};
 use crate::fence::Fence;
 use crate::memory::PageStore;
+use crate::tunnel::{self, Tunnel, TunnelError};
 use crate::{preflight, probe};
 
 /// How long taking down one container may take.
@@ -54,6 +56,7 @@ pub struct Standing {
 pub struct Target {
     host: Host,
     pages: Arc<PageStore>,
+    tunnel: Arc<Tunnel>,
     standing: Mutex<Option<Standing>>,
     /// What was built and has not run. Lost with the agent: the source then takes the hop back.
     built: Mutex<BTreeMap<ContainerName, Built>>,
@@ -68,6 +71,9 @@ pub enum TargetError {
     /// A probe failed.
     #[error("{0}")]
     Probe(String),
+    /// The tunnel failed.
+    #[error(transparent)]
+    Tunnel(#[from] TunnelError),
     /// The standing could not be kept.
     #[error("cannot keep the state of the hop in {path}: {source}")]
     State {
@@ -102,7 +108,7 @@ impl Target {
     ///
     /// # Errors
     /// When the remembered standing cannot be read: deleting it would forget what is parked here.
-    pub fn new(config: Config) -> Result<Self, TargetError> {
+    pub fn new(config: Config, tunnel: Arc<Tunnel>) -> Result<Self, TargetError> {
         let path = standing_path(&config);
         let standing =
             durable::read_json(&path).map_err(|source| TargetError::State { path, source })?;
@@ -110,6 +116,7 @@ impl Target {
         Ok(Self {
             host: Host::new(config),
             pages,
+            tunnel,
             standing: Mutex::new(standing),
             built: Mutex::default(),
         })
@@ -166,7 +173,40 @@ impl Target {
             Request::Kill { hop } => self.kill(&hop).await,
             Request::Drop { hop, containers } => self.drop_staged(&hop, &containers).await,
             Request::Finish { hop } => self.finish(&hop).await,
+            Request::OpenTunnel(offer) => self.open_tunnel(offer).await,
+            Request::FitTunnel { hop, mtu } => {
+                self.tunnel.set_mtu(&hop, mtu).await?;
+                Ok(Response::Done)
+            }
+            Request::CloseTunnel { hop } => {
+                self.tunnel.close(&hop).await?;
+                Ok(Response::Done)
+            }
+            Request::ReturnThrough { hop, moved } => {
+                self.tunnel.flip(&hop, moved).await?;
+                Ok(Response::Done)
+            }
         }
+    }
+
+    async fn open_tunnel(&self, offer: Offer) -> Result<Response, TargetError> {
+        let containers = {
+            let standing = self.standing.lock().await;
+            Self::check(&standing, &offer.hop)?.containers.clone()
+        };
+        let mut namespaces = Vec::with_capacity(containers.len());
+        for name in &containers {
+            namespaces.push(self.host.container(name)?.network_namespace.clone());
+        }
+        // A namespace that is made only with its container has no address yet: nothing of it can move.
+        let known = tokio::task::spawn_blocking(move || {
+            let known = namespaces
+                .iter()
+                .filter_map(|path| tunnel::addresses_in(path).ok());
+            known.flatten().collect()
+        });
+        let known = known.await.map_err(EngineError::from)?;
+        Ok(Response::Tunnel(self.tunnel.answer(offer, known).await?))
     }
 
     async fn begin(

@@ -17,6 +17,7 @@ use loadtest::lab::interop::Times;
 use loadtest::lab::kill::Victim;
 use loadtest::lab::link::Link;
 use loadtest::lab::place::{self, Place, Wish};
+use loadtest::lab::tunnel::Tunnel;
 use loadtest::progress::Progress;
 use loadtest::report::Report;
 use loadtest::{bench, counter, interrupt, lab};
@@ -44,6 +45,9 @@ struct HopOptions {
     /// The link between the sites: rate, round trip and loss in each direction, or none.
     #[arg(long, default_value = "800mbit,20ms,0.1%")]
     link: Link,
+    /// What carries the bytes between the sites: mutual TLS alone, or that inside a tunnel which the agents make.
+    #[arg(long, default_value = "none")]
+    tunnel: Tunnel,
     /// A phase to make fail, such as Checkpoint or Verify; the source must then serve as before.
     #[arg(long, value_name = "PHASE")]
     fault: Option<String>,
@@ -69,6 +73,7 @@ impl HopOptions {
             engine: self.engine,
             place,
             link: self.link,
+            tunnel: self.tunnel,
             fault: self.fault,
             kill: self.kill,
             again,

@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::lab::app::App;
 use crate::lab::link::Measured;
+use crate::lab::tunnel::{Fare, Tunnel};
 use crate::verdict::Verdict;
 
 /// One phase of a hop, as the agent reports it.
@@ -128,6 +129,12 @@ pub struct Report {
     pub memory_intact: Option<bool>,
     /// What the link gave.
     pub link: Measured,
+    /// The fate of a database session from outside that was open across the hop.
+    pub carried_connection: Kept,
+    /// Whether a client that still goes to the source's address is served; nothing without a tunnel.
+    pub late_clients_served: Option<bool>,
+    /// How the source's end of the tunnel fares after the last hop, if it has one.
+    pub tunnel: Option<Fare>,
     /// Outcome of each hop of the run, in order.
     pub hops: Vec<HopReport>,
     /// What the run demanded and did not get; empty for a run that is green.
@@ -135,6 +142,15 @@ pub struct Report {
 }
 
 impl Report {
+    /// Whether the source's end is of this kind, was greeted, and carried what the hop moved.
+    #[must_use]
+    pub fn went_through_tunnel(&self, kind: Tunnel) -> bool {
+        let moved: u64 = self.phases.iter().map(|phase| phase.bytes).sum();
+        self.tunnel.as_ref().is_some_and(|fare| {
+            fare.kind == kind.as_str() && fare.handshake_age_s.is_some() && fare.bytes_sent >= moved
+        })
+    }
+
     /// Whether the run is green.
     #[must_use]
     pub fn is_green(&self) -> bool {
@@ -153,6 +169,7 @@ impl Report {
     fn write_table(&self, text: &mut String) -> std::fmt::Result {
         self.write_phases(text)?;
         self.write_verdict(text)?;
+        self.write_tunnel(text)?;
         match self.database_connection {
             Kept::Survived => {
                 writeln!(
@@ -202,6 +219,33 @@ impl Report {
             [] => writeln!(text, "  verdict: ok"),
             unmet => writeln!(text, "  verdict: NOT OK: not so: {}", unmet.join("; ")),
         }
+    }
+
+    fn write_tunnel(&self, text: &mut String) -> std::fmt::Result {
+        if let Some(fare) = &self.tunnel {
+            writeln!(
+                text,
+                "  tunnel {} ({}): MTU {}, {} bytes sent, {} received",
+                fare.kind,
+                fare.carrier,
+                fare.mtu,
+                grouped(fare.bytes_sent),
+                grouped(fare.bytes_received)
+            )?;
+        }
+        match self.carried_connection {
+            Kept::Survived => writeln!(
+                text,
+                "  a database session from outside went on; its open transaction committed"
+            )?,
+            Kept::Broken => writeln!(text, "  a database session from outside did not survive")?,
+            Kept::NotApplicable => {}
+        }
+        if let Some(served) = self.late_clients_served {
+            let word = if served { "served" } else { "NOT SERVED" };
+            writeln!(text, "  late clients at the source's address: {word}")?;
+        }
+        Ok(())
     }
 
     fn write_phases(&self, text: &mut String) -> std::fmt::Result {

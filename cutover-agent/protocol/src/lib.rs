@@ -4,9 +4,11 @@
 //! world arrives as an argument, so every rule in it can be tested as a table or a property. CI checks that
 //! it depends on nothing that could do input or output.
 
+pub mod door;
 pub mod hold;
 pub mod hop;
 pub mod id;
 pub mod plan;
 pub mod schedule;
+pub mod tunnel;
 pub mod wire;

@@ -3,10 +3,13 @@
 
 use std::collections::BTreeSet;
 
+use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
+use crate::door::Redirect;
 use crate::id::{ContainerName, ServiceName};
 use crate::schedule::Schedule;
+use crate::tunnel::{self, address};
 
 /// How a container is moved.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, Default)]
@@ -115,6 +118,18 @@ pub struct RawPlan {
     /// In which order the memory of several containers uses the link.
     #[serde(default)]
     pub schedule: Schedule,
+    /// What carries the bytes between the sites.
+    #[serde(default)]
+    pub tunnel: tunnel::Kind,
+    /// Where the inside addresses of the tunnel's ends come from; neither site may use it otherwise.
+    #[serde(default = "default_tunnel_network")]
+    pub tunnel_network: IpNet,
+    /// How names are turned to the target after the commit.
+    #[serde(default)]
+    pub redirect: Redirect,
+    /// How long a step of that takes, in seconds.
+    #[serde(default = "default_redirect_step_s")]
+    pub redirect_step_s: u64,
     /// Parallel data connections, 1 to 32.
     #[serde(default = "default_streams")]
     pub streams: u32,
@@ -155,6 +170,12 @@ pub struct RawPlan {
     pub probes: Vec<Probe>,
 }
 
+const fn default_tunnel_network() -> IpNet {
+    address::NETWORK
+}
+const fn default_redirect_step_s() -> u64 {
+    60
+}
 const fn default_streams() -> u32 {
     8
 }
@@ -280,6 +301,11 @@ pub enum PlanError {
         /// What it may be.
         allowed: &'static str,
     },
+    /// No two addresses in it.
+    #[error(
+        "`tunnel_network` is {0}, but must hold at least two addresses, as 169.254.64.0/18 does"
+    )]
+    TunnelNetwork(IpNet),
     /// A probe that cannot be made.
     #[error("the probe url {0:?} must look like http://address:port/path")]
     ProbeUrl(String),
@@ -302,6 +328,9 @@ impl TryFrom<RawPlan> for Plan {
             return Err(PlanError::Target(raw.target));
         }
         check_bounds(&raw)?;
+        if raw.tunnel_network.prefix_len() == raw.tunnel_network.max_prefix_len() {
+            return Err(PlanError::TunnelNetwork(raw.tunnel_network));
+        }
         let names = distinct_names(&raw.containers)?;
         for probe in &raw.probes {
             if !names.contains(&probe.container) {
@@ -337,8 +366,14 @@ fn check_bounds(raw: &RawPlan) -> Result<(), PlanError> {
         u64,
         std::ops::RangeInclusive<u64>,
         &'static str,
-    ); 8] = [
+    ); 9] = [
         ("streams", u64::from(raw.streams), 1..=32, "1 to 32"),
+        (
+            "redirect_step_s",
+            raw.redirect_step_s,
+            0..=604_800,
+            "0 to 604800 (a week)",
+        ),
         (
             "bandwidth_mbit_max",
             u64::from(raw.bandwidth_mbit_max.unwrap_or(1)),
@@ -451,6 +486,10 @@ mod tests {
             engine: Engine::Criu,
             memory: Memory::Auto,
             schedule: Schedule::Gang,
+            tunnel: tunnel::Kind::None,
+            tunnel_network: address::NETWORK,
+            redirect: Redirect::AtOnce,
+            redirect_step_s: 60,
             streams: 4,
             compress: Compress::Auto,
             bandwidth_mbit_max: None,

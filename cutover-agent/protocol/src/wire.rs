@@ -5,6 +5,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::id::{ContainerName, HopId};
 use crate::plan::{Engine, Probe};
+use crate::tunnel::flip::Moved;
+use crate::tunnel::{Answer, Offer};
 
 /// One request to the target's agent.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -60,6 +62,27 @@ pub enum Request {
         /// The hop.
         hop: HopId,
     },
+    /// Make the target's end of a tunnel. An end of an earlier hop that was not committed is closed first.
+    OpenTunnel(Offer),
+    /// Packets of so many bytes pass the tunnel: use that.
+    FitTunnel {
+        /// The hop.
+        hop: HopId,
+        /// The largest packet, in bytes.
+        mtu: u16,
+    },
+    /// Close the target's end of this hop's tunnel.
+    CloseTunnel {
+        /// The hop.
+        hop: HopId,
+    },
+    /// Lead what the moved containers send to carried peers into the tunnel, before the fence is lifted.
+    ReturnThrough {
+        /// The hop.
+        hop: HopId,
+        /// What moves.
+        moved: Moved,
+    },
 }
 
 /// What preflight wants to know of the target.
@@ -80,6 +103,8 @@ pub enum Response {
     Inspected(Box<Inspected>),
     /// Answer to [`Request::Verify`]: one sentence a probe.
     Verified(Vec<String>),
+    /// Answer to [`Request::OpenTunnel`].
+    Tunnel(Answer),
     /// It failed; what was begun has been taken back as far as it could be.
     Failed {
         /// One line for a person.

@@ -6,10 +6,12 @@ use std::path::{Path, PathBuf};
 use cutover_protocol::hop::{Phase, Stall};
 use cutover_protocol::id::{HopId, Site};
 use cutover_protocol::plan::RawPlan;
+use cutover_protocol::tunnel::Fare;
 use cutover_protocol::wire::{Finding, TreeFacts};
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 
+use crate::names::OldDoor;
 use crate::report::{Progress, Report};
 use crate::sockets;
 use crate::target::Standing;
@@ -36,6 +38,11 @@ pub enum Command {
     Abort,
     /// Take up what a dead agent left.
     Recover,
+    /// Close the old door after a hop: take the tunnel down, so that late clients at the source find nothing.
+    Retire {
+        /// Also when somebody may still come.
+        anyway: bool,
+    },
 }
 
 /// One line of an answer.
@@ -93,6 +100,12 @@ pub struct Status {
     pub standing: Option<Standing>,
     /// A hop waits for `recover`.
     pub unfinished: bool,
+    /// The tunnel, while there is one.
+    #[serde(default)]
+    pub tunnel: Option<Fare>,
+    /// Who still comes by the source after a commit.
+    #[serde(default)]
+    pub old_door: Option<OldDoor>,
     /// What the last hop still owes at the target.
     pub owed: Vec<String>,
 }

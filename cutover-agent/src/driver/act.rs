@@ -110,6 +110,8 @@ impl Driver {
             containers: self.containers(),
         };
         self.link.order(&begin, self.step_max()).await?;
+        self.prepare_names().await?;
+        self.raise_tunnel().await?;
         let link = self.link.measure().await?;
         self.open_pages(&link).await?;
         tracing::info!(
@@ -304,9 +306,10 @@ impl Driver {
             return Ok(());
         }
         match self.header.tracking {
-            Tracking::SoftDirty => self.dump_to_images(limit).await,
-            Tracking::Content | Tracking::None => self.dump_to_target(limit).await,
+            Tracking::SoftDirty => self.dump_to_images(limit).await?,
+            Tracking::Content | Tracking::None => self.dump_to_target(limit).await?,
         }
+        self.note_moving().await
     }
 
     async fn transfer(&mut self) -> Result<(), String> {

@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use cutover_protocol::hop::Link as Measured;
+use cutover_protocol::id::HopId;
 use cutover_protocol::plan::{Compress, RawPlan};
 use cutover_protocol::wire::{Request, Response};
 
@@ -17,6 +18,7 @@ use crate::memory::PageSource;
 use crate::peer::{self, PeerTimeouts, Session};
 use crate::tls::{ClientTls, TlsPaths};
 use crate::transfer::{Progress, SyncOptions, TreeName};
+use crate::tunnel::Tunnel;
 
 /// A target that does not take a connection within this is treated as gone; clients may be held meanwhile.
 const CONNECT_MAX: Duration = Duration::from_secs(3);
@@ -42,6 +44,8 @@ pub(super) struct Link {
     compress: Compress,
     bytes_per_second_max: Option<u64>,
     tls: TlsPaths,
+    /// The tunnel of a hop, which connections go through while it is there.
+    tunnel: Option<(Arc<Tunnel>, HopId)>,
     session: tokio::sync::Mutex<Option<Arc<Session>>>,
     moving: Mutex<Vec<Arc<Progress>>>,
     pages: Mutex<Option<Arc<PageSource>>>,
@@ -49,20 +53,51 @@ pub(super) struct Link {
 
 impl Link {
     pub(super) fn new(config: &Config, settings: &RawPlan) -> Self {
+        // The plan's check bounds it to 32.
+        let streams = u16::try_from(settings.streams).unwrap_or(1);
         Self {
-            target: settings.target.clone(),
-            // The plan's check bounds it to 32.
-            streams: u16::try_from(settings.streams).unwrap_or(1),
             resume_within: Duration::from_millis(settings.reconnect_ms_max),
             compress: settings.compress,
             bytes_per_second_max: settings
                 .bandwidth_mbit_max
                 .map(|mbit| u64::from(mbit) * 1_000_000 / 8),
+            ..Self::to(config, settings.target.clone(), streams)
+        }
+    }
+
+    /// A link to an agent that no plan names.
+    pub(super) fn to(config: &Config, target: String, streams: u16) -> Self {
+        Self {
+            target,
+            streams,
+            resume_within: Duration::ZERO,
+            compress: Compress::default(),
+            bytes_per_second_max: None,
             tls: config.peer.tls.clone(),
+            tunnel: None,
             session: tokio::sync::Mutex::new(None),
             moving: Mutex::new(Vec::new()),
             pages: Mutex::new(None),
         }
+    }
+
+    /// The same link, through the tunnel of a hop wherever there is one.
+    pub(super) fn through(self, tunnel: Arc<Tunnel>, hop: HopId) -> Self {
+        Self {
+            tunnel: Some((tunnel, hop)),
+            ..self
+        }
+    }
+
+    /// The target's own address, outside of any tunnel.
+    pub(super) async fn outer(&self) -> Result<SocketAddr, String> {
+        let found = tokio::net::lookup_host(&self.target).await.ok();
+        found.and_then(|mut found| found.next()).ok_or_else(|| {
+            format!(
+                "`target` is {:?}, which is no address:port that can be found",
+                self.target
+            )
+        })
     }
 
     async fn session(&self) -> Result<Arc<Session>, String> {
@@ -74,29 +109,40 @@ impl Link {
             }
         }
         *slot = None;
-        let address: SocketAddr = tokio::net::lookup_host(&self.target)
-            .await
-            .ok()
-            .and_then(|mut found| found.next())
-            .ok_or_else(|| {
-                format!(
-                    "`target` is {:?}, which is no address:port that can be found",
-                    self.target
-                )
-            })?;
+        let session = Arc::new(self.connect().await?);
+        session.limit_bandwidth(self.bytes_per_second_max);
+        *slot = Some(Arc::clone(&session));
+        Ok(session)
+    }
+
+    /// Connects through the tunnel, and past it when nobody answers there: what is to be undone must be.
+    async fn connect(&self) -> Result<Session, String> {
         let tls = ClientTls::load(&self.tls, "target").map_err(|error| error.to_string())?;
+        let inside = match &self.tunnel {
+            Some((tunnel, hop)) => tunnel.way(hop).await,
+            None => None,
+        };
+        if let Some(inside) = inside {
+            let timeouts = PeerTimeouts {
+                connect: CONNECT_MAX / 2,
+                dead_after: DEAD_AFTER,
+                resume_within: self.resume_within,
+            };
+            match peer::connect(inside, tls.clone(), timeouts, self.streams).await {
+                Ok(session) => return Ok(session),
+                Err(error) => {
+                    tracing::warn!("the tunnel leads nowhere now, going past it: {error}")
+                }
+            }
+        }
         let timeouts = PeerTimeouts {
             connect: CONNECT_MAX,
             dead_after: DEAD_AFTER,
             resume_within: self.resume_within,
         };
-        let session = peer::connect(address, tls, timeouts, self.streams)
+        peer::connect(self.outer().await?, tls, timeouts, self.streams)
             .await
-            .map_err(|error| error.to_string())?;
-        session.limit_bandwidth(self.bytes_per_second_max);
-        let session = Arc::new(session);
-        *slot = Some(Arc::clone(&session));
-        Ok(session)
+            .map_err(|error| error.to_string())
     }
 
     /// Asks the target's agent; its own failure becomes ours.
@@ -209,10 +255,8 @@ impl Link {
         })
     }
 
-    /// Closes the session, if one is open.
-    pub(super) fn close(&self) {
-        if let Ok(mut slot) = self.session.try_lock() {
-            *slot = None;
-        }
+    /// Closes the session, if one is open; the next one takes the way there is then.
+    pub(super) async fn close(&self) {
+        *self.session.lock().await = None;
     }
 }

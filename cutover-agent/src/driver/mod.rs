@@ -11,8 +11,10 @@ mod link;
 mod memory;
 mod register;
 mod throttle;
+mod tunnel;
 
 use std::collections::BTreeMap;
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -22,6 +24,7 @@ use cutover_protocol::hop::{
 };
 use cutover_protocol::id::{ContainerName, Epoch, Holder, HopId, ServiceName, Site};
 use cutover_protocol::plan::{Engine, Memory, Plan, Tracking};
+use cutover_protocol::tunnel::Kind;
 use cutover_protocol::wire::{Finding, Inspect, Inspected, Request, Response};
 use tokio::sync::{broadcast, watch};
 
@@ -29,9 +32,11 @@ use crate::config::IMAGES_TREE;
 use crate::control::Checked;
 use crate::engine::Host;
 use crate::memory::Seal;
+use crate::names::Names;
 use crate::preflight;
 use crate::proxy::{Proxy, ProxyError};
 use crate::report::{Outcome, Progress, Report};
+use crate::tunnel::Tunnel;
 use journal::{Header, Journal, JournalError};
 use lease::Lease;
 use link::Link;
@@ -107,6 +112,9 @@ impl Watch {
 /// A watcher that falls further behind than this misses lines, never the hop.
 const PROGRESS_LINES_MAX: usize = 1024;
 
+/// What a driver works with at its own site.
+pub type Place = (Host, Arc<Tunnel>, Arc<Names>);
+
 /// One hop being driven.
 #[derive(Debug)]
 pub struct Driver {
@@ -118,6 +126,8 @@ pub struct Driver {
     report: Report,
     watch: Watch,
     link: Arc<Link>,
+    tunnel: Arc<Tunnel>,
+    names: Arc<Names>,
     lease: Option<Lease>,
     fail_at: Option<Phase>,
     first: Event,
@@ -136,7 +146,7 @@ impl Driver {
     /// # Errors
     /// [`DriverError`]; nothing has been changed then.
     pub async fn begin(
-        host: Host,
+        (host, tunnel, names): Place,
         plan: Plan,
         fail_at: Option<Phase>,
     ) -> Result<Self, DriverError> {
@@ -178,7 +188,7 @@ impl Driver {
             .unwrap_or(Epoch::FIRST);
         let hop = Hop::new(bounds);
         Ok(Self::new(
-            host,
+            (host, tunnel, names),
             proxy,
             header,
             hop,
@@ -192,7 +202,7 @@ impl Driver {
     ///
     /// # Errors
     /// [`DriverError`] when the journal cannot be read or folded.
-    pub fn resume(host: Host) -> Result<Option<Self>, DriverError> {
+    pub fn resume((host, tunnel, names): Place) -> Result<Option<Self>, DriverError> {
         let Some((journal, header, events)) = Journal::resume(&host.config.state_dir)? else {
             return Ok(None);
         };
@@ -207,7 +217,15 @@ impl Driver {
             return Ok(None);
         }
         let is_holding = hop.phase().is_holding();
-        let mut driver = Self::new(host, proxy, header, hop, journal, Event::Restarted, None);
+        let mut driver = Self::new(
+            (host, tunnel, names),
+            proxy,
+            header,
+            hop,
+            journal,
+            Event::Restarted,
+            None,
+        );
         if is_holding {
             driver.renew_leases();
         }
@@ -215,7 +233,7 @@ impl Driver {
     }
 
     fn new(
-        host: Host,
+        (host, tunnel, names): Place,
         proxy: Proxy,
         header: Header,
         hop: Hop,
@@ -228,9 +246,12 @@ impl Driver {
         report.memory.schedule = header.plan.settings().schedule;
         let proxy = proxy.in_name_of(Holder::from(&header.hop));
         let watch = Watch::new(header.hop.clone());
-        let link = Arc::new(Link::new(&host.config, header.plan.settings()));
+        let link = Link::new(&host.config, header.plan.settings());
+        let link = Arc::new(link.through(Arc::clone(&tunnel), header.hop.clone()));
         Self {
             host,
+            tunnel,
+            names,
             proxy,
             header,
             hop,
@@ -444,11 +465,24 @@ pub async fn pay(host: &Host, plan: &Plan, hop: &HopId, undos: &[Undo]) -> Resul
                 hop: hop.clone(),
                 containers: plan.order().to_vec(),
             },
+            Undo::CloseTunnel if plan.settings().tunnel != Kind::None => {
+                Request::CloseTunnel { hop: hop.clone() }
+            }
             Undo::CloseTunnel | Undo::Reopen | Undo::Thaw => continue,
         };
         link.order(&request, act::KILL_MAX).await?;
     }
     Ok(())
+}
+
+/// Has the target at `target` close its end of a committed hop's tunnel.
+///
+/// # Errors
+/// When it cannot be reached, or refuses.
+pub async fn close_far_end(host: &Host, target: SocketAddr, hop: &HopId) -> Result<(), String> {
+    let link = Link::to(&host.config, target.to_string(), 1);
+    link.order(&Request::CloseTunnel { hop: hop.clone() }, act::KILL_MAX)
+        .await
 }
 
 /// Inspects both sides and compares them; gives what the source is and everything found.

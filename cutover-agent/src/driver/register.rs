@@ -46,9 +46,7 @@ impl Driver {
 
     pub(super) async fn redirect(&mut self) -> Result<(), String> {
         let hop = self.header.hop.clone();
-        self.link
-            .order(&Request::Unfence { hop: hop.clone() }, self.step_max())
-            .await?;
+        self.flip().await?;
         for (service, epoch) in self.holds().into_iter().rev() {
             self.give(&service, epoch, Site::Target).await?;
         }
@@ -167,10 +165,7 @@ impl Driver {
                     .order(&Request::Drop { hop, containers }, KILL_MAX)
                     .await
             }
-            Undo::CloseTunnel => {
-                self.link.close();
-                Ok(())
-            }
+            Undo::CloseTunnel => self.lower_tunnel().await,
         }
     }
 

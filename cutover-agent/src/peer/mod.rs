@@ -28,6 +28,7 @@
 //! # Ok(()) }
 //! ```
 
+mod doors;
 mod frame;
 mod hello;
 pub(crate) mod message;
@@ -42,6 +43,7 @@ use std::time::Duration;
 
 use thiserror::Error;
 
+pub use doors::{Accept, Doors};
 pub use frame::{FRAME_BYTES_MAX, FrameError};
 pub use hello::{Refusal, STREAMS_MAX};
 pub use message::MESSAGE_BYTES_MAX;

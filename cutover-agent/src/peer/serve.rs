@@ -9,7 +9,7 @@ use std::time::Duration;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::io::ReadHalf;
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::TcpStream;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tokio::task::JoinSet;
 use tokio_rustls::TlsAcceptor;
@@ -17,7 +17,7 @@ use tokio_rustls::server::TlsStream;
 
 use super::hello::{self, Hello, Purpose, Refusal, SessionId, VERSION, Welcome};
 use super::message::{self, Inbox, Outbox, Topic};
-use super::{Channel, FrameError, PeerError, PeerTimeouts, frame, socket};
+use super::{Accept, Channel, FrameError, PeerError, PeerTimeouts, frame, socket};
 use crate::memory::PageStore;
 use crate::tls::{self, ServerTls};
 use crate::transfer::{Receiver, TreeName};
@@ -93,7 +93,7 @@ struct Server {
 /// # Cancel safety
 /// Dropping it aborts the handler at its next await and closes all connections.
 pub async fn serve<H: Handler>(
-    listener: TcpListener,
+    mut listener: impl Accept,
     tls: ServerTls,
     timeouts: PeerTimeouts,
     handler: Arc<H>,

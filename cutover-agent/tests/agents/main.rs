@@ -2,9 +2,11 @@
 #![allow(clippy::unwrap_used)] // a test that cannot build its world has nothing better to do
 
 mod cable;
+mod names;
 mod peer;
 mod property;
 mod resume;
 mod speed;
 mod transfer;
+mod tunnel;
 mod world;

@@ -35,7 +35,7 @@ const FAILED: &str = "HOPGATE-GUEST-FAILED";
 const LINES_MAX: usize = 4096;
 /// What CRIU, the links and the fences need and the kernel does not load by itself.
 const MODULES: &str = "veth bridge tun unix_diag inet_diag tcp_diag udp_diag af_packet_diag netlink_diag nf_tables \
-                       nft_compat iptable_filter ip6table_filter xt_mark sch_netem overlay";
+                       nft_compat iptable_filter ip6table_filter xt_mark sch_netem overlay wireguard esp4 xfrm_user xfrm_interface gcm";
 
 /// Runs the wish in a guest and brings its report back.
 ///
@@ -207,11 +207,12 @@ fn guest_script(wish: &Wish, folders: &Folders, kernel: &Kernel, out: &Path) -> 
             .unwrap_or_default()
     };
     let mut options = format!(
-        "--app {} --clients {} --engine {} --link {} --out {}",
+        "--app {} --clients {} --engine {} --link {} --tunnel {} --out {}",
         wish.app.as_str(),
         wish.clients,
         wish.engine.as_str(),
         wish.link,
+        wish.tunnel.as_str(),
         quoted(out)
     );
     if let Some(phase) = &wish.fault {

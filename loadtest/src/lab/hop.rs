@@ -16,13 +16,16 @@ use crate::client::{Load, Profile};
 use crate::interrupt::{self, pause, wait_until};
 use crate::lab::actors::Actors;
 use crate::lab::app::App;
+use crate::lab::charon;
 use crate::lab::error::{LabError, OnFile, Result};
 use crate::lab::evidence;
 use crate::lab::folders::Folders;
 use crate::lab::kill::{self, Victim};
 use crate::lab::netns::SITES;
 use crate::lab::traffic::Traffic;
+use crate::lab::tunnel::{self, Tunnel};
 use crate::lab::watch::{self, Seen, Watch};
+use crate::lab::witness::Witness;
 use crate::lab::world::{HOST, Parts, World};
 use crate::progress::Progress;
 use crate::record::{ids_between, stall};
@@ -87,6 +90,8 @@ pub struct Script {
     pub engine: Engine,
     /// `host` or `guest`, for the report.
     pub place: &'static str,
+    /// The tunnel between the sites.
+    pub tunnel: Tunnel,
     /// Phase made to fail by the agent.
     pub fault: Option<String>,
     /// Process killed while the source is frozen.
@@ -108,6 +113,10 @@ pub fn run(
     let mut world = World::build(parts, folders, progress)?;
     progress.say(world.measured.to_string());
     adapt_plan(&world.run.path, script)?;
+    let _charons = match script.tunnel {
+        Tunnel::Ipsec => charon::start(&world)?,
+        Tunnel::None | Tunnel::Wireguard => Vec::new(),
+    };
     let mut actors = Actors::start(&world, folders)?;
     let outcome = with_load(script, &mut world, &mut actors, progress);
     if outcome.is_err() || outcome.as_ref().is_ok_and(|report| !report.is_green()) {
@@ -122,7 +131,11 @@ fn adapt_plan(run: &Path, script: &Script) -> Result<()> {
     let plan = fs::read_to_string(&path).on("read", &path)?;
     let mut plan = plan.replace(
         "engine = \"criu\"",
-        &format!("engine = \"{}\"", script.engine.as_str()),
+        &format!(
+            "engine = \"{}\"\ntunnel = \"{}\"",
+            script.engine.as_str(),
+            script.tunnel.as_str()
+        ),
     );
     if script.place == GUEST {
         for (usual, slow) in GUEST_LIMITS {
@@ -148,6 +161,13 @@ fn with_load(
         script.clients
     ));
     pause(Duration::from_secs(BEFORE_S));
+    // Without a tunnel nothing carries such a connection.
+    let carries = script.tunnel != Tunnel::None && script.engine == Engine::Criu;
+    let witness = if carries {
+        Witness::begin(world)?
+    } else {
+        None
+    };
     let mut hops = Vec::new();
     let first = one_hop(script, true, world, actors, &watch, progress);
     let done = first.and_then(|report| {
@@ -170,7 +190,13 @@ fn with_load(
     ));
     let seen = watch.seen();
     drop(watch);
-    judge_all(script, world, actors, hops, &records, &seen)
+    let mut report = judge_all(script, world, actors, hops, &records, &seen)?;
+    if report.committed && script.tunnel != Tunnel::None {
+        report.late_clients_served = Some(tunnel::serves_late_clients(world));
+        report.carried_connection = witness.map_or(Kept::NotApplicable, Witness::end);
+    }
+    report.demands_unmet = demands_unmet(script, &report);
+    Ok(report)
 }
 
 fn profile(script: &Script, app: App) -> Profile {
@@ -317,7 +343,7 @@ fn judge_all(
         Engine::Restart => Kept::NotApplicable,
     };
     let last = hops.last().cloned().unwrap_or_default();
-    let mut report = Report {
+    Ok(Report {
         verdict: judge(records, &stored),
         stall_ms_max: u64::try_from(stall(records).as_millis()).unwrap_or(u64::MAX),
         hold_ms: u64::try_from(longest_hold(seen).as_millis()).unwrap_or(u64::MAX),
@@ -348,11 +374,12 @@ fn judge_all(
         },
         memory_intact: evidence::memory_intact(world, site)?,
         link: world.measured.clone(),
+        tunnel: tunnel::fare(actors, 0)?,
         hops,
+        carried_connection: Kept::NotApplicable,
+        late_clients_served: None,
         demands_unmet: Vec::new(),
-    };
-    report.demands_unmet = demands_unmet(script, &report);
-    Ok(report)
+    })
 }
 
 /// The proxy's register, and who serves by it and by what really runs.
@@ -410,6 +437,19 @@ fn demands_unmet(script: &Script, report: &Report) -> Vec<String> {
     let first = report.hops.first().map(|hop| hop.outcome.as_str());
     if script.fault.is_some() {
         demand(first == Some("undone"), "the faulted hop is undone");
+    }
+    if script.tunnel != Tunnel::None && report.committed {
+        // A source agent that was killed counts anew, and its new tunnel may have carried little.
+        let counted = script.kill.is_some() || report.went_through_tunnel(script.tunnel);
+        demand(counted, "the bytes went through the tunnel");
+        demand(
+            report.late_clients_served != Some(false),
+            "late clients are served through the source",
+        );
+        demand(
+            report.carried_connection != Kept::Broken,
+            "the connection from outside goes on",
+        );
     }
     unmet
 }

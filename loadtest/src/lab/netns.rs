@@ -147,6 +147,8 @@ fn edge_lines() -> Vec<String> {
         "addr add 192.0.2.9/30 dev to-target",
         "link set to-source up",
         "link set to-target up",
+        // The containers' own addresses, as a client knows them that is still sent to the source.
+        "route add 10.44.0.0/24 via 192.0.2.6",
         "route add 10.45.1.0/24 via 192.0.2.6",
         "route add 10.45.2.0/24 via 192.0.2.10",
     ])

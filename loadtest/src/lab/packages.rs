@@ -75,6 +75,25 @@ pub const GUEST: &[Need] = &[
     need("depmod", "kmod", "finds the modules the guest needs"),
 ];
 
+/// Needed for tunnels of IPsec.
+pub const IPSEC: &[Need] = &[
+    need(
+        "charon-systemd",
+        "charon-systemd",
+        "exchanges keys and keeps the tunnel",
+    ),
+    need(
+        "charon-systemd",
+        "libcharon-extra-plugins",
+        "does ESP where the kernel has none",
+    ),
+    need(
+        "charon-systemd",
+        "libstrongswan-standard-plugins",
+        "has the ciphers",
+    ),
+];
+
 /// Installs what is missing of `needs`.
 ///
 /// # Errors

@@ -9,7 +9,8 @@ use crate::lab::hop::{self, Again, Engine, Script};
 use crate::lab::kill::Victim;
 use crate::lab::link::Link;
 use crate::lab::setup::{self, Checkpoints};
-use crate::lab::{actors, guest};
+use crate::lab::tunnel::Tunnel;
+use crate::lab::{actors, guest, packages};
 use crate::progress::Progress;
 use crate::report::Report;
 
@@ -37,6 +38,8 @@ pub struct Wish {
     pub place: Place,
     /// The link.
     pub link: Link,
+    /// The tunnel over it.
+    pub tunnel: Tunnel,
     /// Phase made to fail.
     pub fault: Option<String>,
     /// Process killed while the source is frozen.
@@ -52,6 +55,9 @@ pub struct Wish {
 pub fn run(wish: &Wish, folders: &Folders, progress: &Progress) -> Result<Report> {
     setup::root()?;
     actors::build(folders, progress)?;
+    if wish.tunnel == Tunnel::Ipsec {
+        packages::install(packages::IPSEC, progress)?;
+    }
     match (wish.place, wish.engine) {
         (Place::Guest, _) => guest::run(wish, folders, progress),
         (Place::Host, _) | (Place::Auto, Engine::Restart) => {
@@ -98,6 +104,7 @@ pub fn script(wish: &Wish, engine: Engine, place: &'static str) -> Script {
         clients: wish.clients,
         engine,
         place,
+        tunnel: wish.tunnel,
         fault: wish.fault.clone(),
         kill: wish.kill,
         again: wish.again,

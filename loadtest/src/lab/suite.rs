@@ -18,6 +18,7 @@ use crate::lab::kill::Victim;
 use crate::lab::link::Link;
 use crate::lab::place::{self, Place, Wish};
 use crate::lab::setup;
+use crate::lab::tunnel::Tunnel;
 use crate::progress::Progress;
 use crate::report::Report;
 use crate::verdict::judge;
@@ -44,6 +45,7 @@ fn wish(app: App, clients: usize) -> Wish {
         engine: Engine::Criu,
         place: Place::Auto,
         link,
+        tunnel: Tunnel::None,
         fault: None,
         kill: None,
         again: Again::No,
