@@ -42,6 +42,8 @@ pub struct Tally {
     /// window of others began in between: one that was sent after the release and one that was held for the same
     /// service, or two streams of an HTTP/2 connection.
     pub overtaken: usize,
+    /// Those of them that came after the release.
+    pub newcomers: usize,
     /// From the release to the last answer of a held request.
     pub release: Option<Duration>,
     /// From the release to the answers of the held: half of them took at most this.
@@ -61,11 +63,12 @@ pub fn judge(evidence: &Evidence<'_>) -> Tally {
         stalls.get(index).copied().map(Duration::from_nanos)
     };
     let executed = by_id(evidence.executions);
+    let newcomers = newcomers_before_held(evidence, &executed);
     Tally {
         verdict: account(evidence),
         held: held.len(),
-        overtaken: newcomers_before_held(evidence, &executed)
-            + streams_out_of_order(evidence, &executed),
+        overtaken: newcomers + streams_out_of_order(evidence, &executed),
+        newcomers,
         release: stalls.last().copied().map(Duration::from_nanos),
         stall_p50: at(50),
         stall_p99: at(99),

@@ -39,6 +39,9 @@ pub struct Row {
     /// Requests that were held.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub held: Option<usize>,
+    /// Those of the overtaken that came after the release; the others are streams of an HTTP/2 connection.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub overtaken_by_newcomers: Option<usize>,
     /// Most requests the target had at once, from the release on.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub peak_concurrency: Option<usize>,
@@ -75,6 +78,7 @@ impl Row {
             overtaken: tally.overtaken,
             unknown: verdict.unknown,
             held: Some(tally.held),
+            overtaken_by_newcomers: Some(tally.newcomers),
             release_seconds: tally.release.map(|time| time.as_secs_f64()),
             stall_beyond_freeze_ms_p50: tally.stall_p50.map(milliseconds),
             stall_beyond_freeze_ms_p99: tally.stall_p99.map(milliseconds),
@@ -112,11 +116,16 @@ impl Mark {
         }
     }
 
-    /// Exactly once, and in order.
+    /// Exactly once.
     #[must_use]
     pub fn exact(row: &Row) -> Self {
-        let is_met = row.is_exact() && row.overtaken == 0;
-        Self::new("lost = doubled = failed = overtaken = 0", is_met)
+        Self::new("lost = doubled = failed = 0", row.is_exact())
+    }
+
+    /// In order: an origin that is not at its limit sees nobody before whoever came earlier.
+    #[must_use]
+    pub fn in_order(row: &Row) -> Self {
+        Self::new("overtaken = 0", row.overtaken == 0)
     }
 
     /// A figure and the most it may be; a figure that is missing is too much.
@@ -208,6 +217,9 @@ fn line(row: &Row) -> String {
         number(row.stall_beyond_freeze_ms_p99, 1),
     );
     // Writing into a string cannot fail.
+    if let Some(newcomers) = row.overtaken_by_newcomers.filter(|_| row.overtaken > 0) {
+        let _ = write!(line, "  overtaken by newcomers {newcomers}");
+    }
     if let Some(peak) = row.peak_concurrency {
         let _ = write!(line, "  at once {peak}");
     }

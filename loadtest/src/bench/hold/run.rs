@@ -32,6 +32,8 @@ const ORDER_WORKERS: usize = 4096;
 /// The origin of known capacity: requests at once, and how long each takes.
 const CAPACITY_WORKERS: usize = 80;
 const CAPACITY_WORK_US: u64 = 20_000;
+/// Requests at once on an HTTP/2 connection of that case.
+const CAPACITY_STREAMS: usize = 100;
 /// The last answer may come so much later than the capacity allows.
 const CAPACITY_SLACK: f64 = 1.15;
 /// Client processes that share 100,000 streams.
@@ -292,21 +294,31 @@ fn capacity(scene: &Scene<'_>) -> Result<Played> {
         ..Knobs::default()
     };
     let mut stage = Stage::start(scene.case.name, scene.place, origin, knobs)?;
+    // A fifth of the requests are streams, whose order is known to their connection.
+    let streams = scene.clients / 5;
     let cast = Cast {
-        waves: vec![group(&stage, Kind::Clear, scene.clients)],
+        waves: vec![
+            group(&stage, Kind::Clear, scene.clients - streams),
+            Group {
+                streams: CAPACITY_STREAMS.min(streams),
+                ..group(&stage, Kind::H2, streams.div_ceil(CAPACITY_STREAMS))
+            },
+        ],
         processes_min: 1,
         steady: steady(&stage, &[Kind::Clear, Kind::Tls, Kind::H2]),
         coming: Coming::Held,
         window: CAPACITY_WORKERS,
     };
     let outcome = scene.waves(&mut stage, &cast)?;
-    let row = row(scene, scene.clients, &outcome);
+    let connections = scene.clients - streams + streams.div_ceil(CAPACITY_STREAMS);
+    let row = row(scene, connections, &outcome);
     let per_second = CAPACITY_WORKERS as f64 * 1e6 / CAPACITY_WORK_US as f64;
     let most = CAPACITY_SLACK * outcome.tally.held as f64 / per_second;
     let p99 = row.stall_beyond_freeze_ms_p99.map(|ms| ms / 1000.0);
     let peak = row.peak_concurrency.map(|peak| peak as f64);
     let marks = vec![
         Mark::exact(&row),
+        Mark::in_order(&row),
         Mark::at_most("last answer", row.release_seconds, most, "s"),
         Mark::at_most("p99 beyond the freeze", p99, most, "s"),
         Mark::at_most(
