@@ -12,8 +12,9 @@ use tokio::time::{Instant, sleep_until};
 use super::commands::{Commander, Unknown};
 use super::seen::{FORECAST_MS_MAX, Forecast, HeldEntry, HeldTable, LimitMet, Look, Seen, Share};
 use crate::config::Limits;
-use crate::service::Service;
+use crate::forwarded::TrustedFrom;
 use crate::service::traffic::{Arrivals, TrafficSum};
+use crate::service::{Service, milliseconds};
 use crate::worker::Question;
 
 /// Rows of each list of the held.
@@ -126,38 +127,42 @@ impl Commander {
         let mut undrained = self.in_flight(&service).await;
         undrained.retain(|entry| entry.age_ms >= duration_ms);
         let held_now = service.status().held_now;
-        let limits = self.running.shared.load().config.limits.clone();
+        let snapshot = self.running.shared.load_full();
         let watched = Watched {
             service: name.clone(),
             duration,
             held_now,
+            limits: &snapshot.config.limits,
+            trusted_from: snapshot
+                .serving(name)
+                .map(|serving| &serving.config.trusted_from),
         };
-        Seen::Forecast(Box::new(watched.forecast(sums, undrained, &limits)))
+        Seen::Forecast(Box::new(watched.forecast(sums, undrained)))
     }
 }
 
 /// What is known beside the sums.
-struct Watched {
+struct Watched<'s> {
     service: ServiceName,
     duration: Duration,
     /// Held already, if the gate was not open.
     held_now: u64,
+    limits: &'s Limits,
+    /// Peers that speak for many, and are not limited by their address.
+    trusted_from: Option<&'s TrustedFrom>,
 }
 
-impl Watched {
-    fn forecast(
-        self,
-        sums: Vec<TrafficSum>,
-        mut undrained: Vec<InFlight>,
-        limits: &Limits,
-    ) -> Forecast {
+impl Watched<'_> {
+    fn forecast(self, sums: Vec<TrafficSum>, mut undrained: Vec<InFlight>) -> Forecast {
         let mut arrived = 0;
         let mut all = Arrivals::default();
         let mut by_address: BTreeMap<IpAddr, u64> = BTreeMap::new();
-        let mut connections = 0;
+        let mut connections: BTreeMap<IpAddr, u64> = BTreeMap::new();
         for sum in sums {
             arrived += sum.arrived;
-            connections += sum.connections.len() as u64;
+            for client in sum.connections.keys() {
+                *connections.entry(client.ip()).or_default() += 1;
+            }
             let known = sum.connections.into_iter();
             let address =
                 |(client, arrivals): (SocketAddr, Arrivals)| (Some(client.ip()), arrivals);
@@ -171,36 +176,63 @@ impl Watched {
         }
         let undrained_count = undrained.len() as u64;
         undrained.truncate(super::commands::LEFT_MAX);
-        let duration_ms = crate::service::milliseconds(self.duration);
         Forecast {
-            limits: limits_met(limits, all.held + self.held_now, duration_ms),
+            limits: self.limits_met(all.held + self.held_now, &connections),
             service: self.service,
-            duration_ms,
+            duration_ms: milliseconds(self.duration),
             arrived,
             held: all.held,
-            connections,
+            connections: connections.values().sum(),
             head_bytes: all.head_bytes,
             by_address: largest(by_address, ADDRESSES_MAX),
             undrained,
             undrained_count,
         }
     }
-}
 
-fn limits_met(limits: &Limits, held: u64, duration_ms: u64) -> Vec<LimitMet> {
-    let hold_ms_max = crate::service::milliseconds(limits.hold_max);
-    let all = [
-        ("held_max", limits.held_max as u64, held),
-        ("hold_ms_max", hold_ms_max, duration_ms),
-    ];
-    let met = all.into_iter().filter(|(_, most, wanted)| wanted > most);
-    met.map(|(limit, most, wanted)| LimitMet {
-        limit: limit.to_owned(),
-        most,
-        wanted,
-        who: None,
-    })
-    .collect()
+    /// Connections that end while requests are answered stay while they are held.
+    fn limits_met(&self, held: u64, connections: &BTreeMap<IpAddr, u64>) -> Vec<LimitMet> {
+        let limits = self.limits;
+        let met = |limit: &str, most: u64, wanted: u64, who: Option<String>| {
+            (wanted > most).then(|| LimitMet {
+                limit: limit.to_owned(),
+                most,
+                wanted,
+                who,
+            })
+        };
+        let all_connections = connections.values().sum();
+        let [held_max, connections_max, most_of_one] = [
+            limits.held_max,
+            limits.connections_max,
+            limits.address_connections_max,
+        ]
+        .map(|most| most as u64);
+        let for_all = [
+            met("held_max", held_max, held, None),
+            met(
+                "hold_ms_max",
+                milliseconds(limits.hold_max),
+                milliseconds(self.duration),
+                None,
+            ),
+            met("connections_max", connections_max, all_connections, None),
+        ];
+        let limited = |address: &IpAddr| {
+            let trusted = self.trusted_from;
+            most_of_one > 0 && !trusted.is_some_and(|trusted| trusted.believes(*address))
+        };
+        let each = connections.iter().filter(|(address, _)| limited(address));
+        let each = each.filter_map(|(address, count)| {
+            let who = Some(address.to_string());
+            met("address_connections_max", most_of_one, *count, who)
+        });
+        for_all
+            .into_iter()
+            .flatten()
+            .chain(each.take(ADDRESSES_MAX))
+            .collect()
+    }
 }
 
 /// The `most` with the highest counts, the highest first.
@@ -218,7 +250,10 @@ fn largest<N: ToString + Ord>(counts: BTreeMap<N, u64>, most: usize) -> Vec<Shar
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use super::*;
+    use crate::config::Config;
 
     #[test]
     fn the_largest_come_first_and_equal_ones_by_name() {
@@ -226,5 +261,56 @@ mod tests {
         let shares = largest(BTreeMap::from(counts), 3);
         let names: Vec<&str> = shares.iter().map(|share| share.name.as_str()).collect();
         assert_eq!(names, ["c", "a", "b"]);
+    }
+
+    /// What would be met by three connections of one address and one of a balancer, each with a request.
+    fn limits_of(table: &str) -> Vec<(String, u64, u64, Option<String>)> {
+        let text = format!(
+            "state_dir = \"s\"\ncontrol = \"c\"\n[limits]\n{table}\n[[service]]\nname = \"web\"\nlisten = \"127.0.0.1:0\"\n\
+             source = \"127.0.0.1:1\"\ntarget = \"127.0.0.1:2\"\ntrusted_from = [\"10.0.0.9\"]\n"
+        );
+        let config = Config::parse(&text, Path::new("/nowhere")).unwrap();
+        let mut sum = TrafficSum::default();
+        for client in [
+            "10.0.0.1:1",
+            "10.0.0.1:2",
+            "10.0.0.1:3",
+            "10.0.0.9:1",
+            "10.0.0.9:2",
+        ] {
+            let one = Arrivals {
+                held: 1,
+                head_bytes: 10,
+            };
+            sum.connections.insert(client.parse().unwrap(), one);
+        }
+        let watched = Watched {
+            service: "web".parse().unwrap(),
+            duration: Duration::from_secs(10),
+            held_now: 0,
+            limits: &config.limits,
+            trusted_from: Some(&config.services[0].trusted_from),
+        };
+        let forecast = watched.forecast(vec![sum], Vec::new());
+        assert_eq!((forecast.held, forecast.connections), (5, 5));
+        assert_eq!(forecast.head_bytes, 50);
+        let met = forecast.limits.into_iter();
+        met.map(|met| (met.limit, met.most, met.wanted, met.who))
+            .collect()
+    }
+
+    #[test]
+    fn a_forecast_names_each_limit_and_who_meets_it() {
+        assert_eq!(limits_of("held_max = 5"), []);
+        let met = |limit: &str, most, wanted| (limit.to_owned(), most, wanted, None);
+        assert_eq!(limits_of("held_max = 4"), [met("held_max", 4, 5)]);
+        let hold = met("hold_ms_max", 9999, 10_000);
+        assert_eq!(limits_of("hold_ms_max = 9999"), [hold]);
+        let connections = met("connections_max", 4, 5);
+        assert_eq!(limits_of("connections_max = 4"), [connections]);
+        // A balancer's address is nobody's in particular.
+        let one = "address_connections_max".to_owned();
+        let who = Some("10.0.0.1".to_owned());
+        assert_eq!(limits_of("address_connections_max = 1"), [(one, 1, 3, who)]);
     }
 }
