@@ -12,7 +12,8 @@ use cutover_protocol::door::{Pointing, Redirect};
 
 const KNOT: &str = "/usr/sbin/knotd";
 const SECRET: [u8; 32] = *b"an example of thirty-two bytes..";
-const LIMIT: Duration = Duration::from_secs(20);
+/// A busy machine takes its time; only a failure waits this long.
+const LIMIT: Duration = Duration::from_secs(60);
 
 struct Knot {
     child: Child,
@@ -154,7 +155,7 @@ async fn names_live_shortly_turn_at_the_commit_and_live_long_again() {
         .prepare(&hop, (Redirect::AtOnce, 60), Vec::new())
         .await
         .unwrap();
-    assert_eq!(knot.look_up("www"), [(SOURCE, 30)]);
+    knot.wait_for("www", &[(SOURCE, 30)]);
     let following = Arc::clone(&names);
     let follow = tokio::spawn(async move { following.follow(None).await });
     names.commit(&hop).await.unwrap();
@@ -166,7 +167,7 @@ async fn names_live_shortly_turn_at_the_commit_and_live_long_again() {
         ("www.example.org".to_owned(), Pointing::Target)
     );
     names.retire().await.unwrap();
-    assert_eq!(knot.look_up("www"), [(TARGET, 3600)]);
+    knot.wait_for("www", &[(TARGET, 3600)]);
     follow.abort();
 }
 
@@ -179,7 +180,7 @@ async fn an_undone_hop_leaves_names_as_they_were() {
         .await
         .unwrap();
     names.give_up(&hop).await.unwrap();
-    assert_eq!(knot.look_up("www"), [(SOURCE, 3600)]);
+    knot.wait_for("www", &[(SOURCE, 3600)]);
     assert!(names.old_door().await.is_none());
 }
 
@@ -219,5 +220,5 @@ async fn a_wrong_key_is_told_and_changes_nothing() {
         "{message}"
     );
     assert!(message.contains("refused the update"), "{message}");
-    assert_eq!(knot.look_up("www"), [(SOURCE, 3600)]);
+    knot.wait_for("www", &[(SOURCE, 3600)]);
 }

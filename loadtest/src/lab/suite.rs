@@ -79,6 +79,14 @@ fn cases() -> Vec<Case> {
             shows: enough_ids,
         },
         Case {
+            name: "WordPress hops through WireGuard, and a database session from outside goes on",
+            wish: Wish {
+                tunnel: Tunnel::Wireguard,
+                ..wish(App::Wordpress, 20)
+            },
+            shows: nothing_more,
+        },
+        Case {
             name: "a hop that fails before its commit leaves the source serving, and the next one succeeds",
             wish: Wish {
                 fault: Some("Verify".into()),
