@@ -95,10 +95,10 @@ pub(crate) enum Scan {
 /// same bytes said it may be taken up, so that a head that arrives byte by byte is looked at once.
 pub(crate) fn scan(bytes: &[u8], from: usize) -> Result<Scan, HeadError> {
     let mut at = from;
-    let is_control = |&byte: &u8| (byte < 0x20 && byte != b'\t') || byte == 0x7f;
-    while let Some(found) = bytes[at..].iter().position(is_control) {
+    while let Some(found) = find_control(&bytes[at..]) {
         at += found;
         match &bytes[at..] {
+            [b'\t', ..] => at += 1,
             [b'\r', b'\n', b'\r', b'\n', ..] => return Ok(Scan::Complete(at + 4)),
             [b'\r', b'\n', b' ' | b'\t', ..] => return Err(HeadError::Folded),
             [b'\r'] | [b'\r', b'\n'] | [b'\r', b'\n', b'\r'] => return Ok(Scan::Partial(at)),
@@ -108,6 +108,27 @@ pub(crate) fn scan(bytes: &[u8], from: usize) -> Result<Scan, HeadError> {
         }
     }
     Ok(Scan::Partial(bytes.len()))
+}
+
+/// The first control byte: below 0x20, or 0x7f. Eight bytes at a time, each in its own lane of a word.
+fn find_control(bytes: &[u8]) -> Option<usize> {
+    const ONES: u64 = u64::from_ne_bytes([0x01; 8]);
+    const HIGHS: u64 = u64::from_ne_bytes([0x80; 8]);
+    let (words, rest) = bytes.as_chunks::<8>();
+    for (index, word) in words.iter().enumerate() {
+        let word = u64::from_le_bytes(*word);
+        // A lane that borrows sets its high bit. It may wrongly borrow for the lanes above, never for those below, so
+        // the lowest is right (Warren, "Hacker's Delight", 6-1).
+        let below = word.wrapping_sub(ONES * 0x20) & !word;
+        let delete = word ^ (ONES * 0x7f);
+        let found = (below | (delete.wrapping_sub(ONES) & !delete)) & HIGHS;
+        if found != 0 {
+            return Some(index * 8 + found.trailing_zeros() as usize / 8);
+        }
+    }
+    let is_control = |byte: &u8| *byte < 0x20 || *byte == 0x7f;
+    let found = rest.iter().position(is_control);
+    found.map(|index| words.len() * 8 + index)
 }
 
 /// How the end of a message body is recognised.
@@ -287,6 +308,8 @@ pub(crate) fn write_decimal(out: &mut Vec<u8>, mut number: u64) {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     #[test]
@@ -302,6 +325,16 @@ mod tests {
         }
         assert_eq!(scan(head, from), Ok(Scan::Complete(end)));
         assert_eq!(scan(head, 0), Ok(Scan::Complete(end)));
+    }
+
+    proptest! {
+        #[test]
+        fn the_first_control_byte_is_found_wherever_it_is(
+            bytes in proptest::collection::vec(prop_oneof![any::<u8>(), 0x1e..0x22_u8, 0x7d..0x82_u8], 0..40),
+        ) {
+            let is_control = |byte: &u8| *byte < 0x20 || *byte == 0x7f;
+            prop_assert_eq!(find_control(&bytes), bytes.iter().position(is_control));
+        }
     }
 
     #[test]
