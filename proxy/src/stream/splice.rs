@@ -17,7 +17,7 @@ use super::Socket;
 
 /// Bytes a pipe is asked to hold. The kernel lets every user have 1 MiB pipes, but only 64 MiB of pipes in all
 /// (pipe(7)); a pipe that stays smaller works as well.
-const PIPE_BYTES: usize = 256 * 1024;
+const PIPE_BYTES: usize = 512 * 1024;
 /// Pipes a worker keeps for later.
 const SPARE_MAX: usize = 32;
 

@@ -126,10 +126,11 @@ impl Session {
         let running = shared.active.begin();
         // The header list is turned into a head here: the stream's task keeps none of it.
         let (asked, receive) = stream::read(&shared, request);
-        self.streams.spawn_local(async move {
+        // Boxed: the runtime moves what it is given half a dozen times.
+        self.streams.spawn_local(Box::pin(async move {
             stream::serve(&shared, asked, receive, respond).await;
             drop(running);
-        });
+        }));
     }
 
     /// Waits for the streams to see that their connection is gone, and to do what has to be done.
