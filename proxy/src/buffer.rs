@@ -8,32 +8,51 @@ use crate::stream::splice::Pipes;
 
 /// Buffers a worker keeps for later; more than that are freed.
 const SPARE_MAX: usize = 64;
+/// Vectors for heads that it keeps: two for each request under way, on a busy worker.
+const OUTPUTS_MAX: usize = 512;
+/// Room for most heads. Larger vectors are kept like buffers, few.
+const OUTPUT_BYTES: usize = 1024;
 
 /// A run of bytes with room behind it.
 #[derive(Debug, Default)]
 pub(crate) struct Buffer {
-    bytes: Vec<u8>,
-    start: usize,
-    end: usize,
+    bytes: Box<[u8]>,
+    start: u32,
+    end: u32,
 }
 
 impl Buffer {
     fn with_size(size: usize) -> Self {
         Self {
-            bytes: vec![0; size],
+            bytes: vec![0; size].into(),
             start: 0,
             end: 0,
         }
     }
 
+    const fn start(&self) -> usize {
+        self.start as usize
+    }
+
+    const fn end(&self) -> usize {
+        self.end as usize
+    }
+
+    /// Buffers are far smaller than 4 GiB.
+    fn set(&mut self, start: usize, end: usize) {
+        let narrow = |place: usize| u32::try_from(place).unwrap_or(u32::MAX);
+        (self.start, self.end) = (narrow(start), narrow(end));
+    }
+
     /// What has been read and not consumed.
     pub(crate) fn filled(&self) -> &[u8] {
-        &self.bytes[self.start..self.end]
+        &self.bytes[self.start()..self.end()]
     }
 
     /// The same, to be changed in place.
     pub(crate) fn filled_mut(&mut self) -> &mut [u8] {
-        &mut self.bytes[self.start..self.end]
+        let filled = self.start()..self.end();
+        &mut self.bytes[filled]
     }
 
     /// Whether nothing is left to consume.
@@ -43,27 +62,30 @@ impl Buffer {
 
     /// Takes bytes off the front.
     pub(crate) fn consume(&mut self, count: usize) {
-        self.start = self.start.saturating_add(count).min(self.end);
-        if self.start == self.end {
-            self.start = 0;
-            self.end = 0;
+        let start = self.start().saturating_add(count);
+        if start >= self.end() {
+            self.set(0, 0);
+        } else {
+            self.set(start, self.end());
         }
     }
 
     /// Room for the next read; moves what is filled to the front when there is none behind it. Empty only when the
     /// buffer is full.
     pub(crate) fn room(&mut self) -> &mut [u8] {
-        if self.end == self.bytes.len() && self.start > 0 {
-            self.bytes.copy_within(self.start..self.end, 0);
-            self.end -= self.start;
-            self.start = 0;
+        if self.end() == self.bytes.len() && self.start > 0 {
+            let filled = self.start()..self.end();
+            self.set(0, filled.len());
+            self.bytes.copy_within(filled, 0);
         }
-        &mut self.bytes[self.end..]
+        let end = self.end();
+        &mut self.bytes[end..]
     }
 
     /// Says how much of the room was filled.
     pub(crate) fn advance(&mut self, count: usize) {
-        self.end = (self.end + count).min(self.bytes.len());
+        let end = self.end().saturating_add(count);
+        self.set(self.start(), end.min(self.bytes.len()));
     }
 }
 
@@ -106,8 +128,7 @@ impl Buffers {
     pub(crate) fn give(&self, mut buffer: Buffer) {
         let mut spare = self.spare.borrow_mut();
         if buffer.bytes.len() == self.size.get() && spare.len() < SPARE_MAX {
-            buffer.start = 0;
-            buffer.end = 0;
+            buffer.set(0, 0);
             spare.push(buffer);
         }
     }
@@ -121,11 +142,12 @@ impl Buffers {
 
     /// Replaces a buffer by one just large enough for what it holds, for a wait of unknown length.
     pub(crate) fn shrink(&self, buffer: &mut Buffer) {
-        let small = Buffer {
-            bytes: buffer.filled().to_vec(),
+        let mut small = Buffer {
+            bytes: buffer.filled().into(),
             start: 0,
-            end: buffer.filled().len(),
+            end: 0,
         };
+        small.advance(usize::MAX);
         self.give(std::mem::replace(buffer, small));
     }
 
@@ -142,13 +164,19 @@ impl Buffers {
 
     /// An empty vector for a head to be written.
     pub(crate) fn take_output(&self) -> Vec<u8> {
-        self.outputs.borrow_mut().pop().unwrap_or_default()
+        let kept = self.outputs.borrow_mut().pop();
+        kept.unwrap_or_else(|| Vec::with_capacity(OUTPUT_BYTES))
     }
 
     /// Gives such a vector back.
     pub(crate) fn give_output(&self, mut output: Vec<u8>) {
         let mut outputs = self.outputs.borrow_mut();
-        if outputs.len() < SPARE_MAX && output.capacity() <= 2 * self.size.get() {
+        let (most, size) = if outputs.len() < SPARE_MAX {
+            (SPARE_MAX, 2 * self.size.get())
+        } else {
+            (OUTPUTS_MAX, 2 * OUTPUT_BYTES)
+        };
+        if outputs.len() < most && output.capacity() <= size {
             output.clear();
             outputs.push(output);
         }

@@ -11,9 +11,9 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use cutover_protocol::hold::InFlight;
 use cutover_protocol::id::ServiceName;
-use tokio::runtime::Builder;
+use tokio::runtime::{Builder, LocalOptions};
 use tokio::sync::{Semaphore, mpsc, oneshot, watch};
-use tokio::task::{AbortHandle, JoinError, JoinSet, LocalSet};
+use tokio::task::{AbortHandle, JoinError, JoinSet};
 
 use crate::buffer::Buffers;
 use crate::limit::memory::Memory;
@@ -100,8 +100,9 @@ pub(crate) struct WorkerSeed {
 impl WorkerSeed {
     /// Runs the worker on this thread until the proxy ends.
     pub(crate) fn run(self) -> io::Result<()> {
-        let runtime = Builder::new_current_thread().enable_all().build()?;
-        LocalSet::new().block_on(&runtime, self.work())
+        let mut builder = Builder::new_current_thread();
+        let runtime = builder.enable_all().build_local(LocalOptions::default())?;
+        runtime.block_on(self.work())
     }
 
     async fn work(mut self) -> io::Result<()> {
@@ -148,7 +149,7 @@ struct Worker {
     ports_made: usize,
 }
 
-/// A port, its listeners, and the task that keeps its pool tidy.
+/// A port, its listeners, and the task that keeps its pool and its idle clients.
 struct Open {
     port: Rc<Port>,
     listeners: Vec<Rc<Listening>>,
@@ -307,8 +308,9 @@ impl Worker {
             id_origin: id_origin(self.index, self.ports_made),
         }));
         self.ports_made += 1;
-        let pool = Rc::clone(&port.pool);
-        let tidy = tokio::task::spawn_local(pool.keep()).abort_handle();
+        let (pool, closing) = (Rc::clone(&port.pool), Rc::clone(&port.closing));
+        let tidy = async move { tokio::join!(pool.keep(), closing.keep_idle()) };
+        let tidy = tokio::task::spawn_local(tidy).abort_handle();
         Open {
             port,
             listeners: Vec::new(),

@@ -2,41 +2,50 @@
 //!
 //! Nothing that is not an address becomes one: `unknown`, names and obfuscated identifiers are nobody's address.
 
-use std::fmt::Write;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-/// An address as text, without an allocation. The longest is IPv6 with an embedded IPv4 address: 45 bytes.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct AddressText {
-    bytes: [u8; 45],
-    count: u8,
+/// An address as text. Small, as every connection has one: IPv4 has room in it.
+#[derive(Debug, Clone)]
+pub(crate) enum AddressText {
+    /// At most 15 bytes.
+    Short {
+        bytes: [u8; 15],
+        count: u8,
+    },
+    Long(Box<str>),
 }
 
 impl AddressText {
     /// IPv4 inside IPv6 is shown as IPv4.
     pub(crate) fn of(address: IpAddr) -> Self {
-        let mut text = Self {
-            bytes: [0; 45],
-            count: 0,
+        let address = match address.to_canonical() {
+            IpAddr::V4(address) => address,
+            IpAddr::V6(address) => return Self::Long(address.to_string().into()),
         };
-        // The longest address fits.
-        let _ = write!(text, "{}", address.to_canonical());
-        text
+        let (mut bytes, mut count) = ([0; 15], 0);
+        for octet in address.octets() {
+            if count > 0 {
+                bytes[count] = b'.';
+                count += 1;
+            }
+            for (least, unit) in [(100, 100), (10, 10), (0, 1)] {
+                if octet >= least {
+                    bytes[count] = b'0' + octet / unit % 10;
+                    count += 1;
+                }
+            }
+        }
+        Self::Short {
+            bytes,
+            count: u8::try_from(count).unwrap_or(0),
+        }
     }
 
     pub(crate) fn as_bytes(&self) -> &[u8] {
-        &self.bytes[..usize::from(self.count)]
-    }
-}
-
-impl Write for AddressText {
-    fn write_str(&mut self, text: &str) -> std::fmt::Result {
-        let start = usize::from(self.count);
-        let room = self.bytes.get_mut(start..start + text.len());
-        room.ok_or(std::fmt::Error)?
-            .copy_from_slice(text.as_bytes());
-        self.count += u8::try_from(text.len()).unwrap_or(0);
-        Ok(())
+        match self {
+            Self::Short { bytes, count } => &bytes[..usize::from(*count)],
+            Self::Long(text) => text.as_bytes(),
+        }
     }
 }
 

@@ -2,9 +2,11 @@
 //!
 //! Hold by not reading: a held request is its parsed head and this parked task; its body stays in the kernel.
 
+use std::future::poll_fn;
 use std::io::{self, IoSlice};
 use std::pin::pin;
 use std::rc::Rc;
+use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
 use tokio::time::timeout;
@@ -24,48 +26,53 @@ use crate::buffer::{Buffer, Buffers};
 use crate::config::Limits;
 use crate::error::RequestError;
 use crate::forwarded::Hop;
-use crate::listen::client::{Client, Scheme};
-use crate::listen::port::{Connected, Link, Passage, Port, Presence, Settings, Visitor};
+use crate::listen::Visit;
+use crate::listen::client::Scheme;
+use crate::listen::idle::IdlePlace;
+use crate::listen::port::{Connected, Link, Passage, Presence, Settings, Visitor};
 use crate::service::Ticket;
 use crate::service::pool::Upstream;
-use crate::stream::{self, Stream};
+use crate::stream;
 use crate::tcp::copy::tunnel;
 use crate::upstream::{Chosen, Outcome};
 
+/// How a client's time with HTTP/1 ended.
+#[derive(Debug)]
+pub(crate) enum Ended {
+    /// With its connection.
+    Closed,
+    /// It speaks HTTP/2 instead.
+    Http2 {
+        /// What was read of the connection, from its first byte on.
+        early: Buffer,
+    },
+}
+
 /// Serves a client until one of the two has had enough.
-pub(crate) async fn serve(port: Rc<Port>, stream: Stream, client: Client) {
+pub(crate) fn serve(visit: &Visit) -> impl Future<Output = Ended> {
     let mut connection = Connection {
-        port: &port,
-        stream: &stream,
-        client: &client,
-        settings: port.settings(),
+        visit,
+        settings: visit.port.settings(),
         buffer: Buffer::default(),
         is_new: true,
     };
     connection.read_at_once();
-    while connection.next_request_begins().await {
-        let goes_on = match connection.read_head().await {
-            Ok(end) if connection.turns_to_http2(end) => {
-                let early = std::mem::take(&mut connection.buffer);
-                // Boxed, so that an HTTP/1 connection does not pay for its size.
-                return Box::pin(h2::serve(port, stream, early, client)).await;
-            }
+    async move {
+        while connection.next_request_begins().await {
             // On the heap for as long as it lasts: an idle connection is its task, and should be small.
-            Ok(end) => Box::pin(connection.serve_request(end)).await,
-            Err(error) => connection.refuse(&error).await,
-        };
-        match goes_on {
-            Next::Request => {}
-            Next::Close => break,
-            Next::Linger => {
-                let limit = connection.settings.limits.linger_max;
-                stream::linger(&stream, &port.buffers, &mut connection.buffer, limit).await;
-                break;
+            match Box::pin(connection.next_request()).await {
+                Next::Request => {}
+                Next::Close => break,
+                Next::Http2 => {
+                    return Ended::Http2 {
+                        early: connection.buffer,
+                    };
+                }
             }
         }
+        connection.visit.port.buffers.give(connection.buffer);
+        Ended::Closed
     }
-    let buffer = connection.buffer;
-    port.buffers.give(buffer);
 }
 
 /// What becomes of a connection after a request.
@@ -73,14 +80,21 @@ pub(crate) async fn serve(port: Rc<Port>, stream: Stream, client: Client) {
 enum Next {
     Request,
     Close,
+    /// What began was no request, but the preface of HTTP/2.
+    Http2,
+}
+
+/// What becomes of a connection after an answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Then {
+    Request,
+    Close,
     /// Close after reading what the client still sends, so that it can read our answer.
     Linger,
 }
 
 struct Connection<'c> {
-    port: &'c Port,
-    stream: &'c Stream,
-    client: &'c Client,
+    visit: &'c Visit,
     /// As they were when the request began.
     settings: Rc<Settings>,
     buffer: Buffer,
@@ -88,7 +102,7 @@ struct Connection<'c> {
     is_new: bool,
 }
 
-impl Connection<'_> {
+impl<'c> Connection<'c> {
     /// Only the first head of a connection may be the preface of HTTP/2.
     fn turns_to_http2(&mut self, end: usize) -> bool {
         std::mem::take(&mut self.is_new) && h2::is_preface(&self.buffer.filled()[..end])
@@ -96,38 +110,84 @@ impl Connection<'_> {
 
     /// Most clients send at once: a first look saves a turn of the reactor.
     fn read_at_once(&mut self) {
-        let Some(socket) = self.stream.plain() else {
+        let Some(socket) = self.visit.stream.plain() else {
             return;
         };
-        self.port.buffers.grow(&mut self.buffer);
+        self.visit.port.buffers.grow(&mut self.buffer);
         // The end and errors are found again by the next read.
         if let Ok(count) = socket.read_now(self.buffer.room()) {
             self.buffer.advance(count);
         }
-        self.port.buffers.give_empty(&mut self.buffer);
+        self.visit.port.buffers.give_empty(&mut self.buffer);
     }
 
     /// Waits, without a buffer, for the first bytes of a request. False when there is none to come. While the service
     /// is held, nobody is idle: a client whose time is over then has it once more.
-    async fn next_request_begins(&mut self) -> bool {
-        if !self.buffer.is_empty() {
-            return true;
-        }
-        let port = self.port;
-        let idle_max = self.settings.limits.client_idle_max;
-        let begun = loop {
-            let read = tokio::select! {
-                biased;
-                read = stream::read(self.stream, &port.buffers, &mut self.buffer, idle_max) => read,
-                () = port.closing.idle_over() => break false,
-            };
-            match read {
-                Err(error) if error.kind() == io::ErrorKind::TimedOut && port.holds() => {}
-                read => break matches!(read, Ok(1..)),
+    fn next_request_begins(&mut self) -> impl Future<Output = bool> {
+        let mut place = None;
+        poll_fn(move |context| self.poll_begins(&mut place, context))
+    }
+
+    fn poll_begins(
+        &mut self,
+        place: &mut Option<IdlePlace<'c>>,
+        context: &mut Context<'_>,
+    ) -> Poll<bool> {
+        let Visit { port, stream, .. } = self.visit;
+        while self.buffer.is_empty() {
+            port.buffers.grow(&mut self.buffer);
+            match stream.try_read(self.buffer.room()) {
+                Ok(0) => return Poll::Ready(false),
+                Ok(count) => self.buffer.advance(count),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    port.buffers.give_empty(&mut self.buffer);
+                    if place.is_none() {
+                        let idle_max = self.settings.limits.client_idle_max;
+                        *place = port.closing.enter_idle(idle_max);
+                    }
+                    let Some(held) = place else {
+                        return Poll::Ready(false);
+                    };
+                    // An error is found again by the read.
+                    if stream.poll_readable(context).is_pending() {
+                        ready!(held.poll_over(context));
+                        if !port.holds() || port.closing.is_closed() {
+                            return Poll::Ready(false);
+                        }
+                        *place = None;
+                    }
+                }
+                Err(_) => return Poll::Ready(false),
             }
-        };
+        }
         self.settings = port.settings();
-        begun
+        Poll::Ready(true)
+    }
+
+    /// Serves a request whose first bytes are there.
+    async fn next_request(&mut self) -> Next {
+        let then = match self.read_head().await {
+            Ok(end) if self.turns_to_http2(end) => return Next::Http2,
+            Ok(end) => self.serve_request(end).await,
+            Err(error) => self.refuse(&error).await,
+        };
+        match then {
+            Then::Request => Next::Request,
+            Then::Close => Next::Close,
+            Then::Linger => {
+                let limit = self.settings.limits.linger_max;
+                let buffers = &self.visit.port.buffers;
+                // Boxed: hardly any request needs its room.
+                Box::pin(stream::linger(
+                    &self.visit.stream,
+                    buffers,
+                    &mut self.buffer,
+                    limit,
+                ))
+                .await;
+                Next::Close
+            }
+        }
     }
 
     /// Reads up to the end of a head whose first bytes are there.
@@ -136,7 +196,8 @@ impl Connection<'_> {
             return Ok(end);
         }
         let head_max = self.settings.limits.client_head_max;
-        timeout(head_max, self.read_rest_of_head())
+        // Boxed: most heads come in one piece.
+        Box::pin(timeout(head_max, self.read_rest_of_head()))
             .await
             .unwrap_or(Err(RequestError::HeadTimeout))
     }
@@ -174,7 +235,14 @@ impl Connection<'_> {
 
     async fn read_more(&mut self) -> Result<bool, RequestError> {
         let silence = self.settings.limits.client_head_max;
-        match stream::read(self.stream, &self.port.buffers, &mut self.buffer, silence).await {
+        match stream::read(
+            &self.visit.stream,
+            &self.visit.port.buffers,
+            &mut self.buffer,
+            silence,
+        )
+        .await
+        {
             Ok(count) => Ok(count > 0),
             Err(error) if error.kind() == io::ErrorKind::TimedOut => Err(RequestError::HeadTimeout),
             Err(error) => Err(RequestError::ClientLeft(error)),
@@ -182,13 +250,13 @@ impl Connection<'_> {
     }
 
     /// Answers a head that cannot be served. No gate, no ticket, no log line but the status.
-    async fn refuse(&mut self, error: &RequestError) -> Next {
+    async fn refuse(&mut self, error: &RequestError) -> Then {
         let Some(status) = error.status() else {
-            return Next::Close;
+            return Then::Close;
         };
-        self.port.count(status);
-        self.port.count_refusal(error);
-        let mut out = self.port.buffers.take_output();
+        self.visit.port.count(status);
+        self.visit.port.count_refusal(error);
+        let mut out = self.visit.port.buffers.take_output();
         answer::write(
             &mut out,
             status,
@@ -198,17 +266,24 @@ impl Connection<'_> {
             false,
         );
         self.write(&out).await;
-        self.port
-            .log(|| Line::refused(self.port, self.client.address, status, out.len(), error));
-        self.port.buffers.give_output(out);
-        Next::Linger
+        self.visit.port.log(|| {
+            Line::refused(
+                &self.visit.port,
+                self.visit.client.address,
+                status,
+                out.len(),
+                error,
+            )
+        });
+        self.visit.port.buffers.give_output(out);
+        Then::Linger
     }
 
     async fn write(&self, out: &[u8]) {
         // A client that does not take its answer has none.
         drop(
             stream::write_all(
-                self.stream,
+                &self.visit.stream,
                 &mut [IoSlice::new(out)],
                 self.settings.limits.client_silence_max,
             )
@@ -216,24 +291,24 @@ impl Connection<'_> {
         );
     }
 
-    async fn serve_request(&mut self, end: usize) -> Next {
-        let id = self.port.next_id();
+    async fn serve_request(&mut self, end: usize) -> Then {
+        let id = self.visit.port.next_id();
         let arrival = Instant::now();
-        let mut head = self.port.buffers.take_output();
+        let mut head = self.visit.port.buffers.take_output();
         let decided = match self.decide(end, id, arrival, &mut head) {
             Ok(decided) => decided,
             Err(error) => {
-                self.port.buffers.give_output(head);
+                self.visit.port.buffers.give_output(head);
                 return self.refuse(&error).await;
             }
         };
         if let Some(proof) = acme::answer(&self.settings.acme, &self.buffer.filled()[..end]) {
-            self.port.buffers.give_output(head);
+            self.visit.port.buffers.give_output(head);
             return self.show_proof(end, &proof).await;
         }
         self.buffer.consume(end);
         // While the request waits for its answer, the buffer serves others.
-        self.port.buffers.give_empty(&mut self.buffer);
+        self.visit.port.buffers.give_empty(&mut self.buffer);
         let passage = decided.passage(arrival, &self.settings);
         let mut served = Served {
             id,
@@ -258,21 +333,22 @@ impl Connection<'_> {
             Ok(next) => next,
             Err(error) => self.answer_failure(&served, &error).await,
         };
-        self.port.count(served.progress.status.get());
-        self.port.tell(self.client, &served);
-        self.port.buffers.give_output(served.head);
+        let Visit { port, client, .. } = self.visit;
+        port.count(served.progress.status.get());
+        port.tell(client, &served);
+        port.buffers.give_output(served.head);
         next
     }
 
     /// Answers an authority that looks for a proof, whatever the gate does: a certificate may end during a hop.
-    async fn show_proof(&mut self, end: usize, proof: &[u8]) -> Next {
+    async fn show_proof(&mut self, end: usize, proof: &[u8]) -> Then {
         self.buffer.consume(end);
-        self.port.count(200);
-        let mut out = self.port.buffers.take_output();
+        self.visit.port.count(200);
+        let mut out = self.visit.port.buffers.take_output();
         answer::write_proof(&mut out, proof);
         self.write(&out).await;
-        self.port.buffers.give_output(out);
-        Next::Linger
+        self.visit.port.buffers.give_output(out);
+        Then::Linger
     }
 
     /// Reads the head, decides, and writes the upstream's version of it. Nothing of the parsed form outlives this
@@ -291,7 +367,7 @@ impl Connection<'_> {
             limits: &self.settings.limits,
             is_pressed: self.settings.guards.memory.is_pressed(),
             tracing: self.settings.tracing(),
-            client: self.client,
+            client: &self.visit.client,
             id,
             now,
         };
@@ -299,8 +375,8 @@ impl Connection<'_> {
     }
 
     /// Forwards until the answer is complete, on a second connection where the first was dead before it began.
-    async fn forward(&mut self, served: &mut Served) -> Result<Next, RequestError> {
-        let port = self.port;
+    async fn forward(&mut self, served: &mut Served) -> Result<Then, RequestError> {
+        let port = &self.visit.port;
         let mut ticket = port.admit(&mut self.visitor(served)).await?;
         let mut may_reuse = true;
         loop {
@@ -314,11 +390,12 @@ impl Connection<'_> {
             } = connected;
             ticket = current;
             served.passage.register = Some(ticket.register());
-            served.request.set_cookie = chosen.set_cookie(self.client.scheme == Scheme::Https);
+            served.request.set_cookie =
+                chosen.set_cookie(self.visit.client.scheme == Scheme::Https);
             let what = &served.head[..served.request.line_bytes];
             let _row = port
                 .in_flight
-                .enter(self.client.address, what, served.arrival);
+                .enter(self.visit.client.address, what, served.arrival);
             let (error, kept) = match link {
                 Link::Own { upstream, kept } => {
                     let exchanged =
@@ -388,14 +465,14 @@ impl Connection<'_> {
         ticket: &Ticket<'_>,
         upstream: Upstream,
         report: impl FnOnce(&Served, Option<&RequestError>),
-    ) -> Result<Next, RequestError> {
-        let port = self.port;
+    ) -> Result<Then, RequestError> {
+        let port = &self.visit.port;
         let settings = Rc::clone(&self.settings);
         let limits = served.limits(&settings.limits);
         let mut upstream_buffer = Buffer::default();
         let mut scratch = port.buffers.take_output();
         let exchange = Exchange {
-            client: self.stream,
+            client: &self.visit.stream,
             upstream: &upstream.stream,
             ticket,
             request: &served.request,
@@ -407,17 +484,18 @@ impl Connection<'_> {
             progress: &served.progress,
         };
         let received = {
+            // Pinned here: handed on it would take its room twice.
             let exchanged = exchange.run(&mut self.buffer, &mut upstream_buffer, &mut scratch);
-            let received = stream::within(limits.request_max, exchanged).await;
+            let received = stream::within(limits.request_max, pin!(exchanged)).await;
             received.unwrap_or(Err(RequestError::TookTooLong))
         };
         port.buffers.give_output(scratch);
         report(served, received.as_ref().err());
         match received {
             Ok(Received::Upgraded) => {
-                self.upgraded(served, &upstream, upstream_buffer).await;
+                Box::pin(self.upgraded(served, &upstream, upstream_buffer)).await;
                 port.pool.part(upstream);
-                Ok(Next::Close)
+                Ok(Then::Close)
             }
             Ok(Received::Answer {
                 client_persists,
@@ -441,12 +519,13 @@ impl Connection<'_> {
         served: &Served,
         ticket: &Ticket<'_>,
         slot: &Slot,
-    ) -> Result<Next, RequestError> {
-        let (port, settings) = (self.port, Rc::clone(&self.settings));
+    ) -> Result<Then, RequestError> {
+        let (port, settings) = (&self.visit.port, Rc::clone(&self.settings));
         let (limits, request) = (served.limits(&settings.limits), &served.request);
-        let mut answer = PlainAnswer::new(self.stream, &port.buffers, limits, request.version);
+        let mut answer =
+            PlainAnswer::new(&self.visit.stream, &port.buffers, limits, request.version);
         let mut body = PlainBody::new(
-            self.stream,
+            &self.visit.stream,
             &port.buffers,
             &mut self.buffer,
             limits,
@@ -470,8 +549,8 @@ impl Connection<'_> {
         };
         port.buffers.give_output(scratch);
         match received.unwrap_or(Err(RequestError::TookTooLong))? {
-            _ if answer.is_broken => Ok(Next::Close),
-            shared::Received::Tunnelled => Ok(Next::Close),
+            _ if answer.is_broken => Ok(Then::Close),
+            shared::Received::Tunnelled => Ok(Then::Close),
             shared::Received::Answer { client_persists } => {
                 Ok(self.next_after(served, client_persists))
             }
@@ -480,8 +559,8 @@ impl Connection<'_> {
 
     fn visitor<'v>(&'v mut self, served: &'v mut Served) -> Visitor<'v> {
         Visitor {
-            presence: Presence::Connection(self.stream),
-            client: self.client.address,
+            presence: Presence::Connection(&self.visit.stream),
+            client: self.visit.client.address,
             buffer: Some(&mut self.buffer),
             head: &mut served.head,
             passage: &mut served.passage,
@@ -490,32 +569,32 @@ impl Connection<'_> {
 
     fn after_answer(&self, upstream: Upstream, persists: bool) {
         if persists {
-            self.port.pool.put(upstream);
+            self.visit.port.pool.put(upstream);
         } else {
-            self.port.pool.part(upstream);
+            self.visit.port.pool.part(upstream);
         }
     }
 
-    fn next_after(&self, served: &Served, client_persists: bool) -> Next {
+    fn next_after(&self, served: &Served, client_persists: bool) -> Then {
         // A client that was told that it may go on may be doing so already.
         if client_persists {
-            Next::Request
+            Then::Request
         } else if served.progress.request_done.get()
             && self.buffer.is_empty()
-            && !self.stream.has_unread()
+            && !self.visit.stream.has_unread()
         {
-            self.stream.farewell();
-            Next::Close
+            self.visit.stream.farewell();
+            Then::Close
         } else {
-            Next::Linger
+            Then::Linger
         }
     }
 
     async fn upgraded(&mut self, served: &Served, upstream: &Upstream, mut from_upstream: Buffer) {
-        let port = self.port;
+        let port = &self.visit.port;
         let limit = served.limits(&self.settings.limits).tunnel_idle_max;
         let early = [
-            (self.stream, from_upstream.filled()),
+            (&self.visit.stream, from_upstream.filled()),
             (&upstream.stream, self.buffer.filled()),
         ];
         for (to, bytes) in early {
@@ -531,14 +610,14 @@ impl Connection<'_> {
         from_upstream.consume(usize::MAX);
         port.buffers.give(from_upstream);
         port.buffers.give(std::mem::take(&mut self.buffer));
-        let moved = tunnel(self.stream, &upstream.stream, &port.buffers, limit).await;
+        let moved = tunnel(&self.visit.stream, &upstream.stream, &port.buffers, limit).await;
         answered.set(answered.get() + moved.to_client);
     }
 
     /// Whether the connection goes on after an answer of ours.
     fn after(&self, served: &Served) -> After {
         let body_untouched = served.request.framing == Framing::Empty;
-        if served.request.persists && body_untouched && !self.port.closing.is_closed() {
+        if served.request.persists && body_untouched && !self.visit.port.closing.is_closed() {
             After::KeepAlive
         } else {
             After::Close
@@ -546,45 +625,45 @@ impl Connection<'_> {
     }
 
     /// Sends the client elsewhere.
-    async fn redirect(&self, served: &Served) -> Next {
+    async fn redirect(&self, served: &Served) -> Then {
         let after = self.after(served);
-        let Some((status, out)) = served.write_redirect(&self.port.buffers, after) else {
-            return Next::Close;
+        let Some((status, out)) = served.write_redirect(&self.visit.port.buffers, after) else {
+            return Then::Close;
         };
         served.progress.status.set(status);
         served.progress.answered.set(out.len() as u64);
         self.write(&out).await;
-        self.port.buffers.give_output(out);
+        self.visit.port.buffers.give_output(out);
         match after {
-            After::KeepAlive => Next::Request,
-            After::Close => Next::Linger,
+            After::KeepAlive => Then::Request,
+            After::Close => Then::Linger,
         }
     }
 
-    async fn answer_failure(&mut self, served: &Served, error: &RequestError) -> Next {
+    async fn answer_failure(&mut self, served: &Served, error: &RequestError) -> Then {
         let progress = &served.progress;
-        tracing::debug!(client = %self.client.address, id = %served.id, fault = ?error.fault(), "{error}");
+        tracing::debug!(client = %self.visit.client.address, id = %served.id, fault = ?error.fault(), "{error}");
         if progress.answering.get() {
             // Half an answer is out; only a broken connection tells the client that it is half.
-            return Next::Close;
+            return Then::Close;
         }
         let Some(status) = error.status() else {
-            return Next::Close;
+            return Then::Close;
         };
-        self.port.count_refusal(error);
+        self.visit.port.count_refusal(error);
         let after = self.after(served);
-        let mut out = self.port.buffers.take_output();
+        let mut out = self.visit.port.buffers.take_output();
         let is_head = served.request.method == Method::Head;
         let retry_after_s = self.settings.limits.retry_after_s;
         answer::write(&mut out, status, error, retry_after_s, after, is_head);
         progress.status.set(status);
         progress.answered.set(out.len() as u64);
         self.write(&out).await;
-        self.port.buffers.give_output(out);
+        self.visit.port.buffers.give_output(out);
         if after == After::KeepAlive {
-            Next::Request
+            Then::Request
         } else {
-            Next::Linger
+            Then::Linger
         }
     }
 }

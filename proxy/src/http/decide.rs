@@ -116,7 +116,7 @@ pub(crate) fn decide(by: Rules<'_>, parsed: &Parsed<'_, '_>, out: &mut Vec<u8>) 
         Ok(None) => (parsed.write(plain, out), None, None),
         Err(error) => (parsed.write(plain, out), None, Some(error)),
     };
-    request.alt_svc.clone_from(&by.client.alt_svc);
+    request.alt_svc = by.client.alt_svc().cloned();
     let limits = treatment
         .as_ref()
         .and_then(|treatment| treatment.route.limits.as_deref());
@@ -160,7 +160,7 @@ fn judge(
     };
     let found = by.service.routes.find(&view).map_err(RequestError::Path)?;
     let text = AddressText::of(client);
-    let subject = by.client.certificate_subject.as_deref();
+    let subject = by.client.certificate_subject();
     let said = parsed.said();
     let values = Values {
         client: text.as_bytes(),

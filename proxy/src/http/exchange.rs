@@ -86,12 +86,22 @@ impl Exchange<'_> {
         upstream_buffer: &mut Buffer,
         scratch: &mut Vec<u8>,
     ) -> Result<Received, RequestError> {
-        let mut body = Body::new(self.request.framing);
-        let sending = self.send(client_buffer, &mut body);
-        if self.request.framing == Framing::Empty {
-            self.judge(sending.await?)?;
+        if let Some(sent) = self.send_at_once(client_buffer, scratch).await? {
+            self.judge(sent)?;
             return self.receive(upstream_buffer, scratch).await;
         }
+        // Boxed: most requests have come with all that they are, and should not pay for its room.
+        Box::pin(self.run_both_ways(client_buffer, upstream_buffer, scratch)).await
+    }
+
+    async fn run_both_ways(
+        &self,
+        client_buffer: &mut Buffer,
+        upstream_buffer: &mut Buffer,
+        scratch: &mut Vec<u8>,
+    ) -> Result<Received, RequestError> {
+        let mut body = Body::new(self.request.framing);
+        let sending = self.send(client_buffer, &mut body);
         let receiving = self.receive(upstream_buffer, scratch);
         tokio::pin!(sending, receiving);
         let mut sending_goes_on = true;
@@ -120,6 +130,46 @@ impl Exchange<'_> {
                 Ok(())
             }
         }
+    }
+
+    /// Sends the request in one piece, if all of a small body came with its head or there is none. The body stays in
+    /// the buffer until it is sent.
+    async fn send_at_once(
+        &self,
+        buffer: &mut Buffer,
+        scratch: &mut Vec<u8>,
+    ) -> Result<Option<Sent>, RequestError> {
+        let here = match self.request.framing {
+            Framing::Empty => 0,
+            Framing::Length(length) => usize::try_from(length).unwrap_or(usize::MAX),
+            Framing::Chunked | Framing::UntilClose => return Ok(None),
+        };
+        if here > COPIED_BYTES_MAX.min(buffer.filled().len()) {
+            return Ok(None);
+        }
+        let mut whole = self.head;
+        if here > 0 {
+            let intake = Intake::new(self.limits, &self.progress.answering);
+            intake.take(here).map_err(|_| RequestError::BodyTooLong)?;
+            // One slice is cheaper to send than two, and a short copy costs nothing.
+            scratch.clear();
+            scratch.extend_from_slice(self.head);
+            scratch.extend_from_slice(&buffer.filled()[..here]);
+            whole = scratch;
+        }
+        let mut slices = [IoSlice::new(whole)];
+        let written = stream::write_all(self.upstream, &mut slices, self.limits.response_max).await;
+        Ok(Some(match written {
+            Ok(()) => {
+                self.progress.sent.set(whole.len() as u64);
+                buffer.consume(here);
+                self.buffers.give_empty(buffer);
+                Sent::Whole
+            }
+            Err(failed) => Sent::Refused {
+                nothing_left_us: failed.written == 0,
+            },
+        }))
     }
 
     async fn send(&self, buffer: &mut Buffer, body: &mut Body) -> Result<Sent, RequestError> {
@@ -252,7 +302,16 @@ impl Exchange<'_> {
         }
         let answered = &self.progress.answered;
         let before = answered.get();
-        let relayed = relay(route, buffer, &mut body, encoding, head, answered).await;
+        let relayed = if matches!(body, Body::Length(0)) {
+            let mut slices = [IoSlice::new(head)];
+            let written = stream::write_all(self.client, &mut slices, route.write_silence).await;
+            written
+                .map(|()| answered.set(before + head.len() as u64))
+                .map_err(RelayError::Write)
+        } else {
+            // Boxed: small answers, which are most, do without.
+            Box::pin(relay(route, buffer, &mut body, encoding, head, answered)).await
+        };
         if matches!(relayed, Err(RelayError::Chunk(_) | RelayError::Read(_)))
             && answered.get() == before
         {

@@ -31,12 +31,17 @@ pub(crate) struct Client {
     /// Its address; loopback with port zero where it came by a unix socket.
     pub(crate) address: SocketAddr,
     pub(crate) scheme: Scheme,
-    /// Whom its certificate was issued to, where it had to show one.
-    pub(crate) certificate_subject: Option<Rc<str>>,
-    /// Where it may speak HTTP/3 instead, if it does not.
-    pub(crate) alt_svc: Option<Rc<str>>,
+    /// What its handshake told, if that is more than nothing.
+    told: Option<Rc<Told>>,
     /// The address without its port, as it is forwarded.
     shown: AddressText,
+}
+
+/// What the handshake of a client told.
+#[derive(Debug)]
+struct Told {
+    certificate_subject: Option<Box<str>>,
+    alt_svc: Option<Rc<str>>,
 }
 
 impl Client {
@@ -46,8 +51,7 @@ impl Client {
             address,
             scheme: Scheme::Http,
             shown: AddressText::of(address.ip()),
-            certificate_subject: None,
-            alt_svc: None,
+            told: None,
         }
     }
 
@@ -56,14 +60,27 @@ impl Client {
         Self::new(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)))
     }
 
-    /// Notes what the handshake told.
-    pub(crate) fn came_through_tls(&mut self, agreed: &Agreed) {
+    /// Notes what the handshake told, and where it may speak HTTP/3 instead, if it does not.
+    pub(crate) fn came_through_tls(&mut self, agreed: &Agreed, alt_svc: Option<&Rc<str>>) {
         self.scheme = Scheme::Https;
-        let subject = agreed
-            .certificate
-            .as_ref()
-            .and_then(|der| tls::subject(der));
-        self.certificate_subject = subject.map(Rc::from);
+        let certificate = agreed.certificate.as_ref();
+        let subject = certificate.and_then(|der| tls::subject(der));
+        if subject.is_some() || alt_svc.is_some() {
+            self.told = Some(Rc::new(Told {
+                certificate_subject: subject.map(Box::from),
+                alt_svc: alt_svc.cloned(),
+            }));
+        }
+    }
+
+    /// Whom its certificate was issued to, where it had to show one.
+    pub(crate) fn certificate_subject(&self) -> Option<&str> {
+        self.told.as_ref()?.certificate_subject.as_deref()
+    }
+
+    /// Where it may speak HTTP/3 instead, if it does not.
+    pub(crate) fn alt_svc(&self) -> Option<&Rc<str>> {
+        self.told.as_ref()?.alt_svc.as_ref()
     }
 
     /// The address without its port; IPv4 inside IPv6 is shown as IPv4.

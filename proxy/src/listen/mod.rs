@@ -5,6 +5,7 @@ pub(crate) mod bound;
 pub(crate) mod client;
 pub(crate) mod hangup;
 pub(crate) mod hello;
+pub(crate) mod idle;
 pub(crate) mod port;
 pub(crate) mod proxy_protocol;
 pub(crate) mod quic;
@@ -26,10 +27,14 @@ use tokio::task::JoinSet;
 use tokio::time::timeout;
 
 use crate::acme;
+use crate::buffer::Buffer;
 use crate::config::{ListenConfig, Protocol};
+use crate::http::connection::{self, Ended};
+use crate::http::h2;
 use crate::limit::Reason;
 use crate::limit::connections::Seat;
 use crate::stream::{Socket, Stream};
+use crate::tcp;
 use crate::tls::profile::{Offer, Profile};
 use crate::tls::stream::TlsStream;
 use bound::Bound;
@@ -239,49 +244,113 @@ fn start(
     permit: OwnedSemaphorePermit,
     connections: &mut JoinSet<()>,
 ) {
-    let (port, door) = (Rc::clone(port), listening.door());
-    connections.spawn_local(async move {
-        let client = address.map_or_else(Client::local, Client::new);
-        match Socket::new(socket) {
-            Ok(socket) => greet(port, &door, socket, client).await,
-            Err(error) => tracing::warn!("cannot watch a new connection: {error}"),
+    let visit = Visit {
+        port: Rc::clone(port),
+        stream: Stream::Plain(Socket::new(socket)),
+        client: address.map_or_else(Client::local, Client::new),
+        seat: None,
+        permit,
+    };
+    let door = listening.door();
+    if door.is_plain_to(&visit.client) {
+        if let Some(visit) = visit.sit_down() {
+            connections.spawn_local(visit.serve());
         }
-        drop(permit);
-    });
+    } else {
+        let greeting = Box::pin(visit.greet(door));
+        connections.spawn_local(async move {
+            if let Some(visit) = greeting.await {
+                visit.serve().await;
+            }
+        });
+    }
 }
 
-/// What comes before the listener's protocol is done here.
-async fn greet(port: Rc<Port>, door: &Door, socket: Socket, mut client: Client) {
-    if door
-        .config
-        .proxy_protocol_from
-        .believes(client.address.ip())
-    {
-        match introduced(&port, &socket, client).await {
-            Some(introduced) => client = introduced,
-            None => return,
-        }
+/// One connection from its first byte to its last.
+pub(crate) struct Visit {
+    pub(crate) port: Rc<Port>,
+    pub(crate) stream: Stream,
+    pub(crate) client: Client,
+    seat: Option<Box<Seat>>,
+    permit: OwnedSemaphorePermit,
+}
+
+impl Door {
+    /// Whether nothing comes before the listener's protocol.
+    fn is_plain_to(&self, client: &Client) -> bool {
+        self.tls.is_none() && !self.believes(client)
     }
-    let Ok(_seat) = take_seat(&port, &client) else {
-        port.count_reason(Reason::AddressConnections);
-        return;
-    };
-    let stream = match &door.tls {
-        None => Stream::Plain(socket),
-        Some(profile) => match shake(&port, door, profile, socket).await {
-            Some(stream) => {
-                client.came_through_tls(stream.agreed());
-                client.alt_svc.clone_from(&door.alt_svc);
+
+    /// Whether the client is a balancer that says for whom it comes.
+    fn believes(&self, client: &Client) -> bool {
+        let allowed = &self.config.proxy_protocol_from;
+        allowed.believes(client.address.ip())
+    }
+}
+
+impl Visit {
+    /// Does what comes before the listener's protocol. `None` where nothing is left to be served.
+    async fn greet(mut self, door: Rc<Door>) -> Option<Self> {
+        let Stream::Plain(socket) = self.stream else {
+            return None;
+        };
+        if door.believes(&self.client) {
+            self.client = introduced(&self.port, &socket, self.client).await?;
+        }
+        // Seated before hands are shaken: that is the dear part.
+        let seat = seat_or_count(&self.port, &self.client).ok()?;
+        let stream = match &door.tls {
+            None => Stream::Plain(socket),
+            Some(profile) => {
+                let stream = shake(&self.port, &door, profile, socket).await?;
+                self.client
+                    .came_through_tls(stream.agreed(), door.alt_svc.as_ref());
                 Stream::Tls(stream)
             }
-            None => return,
-        },
-    };
-    match port.settings().service.protocol {
-        Protocol::Http => crate::http::connection::serve(port, stream, client).await,
-        // Its future is larger than an idle HTTP connection's, which would have to have room for it.
-        Protocol::Tcp => Box::pin(crate::tcp::serve(port, stream, client)).await,
+        };
+        Some(Self {
+            stream,
+            seat,
+            ..self
+        })
     }
+
+    fn sit_down(self) -> Option<Self> {
+        let seat = seat_or_count(&self.port, &self.client).ok()?;
+        Some(Self { seat, ..self })
+    }
+
+    /// Speaks the listener's protocol to the end. An idle connection is the task of this future, and should be small:
+    /// what does not last is in a box, and what lasts is lent and not handed on, because a future keeps room for both
+    /// ends of a move.
+    fn serve(self) -> impl Future<Output = ()> {
+        let protocol = self.port.settings().service.protocol;
+        async move {
+            let early = match protocol {
+                Protocol::Tcp => return Box::pin(self.serve_raw()).await,
+                Protocol::Http => connection::serve(&self).await,
+            };
+            if let Ended::Http2 { early } = early {
+                Box::pin(self.serve_http2(early)).await;
+            }
+        }
+    }
+
+    async fn serve_raw(self) {
+        tcp::serve(self.port, self.stream, self.client).await;
+        drop((self.seat, self.permit));
+    }
+
+    async fn serve_http2(self, early: Buffer) {
+        h2::serve(self.port, self.stream, early, self.client).await;
+        drop((self.seat, self.permit));
+    }
+}
+
+/// Takes a seat, or counts that there was none.
+fn seat_or_count(port: &Port, client: &Client) -> Result<Option<Box<Seat>>, NoSeat> {
+    let seat = take_seat(port, client);
+    seat.inspect_err(|_| port.count_reason(Reason::AddressConnections))
 }
 
 /// One client more than an address may have.
@@ -289,7 +358,7 @@ struct NoSeat;
 
 /// Counts the connection as one of its address, where that is limited. Unix sockets have no address, and a trusted
 /// peer is many clients. Whoever gets no seat is closed unanswered: an answer would cost what the limit is to save.
-fn take_seat(port: &Port, client: &Client) -> Result<Option<Seat>, NoSeat> {
+fn take_seat(port: &Port, client: &Client) -> Result<Option<Box<Seat>>, NoSeat> {
     let settings = port.settings();
     let most = settings.limits.address_connections_max;
     let address = client.address.ip();
@@ -298,7 +367,7 @@ fn take_seat(port: &Port, client: &Client) -> Result<Option<Seat>, NoSeat> {
         return Ok(None);
     }
     let seat = settings.guards.connections.enter(address, most);
-    seat.map(Some).ok_or(NoSeat)
+    seat.map(|seat| Some(Box::new(seat))).ok_or(NoSeat)
 }
 
 /// Reads who the client is from the balancer in front of us, within the time a client has for its head.

@@ -17,6 +17,7 @@ use tokio::time::timeout;
 
 use super::client::Client;
 use super::hangup::HangupWatch;
+use super::idle::{IdleClients, IdlePlace};
 use crate::access_log::{AccessLog, Line};
 use crate::buffer::{Buffer, Buffers};
 use crate::config::{AcmeConfig, Limits, Quic, ServiceConfig, UpstreamProtocol};
@@ -119,6 +120,8 @@ pub(crate) struct Closing {
     /// The proxy is short of memory: whoever is idle has to go.
     pressed: Cell<bool>,
     notify: Notify,
+    /// HTTP/1 clients between two requests.
+    idle: IdleClients,
 }
 
 impl Closing {
@@ -126,6 +129,7 @@ impl Closing {
     /// the proxy goes on (in another process, or without this service), idle clients are given `idle_grace`.
     pub(crate) fn close(&self, idle_grace: Duration) {
         self.idle_grace.set(Some(idle_grace));
+        self.idle.hurry(idle_grace);
         self.notify.notify_waiters();
     }
 
@@ -133,7 +137,7 @@ impl Closing {
     pub(crate) fn press(&self, pressed: bool) {
         self.pressed.set(pressed);
         if pressed {
-            self.notify.notify_waiters();
+            self.idle.hurry(Duration::ZERO);
         }
     }
 
@@ -141,22 +145,19 @@ impl Closing {
         self.idle_grace.get().is_some()
     }
 
-    /// Completes when a client that is idle has to go.
-    pub(crate) async fn idle_over(&self) {
-        loop {
-            let notified = self.notify.notified();
-            if self.pressed.get() {
-                return;
-            }
-            if self.is_closed() {
-                break;
-            }
-            notified.await;
+    /// A place for a client that is idle now and has to go after `idle_max`, or earlier when the port goes away; none
+    /// when it has to go at once.
+    pub(crate) fn enter_idle(&self, idle_max: Duration) -> Option<IdlePlace<'_>> {
+        if self.pressed.get() {
+            return None;
         }
-        match self.idle_grace.get() {
-            None | Some(Duration::ZERO) => {}
-            Some(grace) => tokio::time::sleep(grace).await,
-        }
+        let grace = self.idle_grace.get().unwrap_or(Duration::MAX);
+        Some(self.idle.enter(idle_max.min(grace)))
+    }
+
+    /// Keeps the deadlines of idle clients, for ever.
+    pub(crate) async fn keep_idle(&self) {
+        self.idle.keep().await;
     }
 
     /// Completes once closed.
@@ -412,7 +413,8 @@ impl Port {
                 kept: true,
             });
         }
-        let upstream = self.pool.connect(ticket, picked, connect_max).await?;
+        // Boxed: most requests find a connection.
+        let upstream = Box::pin(self.pool.connect(ticket, picked, connect_max)).await?;
         Ok(Link::Own {
             upstream,
             kept: false,
@@ -465,7 +467,7 @@ impl Port {
                         .await
                 }
                 UpstreamProtocol::Http2 => {
-                    let slot = self.pool.slot(ticket, &picked, connect_max).await;
+                    let slot = Box::pin(self.pool.slot(ticket, &picked, connect_max)).await;
                     slot.map(Link::Shared)
                 }
             };

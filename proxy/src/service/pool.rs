@@ -18,7 +18,7 @@ use super::shared::Sessions;
 use super::{Gate, Mode, Service, Ticket, Word};
 use crate::http::h2::upstream::Slot;
 use crate::listen::port::{Current, Link};
-use crate::stream::Stream;
+use crate::stream::{Hearsay, Stream};
 use crate::upstream::{Picked, ServerId, connect};
 
 /// A turn of a busy worker's loop takes less; what the reactor said within one is fresh.
@@ -263,10 +263,12 @@ impl Upstream {
     /// Neither closed nor talking out of turn. The reactor hears of either within a turn of its loop, so the kernel
     /// is asked only about connections that have been idle for longer than a turn may take.
     fn is_silent(&self, idle: Duration) -> bool {
-        // A TLS upstream may still have tickets for us: its session looks at what has come.
-        let readable = self.stream.socket().seems_readable();
-        let may_speak = self.stream.plain().is_none();
-        (!readable && idle < TURN_MAX) || ((!readable || may_speak) && self.stream.is_silent())
+        match self.stream.socket().hearsay() {
+            Hearsay::Silent if idle < TURN_MAX => true,
+            // What the reactor knows of may have been read since: the end of a large body is taken off the socket
+            // without a look behind it, and a TLS session has tickets to read.
+            Hearsay::Silent | Hearsay::Readable | Hearsay::None => self.stream.is_silent(),
+        }
     }
 }
 

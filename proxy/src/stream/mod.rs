@@ -6,6 +6,7 @@
 mod socket;
 pub(crate) mod splice;
 
+use std::cell::RefCell;
 use std::future::poll_fn;
 use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, BorrowedFd};
@@ -19,7 +20,14 @@ use tokio::time::timeout;
 use crate::buffer::{Buffer, Buffers};
 use crate::tls::stream::{Mark, TlsStream};
 
-pub(crate) use socket::{Look, Socket};
+pub(crate) use socket::{Hearsay, Look, Socket};
+
+/// Most that one [`AsyncRead`] brings: a record of TLS, or a large frame of HTTP/2.
+const SCRATCH_BYTES: usize = 16 * 1024;
+
+thread_local! {
+    static SCRATCH: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+}
 
 /// A connection's bytes.
 #[derive(Debug)]
@@ -162,18 +170,24 @@ impl AsyncRead for Stream {
         context: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        loop {
-            match self.try_read(buffer.initialize_unfilled()) {
-                Ok(count) => {
-                    buffer.advance(count);
-                    return Poll::Ready(Ok(()));
+        // Whoever reads this way offers a large room that nobody has written to. To clear it for each read costs more
+        // than to copy what has come.
+        SCRATCH.with_borrow_mut(|scratch| {
+            scratch.resize(SCRATCH_BYTES, 0);
+            let most = buffer.remaining().min(SCRATCH_BYTES);
+            loop {
+                match self.try_read(&mut scratch[..most]) {
+                    Ok(count) => {
+                        buffer.put_slice(&scratch[..count]);
+                        return Poll::Ready(Ok(()));
+                    }
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                        ready!(self.poll_readable(context))?;
+                    }
+                    Err(error) => return Poll::Ready(Err(error)),
                 }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    ready!(self.poll_readable(context))?;
-                }
-                Err(error) => return Poll::Ready(Err(error)),
             }
-        }
+        })
     }
 }
 

@@ -3,12 +3,15 @@
 //! It spends as few system calls as the kernel's rules allow. Readiness is edge-triggered: a read that did not fill
 //! its room has emptied the socket, and whatever comes later makes a new edge, so the reactor is told "not ready"
 //! at once instead of being shown an EAGAIN first (epoll(7), "Questions and answers", 9). Writes go straight to the
-//! kernel and ask the reactor only after an EAGAIN. Reads and writes share `&self`: one task serves both ways.
+//! kernel and ask the reactor only after an EAGAIN. The reactor learns of a socket when somebody first waits for it:
+//! a connection that brings its request along and ends with its answer never does. Reads and writes share `&self`:
+//! one task serves both ways.
 
+use std::cell::{Cell, OnceCell};
 use std::future::poll_fn;
 use std::io::{self, IoSlice};
 use std::net::SocketAddr;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::path::Path;
 use std::task::{Context, Poll, ready};
 
@@ -28,19 +31,58 @@ pub(crate) enum Look<T> {
     Further,
 }
 
+/// What is known of a socket without asking the kernel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Hearsay {
+    /// The reactor would have told of bytes, the end or an error, a turn of its loop ago at the latest.
+    Silent,
+    /// The reactor has told of something, which may have been read since.
+    Readable,
+    /// The reactor does not know the socket.
+    None,
+}
+
 /// A connected stream socket.
 #[derive(Debug)]
 pub(crate) struct Socket {
-    fd: AsyncFd<OwnedFd>,
+    /// Dropped before the file it watches.
+    watch: OnceCell<AsyncFd<Watched>>,
+    /// A read has emptied the socket, and the reactor does not know it yet: it will tell of what has come since.
+    emptied: Cell<bool>,
+    fd: OwnedFd,
+}
+
+/// The number of a file that its [`Socket`] keeps open.
+#[derive(Debug)]
+struct Watched(RawFd);
+
+impl AsRawFd for Watched {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0
+    }
 }
 
 impl Socket {
-    /// Takes over a connected, non-blocking socket. Must be called inside a runtime.
-    pub(crate) fn new(fd: OwnedFd) -> io::Result<Self> {
+    /// Takes over a connected, non-blocking socket.
+    pub(crate) const fn new(fd: OwnedFd) -> Self {
+        Self {
+            watch: OnceCell::new(),
+            emptied: Cell::new(false),
+            fd,
+        }
+    }
+
+    /// The reactor's view of the socket; it tells of what is there already as of something new. Must be called inside
+    /// a runtime.
+    fn watch(&self) -> io::Result<&AsyncFd<Watched>> {
+        if let Some(watch) = self.watch.get() {
+            return Ok(watch);
+        }
         let both = Interest::READABLE | Interest::WRITABLE;
-        // SAFETY: an OwnedFd names the same open file from here until it is dropped, inside the AsyncFd.
-        let fd = unsafe { AsyncFd::register_with_interest(fd, both) }?;
-        Ok(Self { fd })
+        let watched = Watched(self.fd.as_raw_fd());
+        // SAFETY: the number names this open file until the OwnedFd is dropped, and the AsyncFd is dropped before it.
+        let watch = unsafe { AsyncFd::register_with_interest(watched, both) }?;
+        Ok(self.watch.get_or_init(|| watch))
     }
 
     /// Connects to a TCP address, with small writes sent at once.
@@ -76,7 +118,7 @@ impl Socket {
             Err(Errno::INPROGRESS) => true,
             Err(errno) => return Err(errno.into()),
         };
-        let socket = Self::new(fd)?;
+        let socket = Self::new(fd);
         if waits {
             poll_fn(|context| socket.poll_writable(context)).await?;
             rustix::net::sockopt::socket_error(&socket)??;
@@ -84,10 +126,10 @@ impl Socket {
         Ok(socket)
     }
 
-    /// Reads what is there. `WouldBlock` when the reactor knows of nothing.
+    /// Reads what is there. `WouldBlock` when nothing is known to be there.
     pub(crate) fn try_read(&self, room: &mut [u8]) -> io::Result<usize> {
         let mut short = None;
-        let read = self.fd.try_io(Interest::READABLE, |fd| {
+        let read = self.try_with_readable(|fd| {
             match recv(fd, room)? {
                 // To the reactor the emptied socket is not ready; its end or an error, which stay, are.
                 count if count > 0 && count < room.len() => {
@@ -100,12 +142,21 @@ impl Socket {
         short.map_or(read, Ok)
     }
 
-    /// Runs an operation that reads, unless the reactor knows of nothing; `WouldBlock` tells the reactor.
+    /// Runs an operation that reads, unless nothing is known to be there; its `WouldBlock` means that nothing is left.
     pub(crate) fn try_with_readable<T>(
         &self,
         operation: impl FnOnce(&OwnedFd) -> io::Result<T>,
     ) -> io::Result<T> {
-        self.fd.try_io(Interest::READABLE, operation)
+        if let Some(watch) = self.watch.get() {
+            return watch.try_io(Interest::READABLE, |_| operation(&self.fd));
+        }
+        if self.emptied.get() {
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
+        let done = operation(&self.fd);
+        let emptied = matches!(&done, Err(error) if error.kind() == io::ErrorKind::WouldBlock);
+        self.emptied.set(emptied);
+        done
     }
 
     /// Shows what has arrived to `examine`, again after each arrival, until it has seen enough; nothing is taken off
@@ -124,7 +175,7 @@ impl Socket {
         let mut seen = 0;
         loop {
             poll_fn(|context| self.poll_readable(context)).await?;
-            let looked = self.fd.try_io(Interest::READABLE, |fd| {
+            let looked = self.try_with_readable(|fd| {
                 let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
                 let (count, _) = rustix::net::recv(fd, &mut *room, flags)?;
                 // The same bytes again: the next edge brings more. An end brings none, and stays.
@@ -143,7 +194,8 @@ impl Socket {
                 }
                 // Nothing new, and still something to read: the end.
                 Err(error)
-                    if error.kind() == io::ErrorKind::WouldBlock && self.seems_readable() =>
+                    if error.kind() == io::ErrorKind::WouldBlock
+                        && self.hearsay() == Hearsay::Readable =>
                 {
                     return Err(io::ErrorKind::UnexpectedEof.into());
                 }
@@ -155,30 +207,42 @@ impl Socket {
 
     /// Reads what is there without asking the reactor first: right for a socket so new that the reactor cannot know.
     pub(crate) fn read_now(&self, room: &mut [u8]) -> io::Result<usize> {
-        recv(self.fd.get_ref(), room)
+        let read = recv(&self.fd, room);
+        self.emptied.set(match &read {
+            Ok(count) => *count > 0 && *count < room.len(),
+            Err(error) => error.kind() == io::ErrorKind::WouldBlock,
+        });
+        read
     }
 
     /// Writes as much of the slices as the kernel takes. `WouldBlock` when it takes nothing.
     pub(crate) fn try_write(&self, slices: &[IoSlice<'_>]) -> io::Result<usize> {
-        send(self.fd.get_ref(), slices)
+        send(&self.fd, slices)
     }
 
     /// Completes when a read may bring something: bytes, the end, or an error.
     pub(crate) fn poll_readable(&self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let guard = ready!(self.fd.poll_read_ready(context))?;
+        let guard = ready!(self.watch()?.poll_read_ready(context))?;
         drop(guard);
         Poll::Ready(Ok(()))
     }
 
     /// Whether the reactor knows of something to read: bytes, the end, or an error. No system call.
-    pub(crate) fn seems_readable(&self) -> bool {
-        self.fd.try_io(Interest::READABLE, |_| Ok(())).is_ok()
+    pub(crate) fn hearsay(&self) -> Hearsay {
+        match self.watch.get() {
+            None => Hearsay::None,
+            Some(watch) if watch.try_io(Interest::READABLE, |_| Ok(())).is_ok() => {
+                Hearsay::Readable
+            }
+            Some(_) => Hearsay::Silent,
+        }
     }
 
     /// Completes when the kernel may take bytes again. Only worth calling after a `WouldBlock`.
     pub(crate) fn poll_writable(&self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let watch = self.watch()?;
         loop {
-            let mut guard = ready!(self.fd.poll_write_ready(context))?;
+            let mut guard = ready!(watch.poll_write_ready(context))?;
             // The reactor may have heard of room that is long used up: zero bytes ask the kernel without writing.
             let has_room = {
                 let mut asked = [rustix::event::PollFd::new(
@@ -210,7 +274,14 @@ impl Socket {
 
     /// Neither closed nor talking. Asks the kernel, not the reactor: the answer is as fresh as can be.
     pub(crate) fn is_silent(&self) -> bool {
-        self.peek() == Err(Errno::AGAIN)
+        let silent = self.peek() == Err(Errno::AGAIN);
+        if let Some(watch) = self.watch.get().filter(|_| silent) {
+            // So that the reactor need not be doubted the next time. What comes later makes a new edge.
+            drop(watch.try_io(Interest::READABLE, |_| {
+                Err::<(), _>(io::ErrorKind::WouldBlock.into())
+            }));
+        }
+        silent
     }
 
     fn peek(&self) -> rustix::io::Result<usize> {
@@ -222,7 +293,7 @@ impl Socket {
 
 impl AsFd for Socket {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.fd.get_ref().as_fd()
+        self.fd.as_fd()
     }
 }
 

@@ -126,7 +126,7 @@ async fn call<T: Send + 'static>(
 
 fn ours(socket: StdStream) -> Socket {
     socket.set_nonblocking(true).unwrap();
-    Socket::new(socket.into()).unwrap()
+    Socket::new(socket.into())
 }
 
 async fn read(stream: &TlsStream, out: &mut [u8]) -> io::Result<usize> {
