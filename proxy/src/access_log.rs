@@ -17,8 +17,8 @@ use serde::Serialize;
 
 use crate::config::{LogConfig, LogFormat, LogTarget};
 use crate::error::RequestError;
-use crate::http::connection::Served;
 use crate::http::request::RequestId;
+use crate::http::served::Served;
 use crate::listen::port::{Passage, Port};
 use crate::tcp::copy::Moved;
 use crate::upstream::Endpoint;

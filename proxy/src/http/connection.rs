@@ -7,34 +7,33 @@ use std::io::{self, IoSlice};
 use std::pin::pin;
 use std::rc::Rc;
 use std::task::{Context, Poll, ready};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use tokio::time::timeout;
 
 use super::answer::{self, After};
-use super::decide::{AnswerEdits, Decided, RedirectTo, Rules, Treatment, decide};
+use super::decide::{Decided, Rules, decide};
 use super::exchange::{Exchange, Progress, Received};
 use super::h2;
 use super::h2::upstream::{self as shared, Http2Exchange, Slot};
 use super::head::{self, Framing, Scan};
 use super::mux::Unsent;
 use super::plain::{PlainAnswer, PlainBody};
-use super::request::{self, Method, Request, RequestId, Upgrade};
+use super::request::{self, Method, RequestId};
+use super::served::Served;
 use crate::access_log::Line;
 use crate::acme;
-use crate::buffer::{Buffer, Buffers};
-use crate::config::Limits;
+use crate::buffer::Buffer;
 use crate::error::RequestError;
-use crate::forwarded::Hop;
 use crate::listen::Visit;
 use crate::listen::client::Scheme;
 use crate::listen::idle::IdlePlace;
-use crate::listen::port::{Connected, Link, Passage, Presence, Settings, Visitor};
+use crate::listen::port::{Connected, Link, Presence, Settings, Visitor};
 use crate::service::Ticket;
 use crate::service::pool::Upstream;
 use crate::stream;
 use crate::tcp::copy::tunnel;
-use crate::upstream::{Chosen, Outcome};
+use crate::upstream::Outcome;
 
 /// How a client's time with HTTP/1 ended.
 #[derive(Debug)]
@@ -427,8 +426,8 @@ impl<'c> Connection<'c> {
     }
 
     /// Opens the tunnel that a CONNECT asks for, and carries bytes both ways to its end. It is held like a request.
-    async fn connect(&mut self, served: &mut Served) -> Result<Next, RequestError> {
-        let port = self.port;
+    async fn connect(&mut self, served: &mut Served) -> Result<Then, RequestError> {
+        let port = &self.visit.port;
         let ticket = port.admit(&mut self.visitor(served)).await?;
         let connected = port
             .connect(ticket, false, &mut self.visitor(served))
@@ -445,7 +444,7 @@ impl<'c> Connection<'c> {
         let what = &served.head[..served.request.line_bytes];
         let _row = port
             .in_flight
-            .enter(self.client.address, what, served.arrival);
+            .enter(self.visit.client.address, what, served.arrival);
         ticket.answered();
         // What is said in it is not ours to understand: that it listens is all we know.
         chosen.report(Outcome::Answered(200));
@@ -453,9 +452,9 @@ impl<'c> Connection<'c> {
         served.progress.answering.set(true);
         self.write(answer::TUNNEL).await;
         served.progress.answered.set(answer::TUNNEL.len() as u64);
-        self.upgraded(served, &upstream, Buffer::default()).await;
+        Box::pin(self.upgraded(served, &upstream, Buffer::default())).await;
         port.pool.part(upstream);
-        Ok(Next::Close)
+        Ok(Then::Close)
     }
 
     /// Forwards on a connection of its own, and keeps or closes that.
@@ -665,105 +664,5 @@ impl<'c> Connection<'c> {
         } else {
             Then::Linger
         }
-    }
-}
-
-/// One request from its head to its log line.
-pub(crate) struct Served {
-    pub(crate) id: RequestId,
-    pub(crate) arrival: Instant,
-    pub(crate) request: Request,
-    /// What its route means for it, if it has one.
-    pub(crate) treatment: Option<Box<Treatment>>,
-    /// Its place in a trace, where spans are recorded.
-    pub(crate) hop: Option<Box<Hop>>,
-    /// As the upstream gets it; begins with method and target.
-    pub(crate) head: Vec<u8>,
-    pub(crate) passage: Passage,
-    pub(crate) progress: Progress,
-}
-
-impl Served {
-    /// Method and target, as the client sent them.
-    pub(crate) fn line(&self) -> &[u8] {
-        let asked = self
-            .treatment
-            .as_ref()
-            .and_then(|treatment| treatment.asked.as_deref());
-        asked.unwrap_or(&self.head[..self.request.line_bytes])
-    }
-
-    /// The limits in force for it: its route's, or these.
-    pub(crate) fn limits<'l>(&'l self, general: &'l Limits) -> &'l Limits {
-        let treatment = self.treatment.as_ref();
-        treatment
-            .and_then(|treatment| treatment.route.limits.as_deref())
-            .unwrap_or(general)
-    }
-
-    /// What its route changes in the answer.
-    pub(crate) fn answer_edits(&self) -> Option<AnswerEdits<'_>> {
-        self.treatment
-            .as_ref()
-            .and_then(|treatment| treatment.answer_edits())
-    }
-
-    /// Where its route sends the client, if it does.
-    pub(crate) fn redirect(&self) -> Option<&RedirectTo> {
-        self.treatment
-            .as_ref()
-            .and_then(|treatment| treatment.redirect.as_ref())
-    }
-
-    /// Status and text of the answer that does so.
-    pub(crate) fn write_redirect(&self, buffers: &Buffers, after: After) -> Option<(u16, Vec<u8>)> {
-        let RedirectTo { status, location } = self.redirect()?;
-        let lines = self.answer_edits().map_or(&[][..], |edits| edits.lines);
-        let mut out = buffers.take_output();
-        answer::write_redirect(&mut out, *status, location, lines, after);
-        Some((status.code(), out))
-    }
-
-    /// Since its arrival.
-    pub(crate) fn age(&self) -> Duration {
-        self.arrival.elapsed()
-    }
-
-    /// Tells the group how its server did. A kept connection that ends before anything is heard was idle for too
-    /// long: no fault of anybody's.
-    pub(crate) fn report(&self, chosen: &Chosen, kept: bool, error: Option<&RequestError>) {
-        let outcome = match error {
-            None => Some(Outcome::Answered(self.progress.status.get())),
-            Some(_) if kept && !self.progress.heard.get() => None,
-            Some(error) => error.outcome(),
-        };
-        if let Some(outcome) = outcome {
-            chosen.report(outcome);
-        }
-    }
-
-    /// After a connection failed: yes if nothing left us on one that was kept, or if the upstream said nothing at
-    /// all and asking twice is asking once. For that we take a safe request on a kept connection, which may just
-    /// have been closed, or whatever the route says.
-    pub(crate) fn may_be_sent_again(&self, error: &RequestError, kept: bool) -> bool {
-        match error {
-            RequestError::NotSent | RequestError::NotProcessed => kept,
-            RequestError::NoAnswer(_) => {
-                let unheard = !self.progress.heard.get() && !self.progress.answering.get();
-                let safe = matches!(self.request.method, Method::Safe | Method::Head);
-                let plain =
-                    self.request.framing == Framing::Empty && self.request.upgrade == Upgrade::None;
-                unheard && plain && self.route_lets_repeat(kept && safe)
-            }
-            _ => false,
-        }
-    }
-
-    fn route_lets_repeat(&self, by_default: bool) -> bool {
-        let method = self.head.split(|byte| *byte == b' ').next();
-        self.treatment.as_ref().map_or(by_default, |treatment| {
-            let route = &treatment.route;
-            route.may_send_again(method.unwrap_or_default(), by_default)
-        })
     }
 }

@@ -14,3 +14,4 @@ pub(crate) mod mux;
 pub(crate) mod plain;
 pub(crate) mod request;
 pub(crate) mod response;
+pub(crate) mod served;

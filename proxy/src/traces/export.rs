@@ -20,7 +20,7 @@ use opentelemetry_sdk::trace::{
 
 use crate::config::TracesConfig;
 use crate::forwarded::{Hop, TraceParent};
-use crate::http::connection::Served;
+use crate::http::served::Served;
 use crate::listen::client::Client;
 
 /// Spans that may wait for the collector, about a kilobyte each.

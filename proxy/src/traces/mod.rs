@@ -13,7 +13,7 @@ use std::thread::JoinHandle;
 
 use crate::config::TracesConfig;
 use crate::forwarded::Hop;
-use crate::http::connection::Served;
+use crate::http::served::Served;
 use crate::listen::client::Client;
 use export::Exporter;
 

@@ -6,7 +6,7 @@ use std::thread::JoinHandle;
 
 use crate::config::TracesConfig;
 use crate::forwarded::Hop;
-use crate::http::connection::Served;
+use crate::http::served::Served;
 use crate::listen::client::Client;
 
 /// Never made.
