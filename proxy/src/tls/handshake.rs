@@ -178,7 +178,10 @@ fn advance<S: Side>(side: &mut S, bytes: &mut Bytes) -> Result<Stage, SessionErr
     let mut failed = None;
     loop {
         NAMED.take();
-        let UnbufferedStatus { discard, state } = side.process(&mut bytes.incoming);
+        // What has come behind the handshake is for the session: data, and perhaps a close or worse right behind it.
+        let shakes = side.common().is_handshaking();
+        let incoming: &mut [u8] = if shakes { &mut bytes.incoming } else { &mut [] };
+        let UnbufferedStatus { discard, state } = side.process(incoming);
         if let Some(name) = NAMED.take() {
             bytes.server_name = Some(name);
         }
@@ -212,7 +215,7 @@ fn advance<S: Side>(side: &mut S, bytes: &mut Bytes) -> Result<Stage, SessionErr
             (None, kept) => failed = kept,
             (Some(_), Some(error)) => return Err(error.into()),
             // Half a message was decrypted in place; the rest of it is on its way.
-            (Some(Stage::Done), None) if holds_whole_record(&bytes.incoming) => {
+            (Some(Stage::Done), None) if shakes && holds_whole_record(&bytes.incoming) => {
                 return Ok(Stage::Waiting);
             }
             (Some(stage), None) => return Ok(stage),
