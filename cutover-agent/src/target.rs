@@ -282,9 +282,9 @@ impl Target {
             all.insert(name, built);
         }
         *self.built.lock().await = all;
-        let slowest = names.iter().filter_map(|name| self.host.restore_us(name));
+        let own_ms = names.iter().filter_map(|name| self.host.restore_ms(name));
         Ok(Response::Restored {
-            restore_ms: slowest.max().unwrap_or(0) / 1000,
+            restore_ms: own_ms.max().unwrap_or(0),
         })
     }
 

@@ -43,14 +43,17 @@ pub struct Options {
     /// How much of it is rewritten every second, in MiB.
     #[arg(long, default_value_t = 1)]
     pub write_mb_s: usize,
+    /// What the pattern is made from: two counters with different seeds have no page in common.
+    #[arg(long, default_value_t = 0x5eed)]
+    pub seed: u64,
 }
 
 /// What one page must contain.
-fn fill(page: &mut [u8], index: usize, generation: u64) {
+fn fill(page: &mut [u8], seed: u64, index: usize, generation: u64) {
     page[..8].copy_from_slice(&generation.to_le_bytes());
     let mut state = (index as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15)
         ^ generation.wrapping_mul(0xd134_2543_de82_ef95)
-        ^ 0x5eed;
+        ^ seed.wrapping_mul(0xa076_1d64_78bd_642f).max(1);
     for word in page[8..].chunks_exact_mut(8) {
         // xorshift64*: cheap, and no page of it resembles another.
         state ^= state >> 12;
@@ -63,19 +66,21 @@ fn fill(page: &mut [u8], index: usize, generation: u64) {
 /// The memory whose every byte is known.
 #[derive(Debug)]
 struct Pattern {
+    seed: u64,
     blocks: Vec<Mutex<Vec<u8>>>,
 }
 
 impl Pattern {
-    fn new(megabytes: usize) -> Self {
+    fn new(megabytes: usize, seed: u64) -> Self {
         let blocks = (0..megabytes.max(1)).map(|block| {
             let mut bytes = vec![0; BLOCK_PAGES * PAGE_BYTES];
             for (page, content) in bytes.chunks_exact_mut(PAGE_BYTES).enumerate() {
-                fill(content, block * BLOCK_PAGES + page, 1);
+                fill(content, seed, block * BLOCK_PAGES + page, 1);
             }
             Mutex::new(bytes)
         });
         Self {
+            seed,
             blocks: blocks.collect(),
         }
     }
@@ -83,7 +88,8 @@ impl Pattern {
     fn rewrite(&self, page: usize, generation: u64) {
         let mut bytes = lock(&self.blocks[page / BLOCK_PAGES]);
         let start = page % BLOCK_PAGES * PAGE_BYTES;
-        fill(&mut bytes[start..start + PAGE_BYTES], page, generation);
+        let content = &mut bytes[start..start + PAGE_BYTES];
+        fill(content, self.seed, page, generation);
     }
 
     fn hot_pages(&self) -> usize {
@@ -100,7 +106,7 @@ impl Pattern {
                 let generation = content
                     .first_chunk()
                     .map_or(0, |first| u64::from_le_bytes(*first));
-                fill(&mut wanted, index, generation);
+                fill(&mut wanted, self.seed, index, generation);
                 if generation == 0 || wanted != content {
                     return Some(index);
                 }
@@ -147,7 +153,7 @@ pub fn run(options: &Options) -> io::Result<()> {
         file,
     };
     let counter = Arc::new(Counter {
-        pattern: Pattern::new(options.memory_mb),
+        pattern: Pattern::new(options.memory_mb, options.seed),
         store: Mutex::new(store),
         generation: AtomicU32::new(1),
         free: (Mutex::new(CONNECTIONS_MAX), Condvar::new()),
@@ -339,7 +345,7 @@ mod tests {
 
     #[test]
     fn one_wrong_byte_in_the_memory_is_found() {
-        let pattern = Pattern::new(2);
+        let pattern = Pattern::new(2, 7);
         assert_eq!(pattern.damaged(), None);
         lock(&pattern.blocks[1])[5 * PAGE_BYTES + 4095] ^= 1;
         assert_eq!(pattern.damaged(), Some(BLOCK_PAGES + 5));
@@ -347,14 +353,14 @@ mod tests {
 
     #[test]
     fn a_page_of_zeroes_is_found() {
-        let pattern = Pattern::new(1);
+        let pattern = Pattern::new(1, 7);
         lock(&pattern.blocks[0])[..PAGE_BYTES].fill(0);
         assert_eq!(pattern.damaged(), Some(0));
     }
 
     #[test]
     fn rewritten_pages_are_right_in_their_new_generation() {
-        let pattern = Pattern::new(1);
+        let pattern = Pattern::new(1, 7);
         pattern.rewrite(7, 99);
         assert_eq!(pattern.damaged(), None);
     }

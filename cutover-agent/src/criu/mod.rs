@@ -3,5 +3,6 @@
 pub mod cure;
 pub mod features;
 pub mod hook;
+pub mod log;
 pub mod park;
 pub mod stats;

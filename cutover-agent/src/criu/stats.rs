@@ -18,30 +18,11 @@ pub struct DumpStats {
 
 const HEADER_BYTES: usize = 12;
 const DUMP_FIELD: u64 = 1;
-const RESTORE_FIELD: u64 = 2;
-const RESTORE_TIME_FIELD: u64 = 4;
 
 /// Reads `stats-dump` from a folder; `None` when it is missing or not what CRIU writes.
 #[must_use]
 pub fn read(folder: &Path) -> Option<DumpStats> {
     parse(&std::fs::read(folder.join("stats-dump")).ok()?)
-}
-
-/// How long a restore took, in microseconds, from `stats-restore` in a folder.
-#[must_use]
-pub fn read_restore_us(folder: &Path) -> Option<u64> {
-    parse_restore(&std::fs::read(folder.join("stats-restore")).ok()?)
-}
-
-fn parse_restore(bytes: &[u8]) -> Option<u64> {
-    let restore = fields(bytes.get(HEADER_BYTES..)?).find_map(|field| match field {
-        (RESTORE_FIELD, Value::Bytes(inner)) => Some(inner),
-        _ => None,
-    })?;
-    fields(restore).find_map(|field| match field {
-        (RESTORE_TIME_FIELD, Value::Number(value)) => Some(value),
-        _ => None,
-    })
 }
 
 fn parse(bytes: &[u8]) -> Option<DumpStats> {
@@ -119,20 +100,9 @@ mod tests {
         assert_eq!(parse(&bytes), Some(expected));
     }
 
-    #[test]
-    fn the_time_of_a_restore_is_read() {
-        let restore = [0x08, 0x01, 0x20, 0x96, 0x01];
-        let mut bytes = vec![0; HEADER_BYTES];
-        bytes.extend([0x12, restore.len() as u8]);
-        bytes.extend(restore);
-        assert_eq!(parse_restore(&bytes), Some(150));
-        assert_eq!(parse(&bytes), None);
-    }
-
     proptest! {
         #[test]
         fn no_bytes_make_it_panic(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
-            let _ = parse_restore(&bytes);
             let _ = parse(&bytes);
         }
     }

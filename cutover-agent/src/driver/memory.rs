@@ -139,15 +139,13 @@ impl Driver {
                 .map_err(|error| error.to_string())?;
         }
         let containers = self.containers();
-        let dumped = containers
-            .iter()
-            .filter_map(|name| self.host.dump_stats(name));
         let memory = &mut self.report.memory;
-        for stats in dumped {
+        for name in &containers {
             // Only what changed since the last round is written.
-            memory.dumped_bytes += stats.pages_written * PAGE_BYTES as u64;
-            memory.dirty_bytes += stats.pages_written * PAGE_BYTES as u64;
-            memory.dump_ms = memory.dump_ms.max(stats.frozen_us / 1000);
+            let bytes = self.host.page_image_bytes(name);
+            memory.dumped_bytes += bytes;
+            memory.dirty_bytes += bytes;
+            memory.dump_ms = memory.dump_ms.max(self.host.dump_ms(name).unwrap_or(0));
         }
         Ok(())
     }
@@ -180,9 +178,8 @@ impl Driver {
             .into_iter()
             .zip(&moved)
             .map(|(name, one)| {
-                let stats = self.host.dump_stats(&name).unwrap_or_default();
-                let frozen_ms = stats.frozen_us / 1000;
-                frozen_ms.saturating_sub(milliseconds(one.waited))
+                let dump_ms = self.host.dump_ms(&name).unwrap_or(0);
+                dump_ms.saturating_sub(milliseconds(one.waited))
             });
         self.report.memory.dump_ms = own_ms.max().unwrap_or(0);
         self.report.memory.freeze_spread_percent = Some(spread_percent(&moved));

@@ -15,8 +15,8 @@ use cutover_protocol::plan::Engine;
 
 use crate::cgroup::CgroupError;
 use crate::config::{Config, Container};
+use crate::criu::log;
 use crate::criu::park::{Park, ParkError};
-use crate::criu::stats;
 use crate::fence::{self, FenceError};
 use crate::runtime::runc::{Runc, RuntimeError};
 
@@ -130,18 +130,34 @@ impl Host {
         self.config.images(name).join(criu::FINAL)
     }
 
-    /// What CRIU says of a container's final dump.
+    /// CRIU's own time for a container's final dump, from its start to where it is parked, in milliseconds.
     #[must_use]
-    pub fn dump_stats(&self, name: &ContainerName) -> Option<stats::DumpStats> {
-        let work = self.work(name).join(criu::FINAL);
-        stats::read(&work).or_else(|| stats::read(&self.final_images(name)))
+    pub fn dump_ms(&self, name: &ContainerName) -> Option<u64> {
+        log::until_script_ms(
+            &self.work(name).join(criu::FINAL).join("dump.log"),
+            "post-dump",
+        )
     }
 
-    /// How long CRIU took to restore a container, in microseconds.
+    /// CRIU's own time for a container's restore, from its start to where it is parked, in milliseconds.
     #[must_use]
-    pub fn restore_us(&self, name: &ContainerName) -> Option<u64> {
-        stats::read_restore_us(&self.work(name).join(criu::RESTORE))
-            .or_else(|| stats::read_restore_us(&self.final_images(name)))
+    pub fn restore_ms(&self, name: &ContainerName) -> Option<u64> {
+        let log = self.work(name).join(criu::RESTORE).join("restore.log");
+        log::until_script_ms(&log, "post-restore")
+    }
+
+    /// Bytes of pages in the images of a container's final dump; what an earlier round has is not in them.
+    #[must_use]
+    pub fn page_image_bytes(&self, name: &ContainerName) -> u64 {
+        let Ok(entries) = std::fs::read_dir(self.final_images(name)) else {
+            return 0;
+        };
+        entries
+            .flatten()
+            .filter(|entry| entry.file_name().to_string_lossy().starts_with("pages-"))
+            .filter_map(|entry| entry.metadata().ok())
+            .map(|metadata| metadata.len())
+            .sum()
     }
 
     fn park(&self, name: &ContainerName) -> Park {

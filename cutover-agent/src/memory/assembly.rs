@@ -1,7 +1,7 @@
 //! Puts a container's page images together from the store, flat and without a parent, while CRIU still dumps at the
 //! source: a piece is copied as soon as all its pages are there.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -29,7 +29,8 @@ pub(super) struct Assembly {
 
 #[derive(Debug, Clone, Default)]
 struct Standing {
-    pieces: u32,
+    /// Pieces in their places, by image and first page: one may come twice when connections break.
+    done: HashSet<(u32, u32)>,
     fault: Option<PageFault>,
 }
 
@@ -45,7 +46,7 @@ impl Assembly {
     /// Notes a piece; false when it cannot be right, which whoever waits for the images is told.
     pub(super) fn enter(&self, piece: &Piece) -> bool {
         if !is_reasonable(piece) {
-            self.count(Err(PageFault::Garbled));
+            self.count(&(piece.image, piece.first), Err(PageFault::Garbled));
             return false;
         }
         self.places
@@ -58,9 +59,11 @@ impl Assembly {
     }
 
     /// Counts a piece that is in its place, or what went wrong with it.
-    pub(super) fn count(&self, outcome: Result<(), PageFault>) {
+    pub(super) fn count(&self, place: &(u32, u32), outcome: Result<(), PageFault>) {
         self.standing.send_modify(|standing| match outcome {
-            Ok(()) => standing.pieces += 1,
+            Ok(()) => {
+                standing.done.insert(*place);
+            }
             Err(fault) => {
                 standing.fault.get_or_insert(fault);
             }
@@ -70,11 +73,12 @@ impl Assembly {
     /// Waits until so many pieces are in their places.
     pub(super) async fn until(&self, pieces: u32) -> Result<(), PageFault> {
         let mut standing = self.standing.subscribe();
-        let standing = standing
-            .wait_for(|standing| standing.pieces >= pieces || standing.fault.is_some())
-            .await
-            .map_err(|_| PageFault::NotOpen)?;
-        standing.fault.clone().map_or(Ok(()), Err)
+        let is_over = |standing: &Standing| {
+            standing.done.len() >= pieces as usize || standing.fault.is_some()
+        };
+        let standing = standing.wait_for(is_over).await;
+        let fault = standing.map_err(|_| PageFault::NotOpen)?.fault.clone();
+        fault.map_or(Ok(()), Err)
     }
 
     /// Copies the pages of a piece from the store into its image. Zeros stay a hole.

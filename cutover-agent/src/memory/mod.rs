@@ -16,6 +16,7 @@
 //! themselves are in the target's page cache, below its `state_dir`, and in frames on their way.
 
 mod assembly;
+mod carrier;
 mod digest;
 #[cfg(any(test, feature = "fuzzing"))]
 mod fuzz;

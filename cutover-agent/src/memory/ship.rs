@@ -9,6 +9,7 @@ use cutover_protocol::plan::Compress;
 use tokio::runtime::Handle;
 
 use super::MemoryError;
+use super::carrier::Carrier;
 use super::digest::{DigestKey, PAGE_BYTES, PageDigest, is_zero};
 use super::known::{Known, Place};
 use super::lanes::OwnLane;
@@ -16,16 +17,15 @@ use super::layout::Layout;
 use super::runs::{Runs, Slot, ZERO};
 use super::server::{self, Listener, Sink};
 use super::wire::{
-    FRAME_DATA_MAX, FRAME_PAGES_MAX, ImageId, PageAnswer, PageAsk, PagesHead, Piece, Region, Seal,
+    FRAME_DATA_MAX, FRAME_PAGES_MAX, ImageId, PageAsk, PagesHead, Piece, Region, Seal,
 };
-use crate::peer::message::Topic;
-use crate::peer::{Channel, Link, PeerError, Session, encode_on};
+use crate::peer::{Channel, PeerError, Session, encode_on};
 use crate::transfer::{Codec, Packer};
 
 /// What a session knows about the pages of one hop.
 #[derive(Debug)]
 pub(crate) struct PageSource {
-    link: Arc<Link>,
+    carrier: Carrier,
     runtime: Handle,
     key: DigestKey,
     zero: PageDigest,
@@ -50,7 +50,7 @@ impl PageSource {
     /// # Errors
     /// When the target has no room, or the session is lost.
     pub(crate) async fn open(
-        session: &Session,
+        session: &Arc<Session>,
         compress: Compress,
         limit: Duration,
     ) -> Result<Self, MemoryError> {
@@ -63,7 +63,7 @@ impl PageSource {
             })?;
         let key = DigestKey::new(secret);
         let source = Self {
-            link: session.link(),
+            carrier: Carrier::new(session),
             runtime: Handle::current(),
             key,
             zero: key.digest(&[0; PAGE_BYTES]),
@@ -71,24 +71,10 @@ impl PageSource {
             known: Mutex::new(Known::new()),
         };
         source
+            .carrier
             .ask(&PageAsk::Open { key }, "opening the page store", limit)
             .await?;
         Ok(source)
-    }
-
-    async fn ask(
-        &self,
-        ask: &PageAsk,
-        what: &'static str,
-        limit: Duration,
-    ) -> Result<(), MemoryError> {
-        let bytes = encoded(ask)?;
-        let answer = self.link.ask(Topic::PageAsk, bytes, what, limit).await?;
-        match postcard::from_bytes(&answer.bytes) {
-            Ok(PageAnswer::Done) => Ok(()),
-            Ok(PageAnswer::Failed(fault)) => Err(fault.into()),
-            Err(_) => Err(PeerError::Vocabulary.into()),
-        }
     }
 
     /// Waits until the target has every page that was sent.
@@ -97,12 +83,10 @@ impl PageSource {
     /// When a page was damaged or had no room, the time is over, or the session is lost.
     pub(crate) async fn settle(&self, limit: Duration) -> Result<(), MemoryError> {
         let end = self.lock().end();
-        self.ask(
-            &PageAsk::Settle { end },
-            "the target to have every page",
-            limit,
-        )
-        .await
+        let what = "the target to have every page";
+        self.carrier
+            .ask(&PageAsk::Settle { end }, what, limit)
+            .await
     }
 
     /// Has the target complete the images of a container.
@@ -110,17 +94,17 @@ impl PageSource {
     /// # Errors
     /// When they are not what was dumped, the time is over, or the session is lost.
     pub(crate) async fn seal(&self, seal: Seal, limit: Duration) -> Result<(), MemoryError> {
-        self.ask(&PageAsk::Seal(seal), "the images of memory", limit)
-            .await
+        let container = seal.container.clone();
+        self.carrier
+            .ask(&PageAsk::Seal(seal), "the images of memory", limit)
+            .await?;
+        self.carrier.forget(&container);
+        Ok(())
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Known> {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
-}
-
-fn encoded(ask: &PageAsk) -> Result<Vec<u8>, MemoryError> {
-    postcard::to_stdvec(ask).map_err(|_| PeerError::Vocabulary.into())
 }
 
 /// One thread's pages on their way.
@@ -209,14 +193,15 @@ impl Shipper {
         if self.bytes.is_empty() {
             return Ok(());
         }
-        let link = &self.source.link;
+        let link = self.source.carrier.link();
         let packed = self.packer.pack(&self.bytes, &link.gauge, link.look());
         let (codec, body) = match &packed {
             Some((codec, packed)) => (*codec, packed.as_slice()),
             None => (Codec::Plain, self.bytes.as_slice()),
         };
+        let runs = self.runs.take();
         let head = PagesHead {
-            runs: self.runs.take(),
+            runs: runs.clone(),
             digests: std::mem::take(&mut self.digests),
             codec,
         };
@@ -226,25 +211,17 @@ impl Shipper {
         self.tally
             .bytes_wire
             .fetch_add(frame.len() as u64, Ordering::Relaxed);
-        let runtime = &self.source.runtime;
-        if self.lane.send(|| runtime.block_on(link.frames.push(frame))) {
-            Ok(())
-        } else {
-            Err(link.lost_error().into())
-        }
+        let (carrier, runtime) = (&self.source.carrier, &self.source.runtime);
+        self.lane
+            .send(|| runtime.block_on(carrier.send(runs, frame)))
     }
 
     fn tell(&self, piece: Option<Piece>) -> Result<(), MemoryError> {
         let Some(piece) = piece else { return Ok(()) };
-        let bytes = encoded(&PageAsk::Piece(piece))?;
-        self.tally
-            .bytes_wire
-            .fetch_add(bytes.len() as u64, Ordering::Relaxed);
-        let link = &self.source.link;
-        Ok(self
-            .source
-            .runtime
-            .block_on(link.tell(Topic::PageAsk, link.number(), &bytes))?)
+        let told = self.source.carrier.tell(piece);
+        let bytes = self.source.runtime.block_on(told)?;
+        self.tally.bytes_wire.fetch_add(bytes, Ordering::Relaxed);
+        Ok(())
     }
 }
 

@@ -89,25 +89,29 @@ impl PageStore {
                 Ok(ask) => store.carry_out(ask).await,
                 Err(_) => Err(PageFault::Garbled),
             };
-            let answer = answer.map_or_else(PageAnswer::Failed, |()| PageAnswer::Done);
+            let answer = answer.unwrap_or_else(PageAnswer::Failed);
             let bytes = postcard::to_stdvec(&answer).unwrap_or_default();
             // Without a reader the session is ending.
             outbox.send(Topic::PageAnswer, number, &bytes).await;
         });
     }
 
-    async fn carry_out(self: &Arc<Self>, ask: PageAsk) -> Result<(), PageFault> {
+    async fn carry_out(self: &Arc<Self>, ask: PageAsk) -> Result<PageAnswer, PageFault> {
         match ask {
             PageAsk::Open { key } => {
                 let folder = self.folder.clone();
                 let opened = blocking(move || Store::create(folder, key)).await?;
                 *self.lock() = Some(Arc::new(opened));
-                Ok(())
             }
-            PageAsk::Settle { end } => self.current()?.until(end).await,
-            PageAsk::Seal(seal) => self.seal(seal).await,
-            PageAsk::Piece(_) => Err(PageFault::Garbled),
+            PageAsk::Settle { end } => self.current()?.until(end).await?,
+            PageAsk::Await { runs } => self.current()?.until_present(&checked(runs)?).await?,
+            PageAsk::Missing { frames } => {
+                return self.current()?.missing(frames).map(PageAnswer::Missing);
+            }
+            PageAsk::Seal(seal) => self.seal(seal).await?,
+            PageAsk::Piece(_) => return Err(PageFault::Garbled),
         }
+        Ok(PageAnswer::Done)
     }
 
     fn piece(self: &Arc<Self>, piece: Piece, tasks: &mut JoinSet<()>) {
@@ -119,6 +123,7 @@ impl PageStore {
         if !assembly.enter(&piece) {
             return;
         }
+        let piece_place = (piece.image, piece.first);
         let works = Arc::clone(&self.works);
         tasks.spawn(async move {
             let outcome = match store.until_present(&piece.runs).await {
@@ -131,7 +136,7 @@ impl PageStore {
                     done
                 }
             };
-            assembly.count(outcome);
+            assembly.count(&piece_place, outcome);
         });
     }
 
@@ -194,6 +199,15 @@ impl PageStore {
 
     fn lock(&self) -> MutexGuard<'_, Option<Arc<Store>>> {
         self.open.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Runs with numbers within their bounds.
+fn checked(runs: Vec<Run>) -> Result<Vec<Run>, PageFault> {
+    if runs.iter().all(|run| run.last().is_some()) {
+        Ok(runs)
+    } else {
+        Err(PageFault::Garbled)
     }
 }
 
@@ -360,6 +374,27 @@ impl Store {
         self.standing.send_modify(|standing| {
             standing.fault.get_or_insert(fault);
         });
+    }
+
+    /// Which of these frames have not arrived whole.
+    fn missing(&self, frames: Vec<Vec<Run>>) -> Result<Vec<u32>, PageFault> {
+        let frames = frames
+            .into_iter()
+            .map(checked)
+            .collect::<Result<Vec<_>, _>>()?;
+        let is_missing = |runs: &Vec<Run>| {
+            let mut slots = runs.iter().copied().flat_map(Run::slots);
+            self.with_digests(|digests| {
+                slots.any(|slot| {
+                    digests
+                        .get(slot as usize)
+                        .is_none_or(|digest| *digest == PageDigest::ABSENT)
+                })
+            })
+        };
+        let positions = (0..).zip(&frames);
+        let missing = positions.filter(|(_, runs)| is_missing(runs));
+        Ok(missing.map(|(position, _)| position).collect())
     }
 
     /// Waits until every slot below `end` is there.

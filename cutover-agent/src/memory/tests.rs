@@ -11,6 +11,7 @@ use std::time::Duration;
 use cutover_protocol::plan::Compress;
 use cutover_protocol::schedule::Schedule;
 use tokio::net::TcpListener;
+use tokio::sync::watch;
 use tokio::task::JoinSet;
 
 use super::lanes::Lanes;
@@ -26,7 +27,7 @@ const LIMIT: Duration = Duration::from_secs(60);
 const TIMEOUTS: PeerTimeouts = PeerTimeouts {
     connect: Duration::from_secs(10),
     dead_after: Duration::from_secs(5),
-    resume_within: Duration::ZERO,
+    resume_within: Duration::from_secs(20),
 };
 
 struct Keeper(Arc<PageStore>);
@@ -44,10 +45,46 @@ impl Handler for Keeper {
     }
 }
 
+/// What a session runs through; cut, it breaks every connection, and lets new ones through at once.
+#[derive(Clone)]
+struct Cable {
+    addr: SocketAddr,
+    cuts: watch::Sender<u32>,
+}
+
+impl Cable {
+    async fn to(target: SocketAddr, tasks: &mut JoinSet<Result<Infallible, PeerError>>) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let cable = Self {
+            addr: listener.local_addr().unwrap(),
+            cuts: watch::Sender::new(0),
+        };
+        let cuts = cable.cuts.clone();
+        tasks.spawn(async move {
+            let mut strands = JoinSet::new();
+            loop {
+                let (mut near, _) = listener.accept().await.unwrap();
+                let mut cut = cuts.subscribe();
+                strands.spawn(async move {
+                    let mut far = tokio::net::TcpStream::connect(target).await.unwrap();
+                    let both = tokio::io::copy_bidirectional(&mut near, &mut far);
+                    tokio::select! { _ = both => {}, _ = cut.changed() => {} }
+                });
+            }
+        });
+        cable
+    }
+
+    fn cut(&self) {
+        self.cuts.send_modify(|cuts| *cuts += 1);
+    }
+}
+
 struct World {
     folder: tempfile::TempDir,
+    cable: Cable,
     store: Arc<PageStore>,
-    session: Session,
+    session: Arc<Session>,
     source: Arc<PageSource>,
     _tasks: JoinSet<Result<Infallible, PeerError>>,
 }
@@ -74,10 +111,13 @@ impl World {
         let no_trees = Arc::new(|_: &crate::transfer::TreeName| None::<PathBuf>);
         tasks.spawn(peer::serve(listener, server, TIMEOUTS, keeper, no_trees));
         let client = ClientTls::load(&identity(&tls, "source"), "target").unwrap();
-        let session = peer::connect(addr, client, TIMEOUTS, 4).await.unwrap();
+        let cable = Cable::to(addr, &mut tasks).await;
+        let session = peer::connect(cable.addr, client, TIMEOUTS, 4).await;
+        let session = Arc::new(session.unwrap());
         let source = PageSource::open(&session, compress, LIMIT).await.unwrap();
         Self {
             folder,
+            cable,
             store,
             session,
             source: Arc::new(source),
@@ -87,9 +127,18 @@ impl World {
 
     /// Dumps images of one container; gives what was counted and what came of it.
     async fn dump(&self, images: Vec<Image>) -> (Arc<Tally>, Result<(), MemoryError>) {
+        self.dump_and(images, |_| ()).await
+    }
+
+    /// The same, and calls `after` with the number of each image that was sent.
+    async fn dump_and(
+        &self,
+        images: Vec<Image>,
+        after: impl Fn(usize) + Send + 'static,
+    ) -> (Arc<Tally>, Result<(), MemoryError>) {
         let (server, _given_up) = DumpServer::bind().unwrap();
         let addr = server.addr();
-        let criu = std::thread::spawn(move || criu(addr, &images));
+        let criu = std::thread::spawn(move || criu_and(addr, &images, after));
         let (source, tally) = (Arc::clone(&self.source), Arc::<Tally>::default());
         let counted = Arc::clone(&tally);
         let lane = Lanes::new(Schedule::Gang, vec![("db".to_owned(), 1)]).enter(0);
@@ -113,6 +162,10 @@ struct Image(u64, Vec<u8>);
 
 /// Sends a dump as CRIU does; gives the answer to its close.
 fn criu(addr: SocketAddrV4, images: &[Image]) -> i32 {
+    criu_and(addr, images, |_| ())
+}
+
+fn criu_and(addr: SocketAddrV4, images: &[Image], after: impl Fn(usize)) -> i32 {
     let mut stream = TcpStream::connect(addr).unwrap();
     let header = |command: u32, pages: usize, image: u64| {
         let mut bytes = [0; HEADER_BYTES];
@@ -122,7 +175,7 @@ fn criu(addr: SocketAddrV4, images: &[Image]) -> i32 {
         bytes[24..].copy_from_slice(&image.to_ne_bytes());
         bytes
     };
-    for Image(image, content) in images {
+    for (number, Image(image, content)) in images.iter().enumerate() {
         stream.write_all(&header(4, 0, *image)).unwrap();
         stream.read_exact(&mut [0]).unwrap();
         let pages = content.len() / PAGE_BYTES;
@@ -132,6 +185,7 @@ fn criu(addr: SocketAddrV4, images: &[Image]) -> i32 {
                 .unwrap();
             stream.write_all(content).unwrap();
         }
+        after(number);
     }
     stream.write_all(&header(0x1023, 0, 0)).unwrap();
     let mut answer = [0; 4];
@@ -173,6 +227,27 @@ async fn a_dump_arrives_byte_for_byte_packed_or_not() {
         assert_eq!(read("pagemap-1.img").len(), 8 + 6 + 4 + 8);
         assert_eq!(read("pagemap-2.img").len(), 8 + 6);
         assert!(images.join("pagemap-shmem-7.img").exists());
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_dump_goes_on_when_every_connection_breaks_twice() {
+    let world = World::new(Compress::Off).await;
+    let contents = ["one", "two", "three"].map(|seed| memory(seed, 6000));
+    let images = (1..).zip(&contents);
+    let images = images.map(|(pid, content)| Image(pid << 8 | 1, content.clone()));
+    let cable = world.cable.clone();
+    let cut = move |number| {
+        if number < 2 {
+            cable.cut();
+        }
+    };
+    let (tally, sealed) = world.dump_and(images.collect(), cut).await;
+    sealed.unwrap();
+    assert_eq!(tally.pages.load(Ordering::Relaxed), 18_000);
+    let images = world.placed();
+    for (number, content) in (1..).zip(&contents) {
+        assert!(std::fs::read(images.join(format!("pages-{number}.img"))).unwrap() == *content);
     }
 }
 

@@ -23,6 +23,10 @@ pub(crate) enum PageAsk {
     Open { key: DigestKey },
     /// Answered when every slot below this one has arrived.
     Settle { end: Slot },
+    /// Answered when these slots have arrived, whatever others have not.
+    Await { runs: Vec<Run> },
+    /// Which of these frames, given by their slots, have not arrived whole; for a session that was taken up again.
+    Missing { frames: Vec<Vec<Run>> },
     /// A part of an image; never answered.
     Piece(Piece),
     /// The dump of a container is complete; answered when its images are.
@@ -83,6 +87,8 @@ pub struct Region {
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) enum PageAnswer {
     Done,
+    /// Positions of the frames that were asked about.
+    Missing(Vec<u32>),
     Failed(PageFault),
 }
 

@@ -36,10 +36,12 @@ pub struct Counter {
 }
 
 impl Counter {
-    /// What it is told.
+    /// What it is told. Counters with different seeds have no page in common.
     #[must_use]
-    pub fn arguments(&self) -> Vec<String> {
+    pub fn arguments(&self, seed: usize) -> Vec<String> {
         vec![
+            "--seed".to_owned(),
+            (seed + 1).to_string(),
             "--memory-mb".to_owned(),
             self.memory_mb.to_string(),
             "--write-mb-s".to_owned(),

@@ -66,7 +66,8 @@ fn one(case: &Case, link: Link, folders: &Folders, progress: &Progress) -> Resul
         .counters
         .iter()
         .zip(ContainerKind::COUNTERS)
-        .map(|(counter, kind)| (kind, counter.arguments()))
+        .enumerate()
+        .map(|(seed, (counter, kind))| (kind, counter.arguments(seed)))
         .collect();
     let world = World::build(&parts, folders, progress)?;
     adapt_plan(&world.run.path, case)?;
