@@ -27,21 +27,26 @@ const ROW_BYTES: u64 = 2300;
 const LAYOUT: &str = "rows 1";
 const SOCKET: &str = "--socket=/run/mysqld/mysqld.sock";
 
-/// Rewrites rows all over the table until the server is gone: twenty every fiftieth of a second.
-const WRITER: &str = "USE bytes; DELIMITER //\n\
-    BEGIN NOT ATOMIC\n\
-      DECLARE most INT DEFAULT (SELECT MAX(id) FROM page);\n\
-      WHILE TRUE DO\n\
-        UPDATE page SET body = CONCAT(RANDOM_BYTES(1000), REPEAT('text ', 200))\n\
-          WHERE id IN (SELECT 1 + FLOOR(RAND() * most) FROM seq_1_to_20);\n\
-        DO SLEEP(0.02);\n\
-      END WHILE;\n\
-    END //\n";
+/// Rewrites rows all over a table of so many, about a thousand a second, until the server is gone. The client knows its
+/// own word `DELIMITER` only at the beginning of a line.
+fn writer(rows: u64) -> String {
+    format!(
+        "USE bytes;\nDELIMITER //\n\
+         BEGIN NOT ATOMIC\n\
+           WHILE TRUE DO\n\
+             SET @id = 1 + FLOOR(RAND() * {rows});\n\
+             UPDATE page SET body = CONCAT(RANDOM_BYTES(1000), REPEAT('text ', 200)) WHERE id = @id;\n\
+             IF @id % 20 = 0 THEN DO SLEEP(0.02); END IF;\n\
+           END WHILE;\n\
+         END //\n"
+    )
+}
 
 /// A running server at the source of a stage, and its writer.
 #[derive(Debug)]
 pub struct Database {
     site: Runtime,
+    rows: u64,
     writer: Option<Process>,
 }
 
@@ -67,7 +72,11 @@ impl Database {
             fill(stage, image, bytes, part)
         })?;
         let site = serve(stage, image, &filled)?;
-        Ok(Self { site, writer: None })
+        Ok(Self {
+            site,
+            rows: bytes / ROW_BYTES,
+            writer: None,
+        })
     }
 
     /// Begins to write; writes go on until [`Self::freeze`].
@@ -75,9 +84,10 @@ impl Database {
     /// # Errors
     /// When the client cannot be started.
     pub fn write(&mut self, stage: &Stage) -> Result<()> {
+        let statements = writer(self.rows);
         let shell = self
             .site
-            .exec_shell(ContainerKind::Db, &["mariadb", SOCKET, "-e", WRITER]);
+            .exec_shell(ContainerKind::Db, &["mariadb", SOCKET, "-e", &statements]);
         self.writer = Some(Process::start("writer", &shell, &stage.run.path)?);
         Ok(())
     }
@@ -136,6 +146,11 @@ fn serve(stage: &Stage, image: &Path, directory: &Path) -> Result<Runtime> {
     if !link.is_symlink() {
         symlink(image, &link).on("link", &link)?;
     }
+    // The bundle of a server before this one, on the same stage.
+    let bundle = ContainerKind::Db.bundle(run, "source");
+    if bundle.exists() {
+        fs::remove_dir_all(&bundle).on("remove", &bundle)?;
+    }
     let site = Runtime::new(run.clone(), "source", stage.run.names);
     site.prepare(ContainerKind::Db, &[])?;
     site.mount(ContainerKind::Db)?;
@@ -157,11 +172,12 @@ fn serve(stage: &Stage, image: &Path, directory: &Path) -> Result<Runtime> {
 
 fn fill(stage: &Stage, image: &Path, bytes: u64, part: &Path) -> Result<()> {
     let empty: PathBuf = image.join("var/lib/mysql");
+    let rows = bytes / ROW_BYTES;
     let database = Database {
         site: serve(stage, image, &empty)?,
+        rows,
         writer: None,
     };
-    let rows = bytes / ROW_BYTES;
     let statements = format!(
         "CREATE DATABASE bytes; USE bytes; CREATE TABLE page (id INT PRIMARY KEY, body BLOB NOT NULL) ENGINE=InnoDB;
          INSERT INTO page SELECT seq, CONCAT(RANDOM_BYTES(1000), REPEAT('text ', 200)) FROM seq_1_to_{rows};"
