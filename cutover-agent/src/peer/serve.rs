@@ -27,7 +27,7 @@ const GREETINGS_MAX: usize = 64;
 /// Requests that may wait for the handler.
 const CALLS_QUEUED: usize = 64;
 /// How long nothing may come on the streams of a session that ended before they are given up.
-const DRAIN_PAUSE: Duration = Duration::from_millis(300);
+const DRAIN_PAUSE: Duration = Duration::from_secs(1);
 /// Pause after a failed accept (no descriptors left): the next one would fail as well.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 

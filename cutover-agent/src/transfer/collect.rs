@@ -16,6 +16,10 @@ use crate::peer::{Link, parcel};
 
 /// Pieces in one frame at most, so that heads stay small whatever a tree looks like.
 const PIECES_MAX: usize = 4096;
+/// Bytes of each collector's first frames, so that every stream has some of a short round: one alone, which had to share
+/// the link before, would begin with its share.
+const FIRST_BYTES_MAX: usize = 32 << 10;
+const FIRST_FRAMES: u32 = 4;
 /// Bytes of a frame where links are fast.
 const BRISK_BYTES_MAX: usize = 256 << 10;
 
@@ -48,6 +52,7 @@ pub(super) struct Collector<'a> {
     pieces: Vec<Piece>,
     bytes: Vec<u8>,
     packer: Packer,
+    flushed: u32,
 }
 
 impl<'a> Collector<'a> {
@@ -57,6 +62,7 @@ impl<'a> Collector<'a> {
             pieces: Vec::new(),
             bytes: Vec::with_capacity(DATA_BYTES_MAX),
             packer: Packer::new(outlet.compress),
+            flushed: 0,
         }
     }
 
@@ -64,6 +70,7 @@ impl<'a> Collector<'a> {
         if self.pieces.is_empty() {
             return Ok(());
         }
+        self.flushed = self.flushed.saturating_add(1);
         let link = &self.outlet.link;
         let packed = self.packer.pack(&self.bytes, &link.gauge, link.look());
         let plain_bytes = self.bytes.len() as u64;
@@ -107,7 +114,9 @@ impl<'a> Collector<'a> {
 
     /// How large a frame may get: small ones lose less when a link is cut, large ones pack better.
     fn bytes_max(&self) -> usize {
-        if self.outlet.link.gauge.is_strong() {
+        if self.flushed < FIRST_FRAMES {
+            FIRST_BYTES_MAX
+        } else if self.outlet.link.gauge.is_strong() {
             DATA_BYTES_MAX
         } else {
             BRISK_BYTES_MAX

@@ -31,15 +31,20 @@ const LADDER: [(Method, u32); 7] = [
     (Method::Zstd(9), 40),
     (Method::Zstd(12), 15),
 ];
-/// Where everybody begins: zstd's fastest ordinary level.
-const FIRST_RUNG: usize = 2;
+/// The weakest rung of zstd.
+const ZSTD_RUNG: usize = 2;
+/// Where everybody begins: on a slow link the first megabytes count, and a fast one is known by its idle streams within
+/// some tens of milliseconds.
+const FIRST_RUNG: usize = 5;
 /// Packing threads of a round, see `plan`.
 const THREADS: f64 = 2.0;
 /// By how much a rung must outrun the wire before it is stepped on: the threads also read and hash.
 const MARGIN: f64 = 1.6;
-/// So many frames in a row must have met an idle stream before everybody steps down, for each stream there is; the
-/// first frames of a round always do.
-const IDLE_FRAMES_A_STREAM: u32 = 2;
+/// Idle streams met by frames in a row are added up, and everybody steps down when they come to this many more than
+/// streams, for each stream there is. The first frames of a round always meet idle streams: half as many.
+const IDLE_BEYOND_STREAMS: u32 = 4;
+/// Packing is strong, and large frames are worth it, when it leaves less than this, in thousandths.
+const STRONG_PERMILLE: u32 = 600;
 /// A frame is sampled at so many places, so many bytes each.
 const SAMPLES: usize = 4;
 const SAMPLE_BYTES: usize = 4 << 10;
@@ -97,15 +102,17 @@ impl Gauge {
 
     /// Whether frames are packed so strongly that large ones are worth it.
     pub(super) fn is_strong(&self) -> bool {
-        self.rung.load(Ordering::Relaxed) > FIRST_RUNG
+        self.rung.load(Ordering::Relaxed) > ZSTD_RUNG
+            && self.left_permille.load(Ordering::Relaxed) < STRONG_PERMILLE
     }
 
     /// Takes note of what a collector sees, and moves the rung when there is reason to.
     fn look(&self, look: Look, now: Instant) {
         let rate = self.flow(look, now);
         if look.idle > 0 {
-            let idle = self.idle_in_a_row.fetch_add(1, Ordering::Relaxed) + 1;
-            if idle >= IDLE_FRAMES_A_STREAM * look.streams as u32 {
+            let (idle, streams) = (look.idle as u32, look.streams as u32);
+            let idle = self.idle_in_a_row.fetch_add(idle, Ordering::Relaxed) + idle;
+            if idle >= streams * (streams + IDLE_BEYOND_STREAMS) {
                 // Half the way again until the next step.
                 self.idle_in_a_row.store(idle / 2, Ordering::Relaxed);
                 self.step(|rung| rung.saturating_sub(1));
@@ -207,7 +214,7 @@ impl Packer {
         gauge.look(look, Instant::now());
         let rung = match self.wish {
             Compress::Lz4 => 1,
-            Compress::Zstd => gauge.rung.load(Ordering::Relaxed).max(FIRST_RUNG),
+            Compress::Zstd => gauge.rung.load(Ordering::Relaxed).max(ZSTD_RUNG),
             Compress::Auto | Compress::Off => gauge.rung.load(Ordering::Relaxed),
         };
         if rung == 0 || !self.can_shrink(bytes) {
@@ -326,7 +333,7 @@ mod tests {
             gauge.look(look(2, 0), Instant::now());
         }
         assert_eq!(gauge.rung.load(Ordering::Relaxed), FIRST_RUNG);
-        for _ in 0..8 * STREAMS {
+        for _ in 0..30 * STREAMS {
             gauge.look(look(2, 0), Instant::now());
         }
         assert_eq!(gauge.rung.load(Ordering::Relaxed), 0);

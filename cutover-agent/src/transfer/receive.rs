@@ -373,6 +373,8 @@ impl Receiver {
     /// Ends everything and waits until no thread writes any more.
     pub(crate) async fn close(&self) {
         self.cancel.store(true, Ordering::Relaxed);
+        // What has been taken is written: it need not cross again. It fails only when closed, which nobody does.
+        drop(self.frames.acquire_many(FRAMES_AT_ONCE).await);
         for round in self.lock().rounds.values() {
             round.fail(Fault::Abandoned);
         }

@@ -11,12 +11,12 @@ use crate::cable::{Cable, Cut};
 use crate::world::{LIMIT, TIMEOUTS, World, picture, volume};
 
 const MIB: u64 = 1 << 20;
-const TREE_BYTES: u64 = 96 * MIB;
+const TREE_BYTES: u64 = 192 * MIB;
 /// Where in a copy the link breaks.
-const BREAK_BYTES: u64 = 40 * MIB;
+const BREAK_BYTES: u64 = 80 * MIB;
 
 /// A target behind a cable, and a tree that nothing can compress.
-async fn world() -> (World, Cable, Session) {
+async fn world(dead_after: Duration) -> (World, Cable, Session) {
     let world = World::new().await;
     let mut data = vec![0; TREE_BYTES as usize / 4];
     for number in 0..4_u8 {
@@ -26,7 +26,7 @@ async fn world() -> (World, Cable, Session) {
     }
     let cable = Cable::to(world.addr).await;
     let timeouts = PeerTimeouts {
-        dead_after: Duration::from_millis(500),
+        dead_after,
         resume_within: LIMIT,
         ..TIMEOUTS
     };
@@ -53,7 +53,12 @@ fn assert_little_moved_twice(cable: &Cable) {
 }
 
 async fn breaks_and_heals(cut: Cut, options: SyncOptions) {
-    let (world, cable, session) = world().await;
+    // Only silence has to be waited for.
+    let dead_after = match cut {
+        Cut::Silent => Duration::from_secs(2),
+        _ => LIMIT,
+    };
+    let (world, cable, session) = world(dead_after).await;
     let (volume, here) = (volume(), world.here());
     let (synced, ()) = tokio::join!(session.sync(&volume, &here, options), async {
         carried(&cable, BREAK_BYTES).await;
@@ -85,7 +90,7 @@ async fn the_frozen_pass_and_new_images_go_on_as_well() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_flipped_bit_is_found_and_its_bytes_are_fetched_again() {
-    let (world, cable, session) = world().await;
+    let (world, cable, session) = world(LIMIT).await;
     let (volume, here) = (volume(), world.here());
     let options = SyncOptions::live(LIMIT);
     let (synced, ()) = tokio::join!(session.sync(&volume, &here, options), async {
@@ -102,7 +107,7 @@ async fn a_flipped_bit_is_found_and_its_bytes_are_fetched_again() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_round_goes_on_with_a_target_that_was_restarted_in_the_middle() {
-    let (mut world, cable, session) = world().await;
+    let (mut world, cable, session) = world(LIMIT).await;
     let (volume, here) = (volume(), world.here());
     let syncing = session.sync(&volume, &here, SyncOptions::live(LIMIT));
     let (synced, ()) = tokio::join!(syncing, async {
