@@ -32,6 +32,8 @@ pub(crate) enum Reason {
     Path,
     /// A TLS client of a raw service asks for a name that is not served.
     ServerName,
+    /// A client of HTTP/2 that resets, or goes on with a head, without end; its connection is ended.
+    Flood,
     /// Too many are held.
     HeldFull,
     /// Held for too long.
@@ -42,7 +44,7 @@ pub(crate) enum Reason {
 
 impl Reason {
     /// All of them, in the order of their declaration.
-    pub(crate) const ALL: [Self; 15] = [
+    pub(crate) const ALL: [Self; 16] = [
         Self::Rate,
         Self::AddressConnections,
         Self::Memory,
@@ -55,6 +57,7 @@ impl Reason {
         Self::Head,
         Self::Path,
         Self::ServerName,
+        Self::Flood,
         Self::HeldFull,
         Self::HeldTooLong,
         Self::Shutdown,
@@ -76,6 +79,7 @@ impl Reason {
             Self::Head => "head",
             Self::Path => "path",
             Self::ServerName => "server_name",
+            Self::Flood => "flood",
             Self::HeldFull => "held_full",
             Self::HeldTooLong => "held_too_long",
             Self::Shutdown => "shutdown",

@@ -330,6 +330,24 @@ fn a_server_behind_the_proxy_protocol_is_told_of_each_client_on_a_connection_of_
 }
 
 #[test]
+fn a_raw_server_is_told_of_its_client_by_version_2() {
+    let stage = Stage::new();
+    let world = group(&[stage.address().to_string()], "proxy_protocol = \"v2\"")
+        .tcp()
+        .start();
+    let mut client = world.client();
+    client.send("hello");
+    let mut upstream = stage.accept();
+    let header = upstream.bytes(28);
+    assert_eq!(header[..16], *b"\r\n\r\n\0\r\nQUIT\n\x21\x11\0\x0c");
+    assert_eq!(header[16..24], [127, 0, 0, 1, 127, 0, 0, 1]);
+    let from = client.socket().local_addr().unwrap().port();
+    let ports = [from.to_be_bytes(), world.address().port().to_be_bytes()];
+    assert_eq!(header[24..], ports.concat());
+    assert_eq!(upstream.bytes(5), b"hello");
+}
+
+#[test]
 fn raw_connections_are_balanced_and_passed_on_too() {
     let (dead, one, two) = (Nobody::new(), Origin::new("one"), Origin::new("two"));
     let servers = [

@@ -13,7 +13,7 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::{ServerConfig, ServerConnection, StreamOwned};
 
 use crate::tls::{Authority, Browser, folder, start};
-use crate::world::{PATIENCE, Peer, Stage, World};
+use crate::world::{Origin, PATIENCE, Peer, Stage, World};
 
 const ONE: &str = "certificates = [{ chain = \"a.pem\", key = \"a.key\" }]";
 
@@ -94,11 +94,16 @@ fn secure_origin(authority: &Authority, name: &str) -> SocketAddr {
 
 /// A proxy in clear in front of servers that speak TLS.
 fn start_towards(authority: &Authority, server: SocketAddr, name: &str) -> World {
+    start_showing(authority, server, name, "")
+}
+
+/// The same with more keys of `[upstream.tls]`.
+fn start_showing(authority: &Authority, server: SocketAddr, name: &str, more: &str) -> World {
     let folder = tempfile::tempdir().unwrap();
     std::fs::write(folder.path().join("ca.pem"), authority.pem()).unwrap();
     let text = format!(
         "state_dir = \"state\"\ncontrol = \"control.sock\"\nworkers = 1\n[[upstream]]\nname = \"secure\"\n\
-         servers = [{{ address = \"{server}\" }}]\n[upstream.tls]\nca = \"ca.pem\"\nname = \"{name}\"\n\
+         servers = [{{ address = \"{server}\" }}]\n[upstream.tls]\nca = \"ca.pem\"\nname = \"{name}\"\n{more}\n\
          [[service]]\nname = \"web\"\nlisten = \"127.0.0.1:0\"\nsource = \"secure\"\ntarget = \"secure\"\n"
     );
     let path = folder.path().join("proxy.toml");
@@ -131,4 +136,26 @@ fn a_server_that_is_not_who_it_should_be_is_answered_for_with_502() {
         client.socket().set_read_timeout(Some(PATIENCE)).unwrap();
         assert_eq!(client.get("/").message().status(), 502);
     }
+}
+
+#[test]
+fn a_server_that_asks_for_a_certificate_is_shown_the_groups() {
+    let (authority, clients) = (Authority::new(), Authority::new());
+    let origin = Origin::new("inside");
+    let inside = folder(&authority, &["app.internal"]);
+    std::fs::write(inside.path().join("clients.pem"), clients.pem()).unwrap();
+    let inner = start(
+        inside,
+        &format!("{ONE}\nclient_ca = \"clients.pem\""),
+        origin.address(),
+    );
+    let own = tempfile::tempdir().unwrap();
+    clients.writes(own.path(), "own", &["edge"]);
+    let file = own.path().join("own").display().to_string();
+    let shown = format!("certificate = \"{file}.pem\"\nkey = \"{file}.key\"");
+    for (more, status) in [(&shown[..], 200), ("", 502)] {
+        let world = start_showing(&authority, inner.address(), "app.internal", more);
+        assert_eq!(world.client().get("/").message().status(), status, "{more}");
+    }
+    assert_eq!(origin.seen(), ["GET /"]);
 }

@@ -115,6 +115,22 @@ fn a_chunked_body_is_refused_where_it_passes_the_limit() {
 }
 
 #[test]
+fn a_route_may_have_nothing_but_a_time_of_its_own() {
+    let stage = Stage::new();
+    let route =
+        "[[service.route]]\nname = \"quick\"\npath_prefix = \"/quick\"\nrequest_ms_max = 50";
+    let world = Plan::new(stage.address(), stage.address())
+        .service(route)
+        .start();
+    let mut client = world.client();
+    client.get("/quick");
+    let mut upstream = stage.accept();
+    upstream.message();
+    assert_eq!(client.message().status(), 504);
+    assert!(upstream.is_closed());
+}
+
+#[test]
 fn a_route_may_take_longer_bodies_than_the_rest() {
     let origin = Origin::new("source");
     let route =

@@ -24,6 +24,7 @@ use super::mux::active::Active;
 use super::mux::head::HeadBuilder;
 use crate::buffer::Buffer;
 use crate::config::Http2;
+use crate::limit;
 use crate::listen::client::Client;
 use crate::listen::port::Port;
 use crate::stream::Stream;
@@ -58,7 +59,12 @@ pub(crate) async fn serve(port: Rc<Port>, stream: Stream, early: Buffer, client:
     };
     let ended = session.run(settings.limits.client_idle_max).await;
     if let Err(error) = &ended {
-        tracing::debug!(client = %session.shared.client.address, "an HTTP/2 connection ended: {error}");
+        let Shared { port, client, .. } = &*session.shared;
+        // What `h2` counts for us: resets, and the parts of a head.
+        if error.is_library() && error.reason() == Some(Reason::ENHANCE_YOUR_CALM) {
+            port.count_reason(limit::Reason::Flood);
+        }
+        tracing::debug!(client = %client.address, "an HTTP/2 connection ended: {error}");
     }
     session.end().await;
 }
