@@ -15,9 +15,9 @@ use super::wire::{PageAnswer, PageAsk, Piece};
 use crate::peer::message::Topic;
 use crate::peer::{Link, PeerError, Session};
 
-/// Frames that may be on their way, each of up to 1 MiB: three times what the streams' queue holds, so that asking what
-/// has arrived leaves no gap.
-const WINDOW_FRAMES: usize = 48;
+/// Frames that may be on their way, each of up to 1 MiB: twice what the streams' queue holds, so that asking what has
+/// arrived leaves no gap.
+const WINDOW_FRAMES: usize = 32;
 /// So many of the oldest are asked about at once.
 const ASKED_FRAMES: usize = WINDOW_FRAMES / 2;
 /// How long a question about what has arrived may take; frames before it may still be in the streams' queue.

@@ -9,8 +9,9 @@ use cutover_protocol::schedule::{Lane, Schedule, Standing};
 use super::wire::FRAME_DATA_MAX;
 
 /// A container that had something to send so recently will have more: reading and hashing the next frame takes a few
-/// milliseconds. The streams' queue holds several times as much, so the link does not run dry meanwhile.
-const READY_FOR: Duration = Duration::from_millis(20);
+/// milliseconds, on a busy machine some tens. What the streams' queue holds lasts longer at 1 Gbit/s, so the link does
+/// not run dry meanwhile.
+const READY_FOR: Duration = Duration::from_millis(100);
 
 /// What one container moves, as somebody watching sees it.
 #[derive(Debug, Clone, PartialEq, Eq)]
