@@ -20,7 +20,7 @@ use crate::error::RequestError;
 use crate::http::request::RequestId;
 use crate::http::served::Served;
 use crate::listen::port::{Passage, Port};
-use crate::tcp::copy::Moved;
+use crate::service::inflight::Progress;
 use crate::upstream::Endpoint;
 
 /// Lines that may wait for the disk.
@@ -226,15 +226,15 @@ impl<'l> Line<'l> {
         client: SocketAddr,
         name: Option<&'l str>,
         passage: &Passage,
-        outcome: &Result<Moved, RequestError>,
+        progress: &Progress,
     ) -> Self {
         Self {
             service: port.service.name().as_str(),
             client,
             what: What::Raw(name),
-            status: if outcome.is_ok() { 200 } else { 0 },
-            bytes: outcome.as_ref().map_or(0, |moved| moved.to_client),
-            age: passage.arrival.elapsed(),
+            status: progress.status.get(),
+            bytes: progress.answered.get(),
+            age: passage.terms.arrival.elapsed(),
             held: passage.held,
             upstream: upstream(passage),
             id: port.next_id(),
@@ -242,7 +242,7 @@ impl<'l> Line<'l> {
     }
 }
 
-fn since_1970() -> Duration {
+pub(crate) fn since_1970() -> Duration {
     SystemTime::now()
         .duration_since(UNIX_EPOCH)
         .unwrap_or_default()
@@ -296,7 +296,7 @@ fn write_quoted(out: &mut fmt::Formatter<'_>, text: &str) -> fmt::Result {
 }
 
 /// RFC 3339 in UTC, to the millisecond.
-fn write_time(out: &mut impl fmt::Write, since_1970: Duration) -> fmt::Result {
+pub(crate) fn write_time(out: &mut impl fmt::Write, since_1970: Duration) -> fmt::Result {
     let seconds = since_1970.as_secs();
     let (year, month, day) = date(seconds / 86_400);
     let (hour, minute, second) = (seconds / 3600 % 24, seconds / 60 % 60, seconds % 60);

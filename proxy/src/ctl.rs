@@ -10,7 +10,8 @@ use std::time::Duration;
 
 use clap::{Args, Subcommand};
 use cutover_protocol::hold::{
-    Answer, CheckStatus, Command, Gate, InFlight, ServerState, ServerStatus, ServiceStatus,
+    Answer, AtCut, CheckStatus, Command, Gate, InFlight, InFlightPhase, ServerState, ServerStatus,
+    ServiceStatus,
 };
 use cutover_protocol::id::{ServiceName, Site};
 use hopgate_proxy::control::client::ControlClient;
@@ -39,6 +40,12 @@ enum Verb {
     Status {
         /// Only this one.
         service: Option<ServiceName>,
+    },
+    /// Show requests of which nobody can know what became of them, the newest last.
+    Ledger {
+        /// How many.
+        #[arg(long, default_value_t = 100)]
+        count: usize,
     },
     /// Read the configuration again and go by it, if it is valid; no connection is dropped.
     Reload,
@@ -103,6 +110,10 @@ pub(crate) fn execute(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     let mut client = ControlClient::connect(&arguments.socket)?;
     let answer = match &arguments.verb {
         Verb::Status { service: None } => return process::status(&mut client, arguments.json),
+        Verb::Ledger { count } => {
+            let command = ProcessCommand::Ledger { count: *count };
+            return process::execute(&mut client, &command, arguments.json);
+        }
         Verb::Reload => {
             return process::execute(&mut client, &ProcessCommand::Reload, arguments.json);
         }
@@ -186,10 +197,30 @@ fn print(answer: &Answer) {
 }
 
 fn print_in_flight(entry: &InFlight) {
+    let InFlight { client, what, .. } = entry;
+    let phase = match entry.phase {
+        InFlightPhase::Sending => "sending",
+        InFlightPhase::Waiting => "waiting",
+        InFlightPhase::Answering => "answering",
+        InFlightPhase::Tunnel => "tunnel",
+        InFlightPhase::Abandoned => "abandoned",
+    };
+    let at_cut = match entry.at_cut {
+        AtCut::Wait => "",
+        AtCut::Cut => ", to be cut",
+        AtCut::Carry => ", carried",
+    };
+    let (age, sent, answered) = (entry.age_ms, entry.sent_bytes, entry.answered_bytes);
+    let route = entry.route.as_deref().unwrap_or("-");
+    let server = entry.server.as_deref().unwrap_or("-");
     println!(
-        "    {:>8} ms  {}  {}",
-        entry.age_ms, entry.client, entry.what
+        "    {age:>8} ms  {client}  {what}  route {route}, at {server}, {phase}{at_cut}, {sent} bytes sent, {answered} answered"
     );
+    for held in &entry.waits_for {
+        println!(
+            "                 may be waiting for {held}, which is held: its own server; see own_from"
+        );
+    }
 }
 
 fn print_service(status: &ServiceStatus) {
@@ -215,8 +246,8 @@ fn print_service(status: &ServiceStatus) {
         status.service, status.register.epoch, status.register.owner
     );
     println!(
-        "  in flight {}, upstream connections {}",
-        status.in_flight, status.upstream_connections
+        "  in flight {}, carried {}, upstream connections {}",
+        status.in_flight, status.carried, status.upstream_connections
     );
     println!(
         "  held {} = released {} + gave up {} + evicted {} + held now {}",

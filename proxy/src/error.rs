@@ -5,6 +5,7 @@ use std::io;
 
 use crate::http::chunked::ChunkError;
 use crate::http::head::HeadError;
+use crate::http::request::RequestId;
 use crate::limit::Reason;
 use crate::limit::rate::TooMany;
 use crate::route::PathError;
@@ -91,6 +92,11 @@ pub enum RequestError {
     /// The request was held for as long as it may be.
     #[error("the service did not come back in time")]
     HeldTooLong,
+    /// The request did not end before its service had to stand still.
+    #[error(
+        "the service is being moved and this request took too long; whether it was carried out is not known. Its number is {0}"
+    )]
+    Cut(RequestId),
     /// The proxy stops while the request is held.
     #[error("this proxy is shutting down")]
     Shutdown,
@@ -144,7 +150,9 @@ impl RequestError {
             | Self::Trailer(_)
             | Self::ClientLeft(_)
             | Self::ClientSilent => Fault::Client,
-            Self::HeldFull | Self::HeldTooLong | Self::Shutdown | Self::Memory => Fault::Us,
+            Self::HeldFull | Self::HeldTooLong | Self::Cut(_) | Self::Shutdown | Self::Memory => {
+                Fault::Us
+            }
             Self::NoServer
             | Self::Connect(_)
             | Self::NotSent
@@ -192,6 +200,7 @@ impl RequestError {
             | Self::NoTunnel
             | Self::NotSent => Retry::Safe,
             Self::Chunk(_)
+            | Self::Cut(_)
             | Self::BodyTooLong
             | Self::BodyTooSlow
             | Self::BodyLength
@@ -240,7 +249,7 @@ impl RequestError {
             | Self::NoTunnel
             | Self::AnswerChunk(_)
             | Self::AnswerCut(_) => Some(502),
-            Self::UpstreamSilent | Self::TookTooLong => Some(504),
+            Self::UpstreamSilent | Self::TookTooLong | Self::Cut(_) => Some(504),
         }
     }
 
@@ -261,6 +270,7 @@ impl RequestError {
             Self::Chunk(_) | Self::BodyLength | Self::Trailer(_) => Reason::Body,
             Self::HeldFull => Reason::HeldFull,
             Self::HeldTooLong => Reason::HeldTooLong,
+            Self::Cut(_) => Reason::Cut,
             Self::Shutdown => Reason::Shutdown,
             Self::ClientLeft(_)
             | Self::NoServer

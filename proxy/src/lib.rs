@@ -14,6 +14,7 @@ mod forwarded;
 #[doc(hidden)]
 pub mod fuzzing;
 pub mod http;
+pub mod ledger;
 mod life;
 mod limit;
 mod listen;

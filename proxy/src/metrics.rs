@@ -47,6 +47,7 @@ struct Reading<'s> {
     times: HoldTimes,
     in_flight: u64,
     connections: u64,
+    carried: u64,
     answered: [u64; 6],
     refused: [u64; Reason::ALL.len()],
 }
@@ -72,6 +73,7 @@ impl<'s> Reading<'s> {
             times,
             in_flight: gate.in_flight(),
             connections: gate.connections(),
+            carried: gate.carried(),
             answered,
             refused,
         }
@@ -86,7 +88,7 @@ type Single = (
     fn(&Reading<'_>) -> u64,
 );
 
-const SINGLES: [Single; 10] = [
+const SINGLES: [Single; 11] = [
     (
         "hopgate_held_total",
         "counter",
@@ -126,6 +128,12 @@ const SINGLES: [Single; 10] = [
         "Open upstream connections, idle ones included",
         |s| s.connections,
     ),
+    (
+        "hopgate_carried",
+        "gauge",
+        "Requests and raw connections that no drain waits for",
+        |s| s.carried,
+    ),
     ("hopgate_epoch", "gauge", "Epoch of the register", |s| {
         s.word.register.epoch.0
     }),
@@ -161,6 +169,7 @@ impl Metrics {
         write_metrics(&mut out, &snapshot.directory, Instant::now()).ok();
         write_quic(&mut out, &snapshot).ok();
         write_memory(&mut out, snapshot.guards.memory.is_pressed()).ok();
+        write_ledger(&mut out, snapshot.guards.ledger.counts()).ok();
         let profiles = snapshot.profiles.iter();
         let handshakes = profiles.map(|profile| (profile.name(), &profile.handshakes));
         count::write_metrics(&mut out, handshakes).ok();
@@ -269,6 +278,27 @@ fn write_memory(out: &mut String, pressed: bool) -> std::fmt::Result {
         "# HELP {name} 1 while there is too little memory for new work.\n# TYPE {name} gauge\n{name} {}",
         u64::from(pressed)
     )
+}
+
+fn write_ledger(out: &mut String, (entered, dropped): (u64, u64)) -> std::fmt::Result {
+    for (name, help, count) in [
+        (
+            "hopgate_unknown_outcomes_total",
+            "Requests of which nobody can know what became of them",
+            entered,
+        ),
+        (
+            "hopgate_ledger_lines_dropped_total",
+            "Those among them that were not written down: the disk could not follow",
+            dropped,
+        ),
+    ] {
+        writeln!(
+            out,
+            "# HELP {name} {help}.\n# TYPE {name} counter\n{name} {count}"
+        )?;
+    }
+    Ok(())
 }
 
 fn write_refused(out: &mut String, readings: &[Reading<'_>]) -> std::fmt::Result {

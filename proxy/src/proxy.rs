@@ -23,6 +23,7 @@ use crate::config::{Config, ListenAddress};
 use crate::control::commands::Commander;
 use crate::control::events::Events;
 use crate::control::server::{ControlError, ControlSocket};
+use crate::ledger::Ledger;
 use crate::life::inherited::Inherited;
 use crate::life::permits::Permits;
 use crate::life::successor::{self, Estate, Predecessor, SuccessionError};
@@ -89,6 +90,14 @@ pub enum StartError {
         /// The collector.
         endpoint: Box<str>,
         /// What the exporter said.
+        source: io::Error,
+    },
+    /// The ledger of unknown outcomes cannot be written.
+    #[error(
+        "the ledger of unknown outcomes cannot be opened in the state folder; let this user write to it"
+    )]
+    Ledger {
+        /// What the system said.
         source: io::Error,
     },
     /// No threads or no runtime to be had.
@@ -242,13 +251,17 @@ impl Proxy {
             }
             error
         };
+        let ledger = Ledger::open(&config.state_dir);
+        let ledger = ledger.map_err(|source| declined(StartError::Ledger { source }));
+        let (ledger, keeper) = ledger?;
+        let logs = Logs::default();
+        logs.add(keeper);
         let ground = Ground {
             state,
-            logs: Logs::default(),
-            guards: Guards::new(),
+            logs: logs.clone(),
+            guards: Guards::new(ledger),
             events: Events::default(),
         };
-        let logs = ground.logs.clone();
         let snapshot = Snapshot::make(config.clone(), None, &ground, &mut inherited);
         let snapshot = Arc::new(snapshot.map_err(&declined)?);
         let socket = match control {
@@ -675,6 +688,7 @@ impl Closing<'_> {
                 client,
                 what,
                 age_ms,
+                ..
             } in left
             {
                 tracing::warn!(client, what, age_ms, "cut off at shutdown");

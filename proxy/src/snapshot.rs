@@ -84,7 +84,7 @@ pub(crate) struct Ground {
 pub(crate) struct Logs(Arc<Mutex<Vec<JoinHandle<()>>>>);
 
 impl Logs {
-    fn add(&self, thread: JoinHandle<()>) {
+    pub(crate) fn add(&self, thread: JoinHandle<()>) {
         let mut threads = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         threads.retain(|thread| !thread.is_finished());
         threads.push(thread);

@@ -55,6 +55,11 @@ pub(crate) enum Question {
         service: ServiceName,
         reply: oneshot::Sender<TrafficSum>,
     },
+    /// Cut whoever may be cut for this service; how many that is.
+    Cut {
+        service: ServiceName,
+        reply: oneshot::Sender<usize>,
+    },
     /// Whether it still answers.
     Alive { reply: oneshot::Sender<()> },
     /// Go by this snapshot from now on.
@@ -251,6 +256,11 @@ impl Worker {
                 let port = self.port_of(&service);
                 let sum = port.map(|port| port.traffic.end()).unwrap_or_default();
                 drop(reply.send(sum));
+            }
+            Question::Cut { service, reply } => {
+                let ports = self.ports().filter(|port| *port.service.name() == service);
+                let count = ports.map(|port| port.cut()).sum();
+                reply.send(count).ok();
             }
             Question::Alive { reply } => {
                 reply.send(()).ok();

@@ -267,6 +267,10 @@ pub struct ServiceStatus {
     pub in_flight: u64,
     /// Open connections to upstreams, idle ones included.
     pub upstream_connections: u64,
+    /// Requests and raw connections whose route lets them be carried through a hop: not among those in flight, and
+    /// their connections not among the upstream's.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub carried: u64,
     /// Held now.
     pub held_now: u64,
     /// Ever held. `held = released + gave_up + evicted + held_now` at all times.
@@ -354,4 +358,63 @@ pub struct InFlight {
     pub what: String,
     /// Since its admission, in milliseconds.
     pub age_ms: u64,
+    /// The request's id, as the application and the access log have it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub id: Option<String>,
+    /// The route it took, if it took one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub route: Option<String>,
+    /// The server that has it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub server: Option<String>,
+    /// How far it has come.
+    #[serde(default)]
+    pub phase: InFlightPhase,
+    /// Bytes that went to the upstream.
+    #[serde(default)]
+    pub sent_bytes: u64,
+    /// Bytes that went to the client.
+    #[serde(default)]
+    pub answered_bytes: u64,
+    /// What becomes of it when a drain takes too long.
+    #[serde(default)]
+    pub at_cut: AtCut,
+    /// Held requests that come from its server: it may be waiting for them, and they for it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub waits_for: Vec<String>,
+}
+
+/// How far a request in flight has come.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum InFlightPhase {
+    /// The request is on its way to the upstream.
+    #[default]
+    Sending,
+    /// It is there; no byte of the answer has come.
+    Waiting,
+    /// The answer is on its way to the client.
+    Answering,
+    /// Bytes go both ways, until both ends have finished.
+    Tunnel,
+    /// Its client was answered by us or has left; the upstream has not finished with it.
+    Abandoned,
+}
+
+/// What becomes of a request in flight when a drain takes longer than it may.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum AtCut {
+    /// The drain waits for it, and fails if it does not end.
+    #[default]
+    Wait,
+    /// It is answered with an error that names its id, and noted in the ledger of unknown outcomes.
+    Cut,
+    /// It stays as it is and is not waited for: its connection moves with the application.
+    Carry,
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref)] // serde gives a reference
+const fn is_zero(count: &u64) -> bool {
+    *count == 0
 }

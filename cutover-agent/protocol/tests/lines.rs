@@ -4,8 +4,8 @@
 #![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
 
 use cutover_protocol::hold::{
-    Answer, CheckStatus, Claim, Command, Expected, Gate, InFlight, Order, Refusal, ServerState,
-    ServerStatus, ServiceStatus,
+    Answer, AtCut, CheckStatus, Claim, Command, Expected, Gate, InFlight, InFlightPhase, Order,
+    Refusal, ServerState, ServerStatus, ServiceStatus,
 };
 use cutover_protocol::hop::{ActionName, Bounds, Costs, Ending, Event, Failure, Link, Round, Undo};
 use cutover_protocol::id::{Epoch, Register, ServiceName, Site};
@@ -35,6 +35,7 @@ fn status() -> ServiceStatus {
         held_since: None,
         in_flight: 1,
         upstream_connections: 2,
+        carried: 0,
         held_now: 3,
         held: 18,
         released: 4,
@@ -193,6 +194,14 @@ fn every_answer_is_this_line() {
         client: "198.51.100.7:4000".to_owned(),
         what: "GET /slow".to_owned(),
         age_ms: 4999,
+        id: Some("1-2".to_owned()),
+        route: Some("api".to_owned()),
+        server: Some("10.0.0.1:80".to_owned()),
+        phase: InFlightPhase::Waiting,
+        sent_bytes: 5,
+        answered_bytes: 6,
+        at_cut: AtCut::Cut,
+        waits_for: vec!["10.0.0.1:4000".to_owned()],
     }];
     let not_drained = Answer::NotDrained {
         service: status(),
@@ -201,7 +210,7 @@ fn every_answer_is_this_line() {
     assert_line(
         &not_drained,
         &format!(
-            r#"{{"answer":"not_drained","service":{STATUS},"left":[{{"client":"198.51.100.7:4000","what":"GET /slow","age_ms":4999}}]}}"#
+            r#"{{"answer":"not_drained","service":{STATUS},"left":[{{"client":"198.51.100.7:4000","what":"GET /slow","age_ms":4999,"id":"1-2","route":"api","server":"10.0.0.1:80","phase":"waiting","sent_bytes":5,"answered_bytes":6,"at_cut":"cut","waits_for":["10.0.0.1:4000"]}}]}}"#
         ),
     );
     let refused = |register| Answer::Refused {

@@ -7,6 +7,7 @@ use cutover_protocol::id::{NAME_BYTES_MAX, ServiceName};
 use rustix::process::{Resource, getrlimit};
 use toml::Table;
 
+use super::hold;
 use super::http2::{self, Http2};
 use super::quic;
 use super::raw;
@@ -70,6 +71,7 @@ const LIMITS_KEYS: &[&str] = &[
     "tunnel_idle_ms_max",
     "upstream_idle_ms_max",
     "upstream_idle_count_max",
+    "abandoned_ms_max",
     "upstream_close_ms_max",
     "linger_ms_max",
     "shutdown_ms_max",
@@ -89,6 +91,9 @@ const SERVICE_KEYS: &[&str] = &[
     "source",
     "target",
     "trusted_from",
+    "at_cut",
+    "own_from",
+    "own_marker",
     "rate",
     "unknown_name",
     "route",
@@ -274,7 +279,8 @@ fn service(section: &Section<'_>, around: Around<'_>) -> Result<ServiceConfig, P
         .ok_or_else(|| section.missing("source", "source = \"10.0.0.1:80\""))?;
     let target = reference(section, "target", around.upstreams)?
         .ok_or_else(|| section.missing("target", "target = \"10.0.1.1:80\""))?;
-    let routes = route::routes(section, protocol, around.limits, around.upstreams)?;
+    let hold = hold::hold(section, None)?;
+    let routes = route::routes(section, protocol, around.limits, around.upstreams, &hold)?;
     Ok(ServiceConfig {
         name,
         listen,
@@ -285,7 +291,18 @@ fn service(section: &Section<'_>, around: Around<'_>) -> Result<ServiceConfig, P
         rate: route::rate(section)?,
         unknown_name: raw::unknown_name(section, protocol, &routes)?,
         routes,
+        own_marker: own_marker(section)?,
+        hold,
     })
+}
+
+/// A field that is taken off whatever does not come from a trusted peer.
+fn own_marker(section: &Section<'_>) -> Result<Option<Box<str>>, Problem> {
+    let Some(text) = section.text("own_marker")? else {
+        return Ok(None);
+    };
+    section.refuse_without("own_marker", "trusted_from")?;
+    route::editable(section, "own_marker", text).map(|name| Some(name.into()))
 }
 
 /// `listen` is one address, or a list of tables with an address each.
@@ -395,6 +412,7 @@ fn limits(section: Option<Section<'_>>, http2: Http2) -> Result<Limits, Problem>
         tunnel_idle_max: ms("tunnel_idle_ms_max", 3_600_000)?,
         upstream_idle_max: ms("upstream_idle_ms_max", 4_000)?,
         upstream_idle_count_max: count("upstream_idle_count_max", 0, 100_000, 256)?,
+        abandoned_max: ms("abandoned_ms_max", 300_000)?,
         upstream_close_max: ms("upstream_close_ms_max", 1_000)?,
         linger_max: ms("linger_ms_max", 1_000)?,
         shutdown_max: ms("shutdown_ms_max", 30_000)?,

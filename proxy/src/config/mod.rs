@@ -3,6 +3,7 @@
 //! [`Config::load`] is the only way to get one. Reading and checking live in `load`, the typed view of a TOML
 //! table in `table`; nothing else in the crate knows TOML.
 
+mod hold;
 mod http2;
 mod load;
 mod quic;
@@ -24,6 +25,7 @@ use serde::{Deserialize, Serialize};
 use crate::forwarded::TrustedFrom;
 use crate::limit::rate::RateLimit;
 use crate::route::RouteTable;
+pub use hold::HoldConfig;
 pub use http2::Http2;
 pub use load::ConfigError;
 pub use quic::Quic;
@@ -166,6 +168,10 @@ pub struct ServiceConfig {
     pub target: UpstreamRef,
     /// Peers whose word about their clients is believed.
     pub(crate) trusted_from: TrustedFrom,
+    /// What a hold means for its requests, where their route says nothing else.
+    pub hold: HoldConfig,
+    /// The field, in lower case, by which a trusted peer marks what comes from the application itself.
+    pub own_marker: Option<Box<str>>,
     /// How many requests it takes, before any route is looked at.
     pub(crate) rate: Option<Arc<RateLimit>>,
     /// What part of the requests needs other treatment.
@@ -230,6 +236,8 @@ pub struct Limits {
     pub upstream_idle_max: Duration,
     /// Unused upstream connections kept per worker and service.
     pub upstream_idle_count_max: usize,
+    /// How long an answer that nobody waits for any more may take before its connection is closed.
+    pub abandoned_max: Duration,
     /// How long an upstream may take to close its end of a connection that we have closed.
     pub upstream_close_max: Duration,
     /// How long a refused client may go on sending before its connection is dropped.

@@ -15,7 +15,7 @@ use super::load::{to_u64, to_usize};
 use super::raw;
 use super::table::{Problem, Section};
 use super::upstream::reference;
-use super::{Limits, Protocol, UpstreamConfig};
+use super::{HoldConfig, Limits, Protocol, UpstreamConfig, hold};
 use crate::forwarded::TrustedFrom;
 use crate::limit::rate::{Rate, RateLimit};
 use crate::route::action::{FieldEdits, Redirect, RedirectStatus, Rewrite, may_edit};
@@ -42,6 +42,8 @@ const ROUTE_KEYS: &[&str] = &[
     "response_headers",
     "retry_methods",
     "rate",
+    "at_cut",
+    "own_from",
     "body_bytes_max",
     "connect_ms_max",
     "response_ms_max",
@@ -52,7 +54,7 @@ const ROUTE_KEYS: &[&str] = &[
     "tunnel_idle_ms_max",
 ];
 /// Those from here on take the place of one in `[limits]`.
-const FIRST_LIMIT: usize = 16;
+const FIRST_LIMIT: usize = 18;
 const _: () = assert!(matches!(
     ROUTE_KEYS[FIRST_LIMIT].as_bytes(),
     b"body_bytes_max"
@@ -96,6 +98,7 @@ pub(super) fn routes(
     protocol: Protocol,
     limits: &Limits,
     upstreams: &[UpstreamConfig],
+    hold: &HoldConfig,
 ) -> Result<RouteTable, Problem> {
     let mut routes: Vec<Route> = Vec::new();
     let place = |index: usize, table: &Table| match table.get("name") {
@@ -104,7 +107,7 @@ pub(super) fn routes(
     };
     for section in service.sections_at("route", place, ROUTE_KEYS)? {
         raw::route_fits(&section, protocol)?;
-        let next = route(&section, limits, upstreams)?;
+        let next = route(&section, limits, upstreams, hold)?;
         if routes.iter().any(|other| other.name == next.name) {
             return Err(service.together("has two routes with the same name; give each its own"));
         }
@@ -117,6 +120,7 @@ fn route(
     section: &Section<'_>,
     limits: &Limits,
     upstreams: &[UpstreamConfig],
+    hold_of_service: &HoldConfig,
 ) -> Result<Route, Problem> {
     let name = section.required_text("name", "name = \"api\"")?.to_owned();
     let redirect = redirect(section)?;
@@ -137,6 +141,7 @@ fn route(
         response_fields: edits(section, "response_headers")?,
         retry_methods: methods(section, "retry_methods")?,
         rate: rate(section)?,
+        hold: hold::hold(section, Some(hold_of_service))?,
         limits: own_limits(section, limits)?,
     })
 }
@@ -359,7 +364,11 @@ fn edits(section: &Section<'_>, key: &'static str) -> Result<FieldEdits, Problem
     Ok(FieldEdits::new(set, removed.collect::<Result<_, _>>()?))
 }
 
-fn editable(section: &Section<'_>, key: &'static str, name: &str) -> Result<String, Problem> {
+pub(super) fn editable(
+    section: &Section<'_>,
+    key: &'static str,
+    name: &str,
+) -> Result<String, Problem> {
     const WANTED: &str =
         "a field that does not frame a message and that the proxy does not write itself";
     let known = field_name(section, key, name)?;

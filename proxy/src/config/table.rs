@@ -403,6 +403,18 @@ impl<'t> Section<'t> {
         }
     }
 
+    /// The problem of a key that has no effect without another one, which is not there.
+    pub(super) fn refuse_without(
+        &self,
+        key: &'static str,
+        needs: &'static str,
+    ) -> Result<(), Problem> {
+        if self.has(needs) {
+            return Ok(());
+        }
+        self.refuse_useless(&[key], needs)
+    }
+
     /// The problem of a name that nothing has.
     pub(super) fn no_such<'n>(
         &self,

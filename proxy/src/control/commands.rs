@@ -1,6 +1,8 @@
 //! From a command to its answer. Rules live in [`Service`]; this is where a drain is waited for and its remainder
 //! named.
 
+use std::collections::BTreeSet;
+use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,14 +15,19 @@ use tokio::sync::oneshot;
 use tokio::time::{Instant, timeout};
 
 use super::together::HoldLimits;
-use super::words::{ProcessAnswer, ProcessCommand};
+use super::words::{LEDGER_ENTRIES_MAX, ProcessAnswer, ProcessCommand, ProcessRefusal};
+use crate::ledger;
 use crate::life::{self, Running};
-use crate::service::{Change, Drain, Hold, Refused, Service};
+use crate::service::{Change, Drain, Held, Hold, Refused, Service};
 use crate::snapshot::Serving;
 use crate::worker::Question;
 
 /// Most entries of the list of what is left.
 pub(super) const LEFT_MAX: usize = 100;
+/// Most held requests that one in flight is said to wait for.
+const WAITS_FOR_MAX: usize = 3;
+/// How often a drain looks for requests in flight that wait for held ones: an honest answer takes less.
+const DEADLOCK_WATCH: Duration = Duration::from_secs(1);
 /// How long a worker may take to say who is in flight; it answers between two polls of its tasks.
 const QUESTION_MS_MAX: Duration = Duration::from_secs(1);
 
@@ -120,6 +127,16 @@ impl Commander {
                 let before = self.running.predecessor();
                 ProcessAnswer::Process(Box::new(self.running.facts.status(&snapshot, before)))
             }
+            ProcessCommand::Ledger { count } => {
+                let state_dir = self.running.shared.load().config.state_dir.clone();
+                match ledger::read(&state_dir, count.min(LEDGER_ENTRIES_MAX)) {
+                    Ok(entries) => ProcessAnswer::Ledger { entries },
+                    Err(error) => ProcessAnswer::Refused {
+                        reason: ProcessRefusal::Failed,
+                        message: format!("the ledger cannot be read: {error}"),
+                    },
+                }
+            }
             ProcessCommand::Upgrade { binary } => match self.running.upgrade(binary).await {
                 Ok(pid) => ProcessAnswer::Upgraded { pid },
                 Err(error) => ProcessAnswer::Refused {
@@ -192,19 +209,66 @@ impl Commander {
 
     async fn drain(&self, service: &Service, hold: &Hold, drain_ms_max: u64) -> Answer {
         let deadline = Instant::now() + drain_limit(drain_ms_max);
-        match service.gate.drained(hold.mark, deadline).await {
+        match self.drained_or_cut(service, hold.mark, deadline).await {
             Drain::Quiet => Answer::Done {
                 service: service.status(),
             },
-            Drain::TimedOut => {
-                let left = self.left(service).await;
-                Answer::NotDrained {
-                    service: service.status(),
-                    left,
-                }
-            }
+            Drain::TimedOut => Answer::NotDrained {
+                left: self.left(service).await,
+                service: service.status(),
+            },
             Drain::Superseded => refusal(service.superseded()),
         }
+    }
+
+    /// Waits for the end of a drain, and cuts whoever may be cut where it takes too long.
+    pub(super) async fn drained_or_cut(
+        &self,
+        service: &Service,
+        hold: u64,
+        deadline: Instant,
+    ) -> Drain {
+        let drain = self.drained(service, hold, deadline).await;
+        if drain != Drain::TimedOut || self.cut(service).await == 0 {
+            return drain;
+        }
+        let limits = &self.running.shared.load().config.limits;
+        let closed = limits.upstream_close_max + limits.linger_max;
+        service.gate.drained(hold, Instant::now() + closed).await
+    }
+
+    /// Waits for the end of a drain, and says of each request that seems to wait for one that is held.
+    async fn drained(&self, service: &Service, hold: u64, deadline: Instant) -> Drain {
+        let mut named = BTreeSet::new();
+        loop {
+            let next = deadline.min(Instant::now() + DEADLOCK_WATCH);
+            let drain = service.gate.drained(hold, next).await;
+            if drain != Drain::TimedOut || next == deadline {
+                return drain;
+            }
+            for entry in self.left(service).await {
+                if !entry.waits_for.is_empty() && named.insert(entry.id.clone()) {
+                    tracing::warn!(
+                        service = %service.name(), request = entry.what, id = entry.id, server = entry.server,
+                        held = ?entry.waits_for,
+                        "a request in flight may be waiting for one that is held, from its own server; name that address in own_from"
+                    );
+                }
+            }
+        }
+    }
+
+    /// Cuts whoever may be cut; how many that are.
+    async fn cut(&self, service: &Service) -> usize {
+        let counts = self.ask(|reply| Question::Cut {
+            service: service.name().clone(),
+            reply,
+        });
+        let count = counts.await.into_iter().sum();
+        if count > 0 {
+            tracing::warn!(service = %service.name(), count, "the drain has taken as long as it may: requests are cut, and entered in the ledger");
+        }
+        count
     }
 
     /// What each worker has to say.
@@ -236,6 +300,13 @@ impl Commander {
     pub(super) async fn left(&self, service: &Service) -> Vec<InFlight> {
         let mut left = self.in_flight(service).await;
         left.truncate(LEFT_MAX);
+        for entry in &mut left {
+            let server = entry.server.as_deref().map(str::parse::<SocketAddr>);
+            let Some(Ok(server)) = server else { continue };
+            let clients = |held: &Held| held.clients_at(&[server.ip()], WAITS_FOR_MAX);
+            let clients = service.gate.with_held(clients);
+            entry.waits_for = clients.iter().map(ToString::to_string).collect();
+        }
         left
     }
 }

@@ -219,6 +219,10 @@ async fn obey(line: &[u8], commander: &Commander, peer: &Peer) -> serde_json::Re
             peer.audit_question("process", "told");
             commander.execute_for_process(ProcessCommand::Process).await
         }
+        Ok(command @ ProcessCommand::Ledger { .. }) => {
+            peer.audit_question("ledger", "told");
+            commander.execute_for_process(command).await
+        }
         Ok(command) => {
             let said = serde_json::to_string(&command)?;
             let events = commander.running.events();

@@ -101,7 +101,7 @@ impl Commander {
             // The drains may take longer than a lease; whoever asked can renew only once it has our answer.
             service.prolong_lease(drain_limit(drain_ms_max));
             held.push((member, hold));
-            match service.gate.drained(hold.mark, deadline).await {
+            match self.drained_or_cut(service, hold.mark, deadline).await {
                 Drain::Quiet => {}
                 Drain::Superseded => return Err(member.blame(service.superseded())),
                 Drain::TimedOut => {

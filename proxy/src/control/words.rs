@@ -8,6 +8,10 @@ use cutover_protocol::id::ServiceName;
 use serde::{Deserialize, Serialize};
 
 use crate::config::ListenAddress;
+use crate::ledger::Entry;
+
+/// Entries of the ledger that one answer has room for: each has at most 1.5 KiB, a line of the protocol 1 MiB.
+pub const LEDGER_ENTRIES_MAX: usize = 500;
 
 /// One thing asked of the process.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -15,6 +19,11 @@ use crate::config::ListenAddress;
 pub enum ProcessCommand {
     /// Say what you are.
     Process,
+    /// Tell the newest entries of the ledger of unknown outcomes.
+    Ledger {
+        /// How many, at most [`LEDGER_ENTRIES_MAX`].
+        count: usize,
+    },
     /// Read the configuration again and go by it.
     Reload,
     /// Start a new process in the place of this one.
@@ -33,6 +42,11 @@ pub enum ProcessCommand {
 pub enum ProcessAnswer {
     /// Answer to `process`.
     Process(Box<ProcessStatus>),
+    /// Answer to `ledger`: the newest last.
+    Ledger {
+        /// What it has.
+        entries: Vec<Entry>,
+    },
     /// Answer to `reload`: the new configuration is in force.
     Reloaded(Reloaded),
     /// Answer to `upgrade`: another process serves now.
@@ -129,7 +143,7 @@ impl ProcessCommand {
         struct Word {
             command: String,
         }
-        const WORDS: [&str; 4] = ["process", "reload", "upgrade", "handover"];
+        const WORDS: [&str; 5] = ["process", "ledger", "reload", "upgrade", "handover"];
         serde_json::from_slice::<Word>(line)
             .is_ok_and(|word| WORDS.contains(&word.command.as_str()))
     }

@@ -8,6 +8,7 @@ use hopgate_proxy::control::client::ControlClient;
 use hopgate_proxy::control::words::{
     ProcessAnswer, ProcessCommand, ProcessRefusal, ProcessStatus, Reloaded,
 };
+use hopgate_proxy::ledger::{Entry, Why};
 
 /// Exit code of a configuration that cannot be used.
 const BAD_CONFIGURATION: u8 = 2;
@@ -43,6 +44,7 @@ pub(super) fn execute(
     }
     match answer {
         ProcessAnswer::Process(status) if !json => print_process(&status),
+        ProcessAnswer::Ledger { entries } if !json => entries.iter().for_each(print_entry),
         ProcessAnswer::Reloaded(done) if !json => print_reloaded(&done),
         ProcessAnswer::Upgraded { pid } if !json => println!("upgraded: process {pid} serves"),
         ProcessAnswer::Refused { reason, message } => {
@@ -57,6 +59,29 @@ pub(super) fn execute(
         _ => {}
     }
     Ok(ExitCode::SUCCESS)
+}
+
+fn print_entry(entry: &Entry) {
+    let why = match entry.why {
+        Why::Cut => "cut at a hold",
+        Why::TimedOut => "timed out",
+        Why::ClientLeft => "client left",
+        Why::NoAnswer => "no answer",
+    };
+    let server = entry.server.as_deref().unwrap_or("-");
+    let route = entry.route.as_deref().unwrap_or("-");
+    println!(
+        "{}  {}  {}  {}  {why}, service {}, route {route}, {server} ({}, epoch {}), {} bytes sent, {} ms old",
+        entry.time,
+        entry.id,
+        entry.client,
+        entry.request,
+        entry.service,
+        entry.site,
+        entry.epoch,
+        entry.sent_bytes,
+        entry.age_ms
+    );
 }
 
 fn print_reloaded(done: &Reloaded) {

@@ -32,6 +32,9 @@ pub(crate) fn write(
     if let Some(retry_after_s) = error.retry_after_s(retry_after_s) {
         drop(write!(out, "Retry-After: {retry_after_s}\r\n"));
     }
+    if let RequestError::Cut(id) = error {
+        drop(write!(out, "X-Request-Id: {id}\r\n"));
+    }
     if status == 405 {
         out.extend_from_slice(b"Allow: GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS\r\n");
     }

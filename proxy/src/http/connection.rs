@@ -13,11 +13,12 @@ use tokio::time::timeout;
 
 use super::answer::{self, After};
 use super::decide::{Decided, Rules, decide};
-use super::exchange::{Exchange, Progress, Received};
+use super::exchange::{Exchange, Received};
 use super::h2;
 use super::h2::upstream::{self as shared, Http2Exchange, Slot};
 use super::head::{self, Framing, Scan};
 use super::mux::Unsent;
+use super::outcome;
 use super::plain::{PlainAnswer, PlainBody};
 use super::request::{self, Method, RequestId};
 use super::served::Served;
@@ -30,6 +31,7 @@ use crate::listen::client::Scheme;
 use crate::listen::idle::IdlePlace;
 use crate::listen::port::{Connected, Link, Presence, Settings, Visitor};
 use crate::service::Ticket;
+use crate::service::inflight::{Course, InFlightRow};
 use crate::service::pool::Upstream;
 use crate::stream;
 use crate::tcp::copy::tunnel;
@@ -308,7 +310,7 @@ impl<'c> Connection<'c> {
         self.buffer.consume(end);
         // While the request waits for its answer, the buffer serves others.
         self.visit.port.buffers.give_empty(&mut self.buffer);
-        let passage = decided.passage(arrival, &self.settings);
+        let passage = decided.passage(&self.settings);
         let mut served = Served {
             id,
             arrival,
@@ -317,7 +319,7 @@ impl<'c> Connection<'c> {
             hop: decided.hop,
             head,
             passage,
-            progress: Progress::default(),
+            progress: self.visit.port.in_flight.begin(),
         };
         let outcome = match (decided.refusal, served.redirect()) {
             (Some(error), _) => Err(error),
@@ -335,6 +337,7 @@ impl<'c> Connection<'c> {
         let Visit { port, client, .. } = self.visit;
         port.count(served.progress.status.get());
         port.tell(client, &served);
+        port.in_flight.end(served.progress);
         port.buffers.give_output(served.head);
         next
     }
@@ -382,6 +385,7 @@ impl<'c> Connection<'c> {
             let connected = port
                 .connect(ticket, may_reuse, &mut self.visitor(served))
                 .await?;
+            connected.carry(served.passage.terms);
             let Connected {
                 ticket: current,
                 link,
@@ -391,14 +395,13 @@ impl<'c> Connection<'c> {
             served.passage.register = Some(ticket.register());
             served.request.set_cookie =
                 chosen.set_cookie(self.visit.client.scheme == Scheme::Https);
-            let what = &served.head[..served.request.line_bytes];
-            let _row = port
+            let row = port
                 .in_flight
-                .enter(self.visit.client.address, what, served.arrival);
+                .enter(served.entry(self.visit.client.address));
             let (error, kept) = match link {
                 Link::Own { upstream, kept } => {
                     let exchanged =
-                        self.exchange_own(served, &ticket, upstream, |served, error| {
+                        self.exchange_own(served, &ticket, upstream, row, |served, error| {
                             served.report(&chosen, kept, error);
                         });
                     match exchanged.await {
@@ -432,6 +435,7 @@ impl<'c> Connection<'c> {
         let connected = port
             .connect(ticket, false, &mut self.visitor(served))
             .await?;
+        connected.carry(served.passage.terms);
         let Connected {
             ticket,
             link,
@@ -441,10 +445,10 @@ impl<'c> Connection<'c> {
             return Err(RequestError::NoTunnel);
         };
         served.passage.register = Some(ticket.register());
-        let what = &served.head[..served.request.line_bytes];
+        served.progress.course.set(Course::Tunnel);
         let _row = port
             .in_flight
-            .enter(self.visit.client.address, what, served.arrival);
+            .enter(served.entry(self.visit.client.address));
         ticket.answered();
         // What is said in it is not ours to understand: that it listens is all we know.
         chosen.report(Outcome::Answered(200));
@@ -452,9 +456,13 @@ impl<'c> Connection<'c> {
         served.progress.answering.set(true);
         self.write(answer::TUNNEL).await;
         served.progress.answered.set(answer::TUNNEL.len() as u64);
-        Box::pin(self.upgraded(served, &upstream, Buffer::default())).await;
+        let carried = async {
+            self.upgraded(served, &upstream, Buffer::default()).await;
+            Some(Ok(Then::Close))
+        };
+        let ended = served.unless_cut(&port.cutting, Box::pin(carried)).await;
         port.pool.part(upstream);
-        Ok(Then::Close)
+        ended.unwrap_or(Ok(Then::Close))
     }
 
     /// Forwards on a connection of its own, and keeps or closes that.
@@ -463,6 +471,7 @@ impl<'c> Connection<'c> {
         served: &Served,
         ticket: &Ticket<'_>,
         upstream: Upstream,
+        row: InFlightRow,
         report: impl FnOnce(&Served, Option<&RequestError>),
     ) -> Result<Then, RequestError> {
         let port = &self.visit.port;
@@ -485,16 +494,24 @@ impl<'c> Connection<'c> {
         let received = {
             // Pinned here: handed on it would take its room twice.
             let exchanged = exchange.run(&mut self.buffer, &mut upstream_buffer, &mut scratch);
-            let received = stream::within(limits.request_max, pin!(exchanged)).await;
+            let exchanged = pin!(exchanged);
+            let received = stream::within(limits.request_max, exchanged);
+            let received = served.unless_cut(&port.cutting, pin!(received)).await;
             received.unwrap_or(Err(RequestError::TookTooLong))
         };
         port.buffers.give_output(scratch);
         report(served, received.as_ref().err());
         match received {
             Ok(Received::Upgraded) => {
-                Box::pin(self.upgraded(served, &upstream, upstream_buffer)).await;
+                served.progress.course.set(Course::Tunnel);
+                let upgraded = async {
+                    self.upgraded(served, &upstream, upstream_buffer).await;
+                    Some(Ok(Then::Close))
+                };
+                // Boxed: a tunnel lasts, and a request should not pay for its room.
+                let ended = served.unless_cut(&port.cutting, Box::pin(upgraded)).await;
                 port.pool.part(upstream);
-                Ok(Then::Close)
+                ended.unwrap_or(Ok(Then::Close))
             }
             Ok(Received::Answer {
                 client_persists,
@@ -506,7 +523,7 @@ impl<'c> Connection<'c> {
             }
             Err(error) => {
                 port.buffers.give(upstream_buffer);
-                port.pool.part(upstream);
+                outcome::let_go(port, upstream, served, row, &error);
                 Err(error)
             }
         }
@@ -544,7 +561,8 @@ impl<'c> Connection<'c> {
         let received = {
             let mut unsent = Unsent::new(&mut body);
             let exchanged = pin!(exchange.run(&mut unsent, &mut answer, &mut scratch));
-            stream::within(limits.request_max, exchanged).await
+            let received = stream::within(limits.request_max, exchanged);
+            served.unless_cut(&port.cutting, pin!(received)).await
         };
         port.buffers.give_output(scratch);
         match received.unwrap_or(Err(RequestError::TookTooLong))? {
@@ -604,13 +622,20 @@ impl<'c> Connection<'c> {
                 return;
             }
         }
-        let answered = &served.progress.answered;
+        let progress = &served.progress;
+        let answered = &progress.answered;
         answered.set(answered.get() + from_upstream.filled().len() as u64);
         from_upstream.consume(usize::MAX);
         port.buffers.give(from_upstream);
         port.buffers.give(std::mem::take(&mut self.buffer));
-        let moved = tunnel(&self.visit.stream, &upstream.stream, &port.buffers, limit).await;
-        answered.set(answered.get() + moved.to_client);
+        tunnel(
+            &self.visit.stream,
+            &upstream.stream,
+            &port.buffers,
+            limit,
+            progress,
+        )
+        .await;
     }
 
     /// Whether the connection goes on after an answer of ours.
@@ -641,6 +666,7 @@ impl<'c> Connection<'c> {
 
     async fn answer_failure(&mut self, served: &Served, error: &RequestError) -> Then {
         let progress = &served.progress;
+        outcome::note(&self.visit.port, &self.visit.client, served, error);
         tracing::debug!(client = %self.visit.client.address, id = %served.id, fault = ?error.fault(), "{error}");
         if progress.answering.get() {
             // Half an answer is out; only a broken connection tells the client that it is half.

@@ -7,7 +7,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::head::{Framing, HeadError};
+use super::head::{Framing, HeadError, same_field};
 use super::request::{Method, Parsed, Request, RequestId, Told, class};
 use crate::config::{Limits, ServiceConfig};
 use crate::error::RequestError;
@@ -17,6 +17,7 @@ use crate::listen::port::{Passage, Settings};
 use crate::route::action::{FieldEdits, RedirectStatus};
 use crate::route::template::{Id, Values, Variable};
 use crate::route::{Path, RequestView, Route, bare_host};
+use crate::service::terms::{Asker, Terms};
 
 /// By what a request is judged.
 #[derive(Clone, Copy)]
@@ -39,6 +40,8 @@ pub(crate) struct Decided {
     pub(crate) treatment: Option<Box<Treatment>>,
     /// Its place in a trace, where spans are recorded.
     pub(crate) hop: Option<Box<Hop>>,
+    /// On what terms it is held.
+    pub(crate) terms: Terms,
     /// Why it is refused, if it is.
     pub(crate) refusal: Option<RequestError>,
 }
@@ -71,8 +74,8 @@ pub(crate) struct AnswerEdits<'a> {
 
 impl Decided {
     /// The beginning of its way upstream: to whom, and with how much patience.
-    pub(crate) fn passage(&self, arrival: Instant, settings: &Settings) -> Passage {
-        let mut passage = Passage::new(arrival);
+    pub(crate) fn passage(&self, settings: &Settings) -> Passage {
+        let mut passage = Passage::new(self.terms);
         if let Some(treatment) = &self.treatment {
             let route = &treatment.route;
             passage.sites = settings.route_sites.get(&route.name).cloned();
@@ -101,7 +104,11 @@ pub(crate) fn decide(by: Rules<'_>, parsed: &Parsed<'_, '_>, out: &mut Vec<u8>) 
         ..Arrived::by(by.client, &by.service.trusted_from)
     };
     let hop = (by.tracing == Tracing::On).then(|| Box::new(Hop::of(parsed.said(), by.id)));
-    let plain = Told::plain(&arrived, by.id);
+    let marker = by.service.own_marker.as_deref();
+    let plain = Told {
+        strip: marker.filter(|_| !arrived.trusted),
+        ..Told::plain(&arrived, by.id)
+    };
     let judged = if by.is_pressed {
         Err(RequestError::Memory)
     } else if class(parsed.method) == Method::Connect {
@@ -109,7 +116,7 @@ pub(crate) fn decide(by: Rules<'_>, parsed: &Parsed<'_, '_>, out: &mut Vec<u8>) 
     } else if by.service.rate.is_none() && by.service.routes.is_empty() {
         Ok(None)
     } else {
-        judge(by, parsed, &arrived, out)
+        judge(by, parsed, plain, out)
     };
     let (mut request, treatment, refusal) = match judged {
         Ok(Some((request, treatment))) => (request, treatment, None),
@@ -120,12 +127,34 @@ pub(crate) fn decide(by: Rules<'_>, parsed: &Parsed<'_, '_>, out: &mut Vec<u8>) 
     let limits = treatment
         .as_ref()
         .and_then(|treatment| treatment.route.limits.as_deref());
+    let hold = treatment
+        .as_ref()
+        .map_or(&by.service.hold, |treatment| &treatment.route.hold);
+    let is_marked = |name| {
+        arrived.trusted
+            && parsed
+                .fields
+                .iter()
+                .any(|field| same_field(field.name, name))
+    };
+    let is_own = hold.own_from.believes(by.client.address.ip()) || marker.is_some_and(is_marked);
+    let terms = Terms {
+        arrival: by.now,
+        client: by.client.address,
+        asker: if is_own {
+            Asker::Application
+        } else {
+            Asker::Client
+        },
+        at_cut: hold.at_cut,
+    };
     let body_bytes_max = limits.unwrap_or(by.limits).body_bytes_max;
     let too_long = matches!(request.framing, Framing::Length(length) if body_bytes_max > 0 && length > body_bytes_max);
     Decided {
         request,
         treatment,
         hop,
+        terms,
         refusal: refusal.or_else(|| too_long.then_some(RequestError::BodyTooLong)),
     }
 }
@@ -136,9 +165,10 @@ type Treated = (Request, Option<Box<Treatment>>);
 fn judge(
     by: Rules<'_>,
     parsed: &Parsed<'_, '_>,
-    arrived: &Arrived<'_>,
+    plain: Told<'_>,
     out: &mut Vec<u8>,
 ) -> Result<Option<Treated>, RequestError> {
+    let arrived = plain.arrived;
     let client = arrived.client(parsed.said(), &by.service.trusted_from);
     if let Some(rate) = &by.service.rate {
         rate.take(client, by.now).map_err(RequestError::Rate)?;
@@ -174,10 +204,8 @@ fn judge(
     let Some(route) = found else {
         let target = new_target(None, &path, query, parsed);
         let told = Told {
-            arrived,
-            id: by.id,
             target: target.as_deref(),
-            edits: None,
+            ..plain
         };
         return Ok(target.is_some().then(|| (parsed.write(told, out), None)));
     };
@@ -186,10 +214,12 @@ fn judge(
     }
     let target = new_target(Some(route), &path, query, parsed);
     let told = Told {
-        arrived,
-        id: by.id,
         target: target.as_deref(),
+        ..plain
+    };
+    let told = Told {
         edits: (!route.request_fields.is_empty()).then_some((&route.request_fields, &values)),
+        ..told
     };
     let treatment = treat(route, &values, target.as_deref().map(|_| parsed))?;
     Ok(Some((parsed.write(told, out), Some(Box::new(treatment)))))

@@ -1,6 +1,5 @@
 //! One request on one upstream connection: send, receive, both at once where the body takes its time.
 
-use std::cell::Cell;
 use std::io::{self, IoSlice};
 
 use super::body::{Body, RelayError, Route, relay};
@@ -13,6 +12,7 @@ use crate::config::Limits;
 use crate::error::RequestError;
 use crate::limit::intake::Intake;
 use crate::service::Ticket;
+pub(crate) use crate::service::inflight::Progress;
 use crate::stream::{self, Stream};
 
 /// Most interim answers before one final answer; an honest upstream sends two or three.
@@ -35,23 +35,6 @@ pub(crate) struct Exchange<'e> {
     /// Whether we would go on with the client afterwards.
     pub(crate) may_persist: bool,
     pub(crate) progress: &'e Progress,
-}
-
-/// How far an exchange has come, for whoever has to decide what to do when it fails.
-#[derive(Debug, Default)]
-pub(crate) struct Progress {
-    /// Bytes written to the upstream.
-    pub(crate) sent: Cell<u64>,
-    /// The last byte of the request is written.
-    pub(crate) request_done: Cell<bool>,
-    /// Anything was read from the upstream.
-    pub(crate) heard: Cell<bool>,
-    /// Any byte of the final answer may have been written to the client.
-    pub(crate) answering: Cell<bool>,
-    /// Status of the answer, zero before there is one.
-    pub(crate) status: Cell<u16>,
-    /// Bytes written to the client, heads and framing included.
-    pub(crate) answered: Cell<u64>,
 }
 
 /// How an exchange ended well.

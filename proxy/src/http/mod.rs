@@ -11,6 +11,7 @@ pub(crate) mod h2;
 pub(crate) mod h3;
 pub mod head;
 pub(crate) mod mux;
+pub(crate) mod outcome;
 pub(crate) mod plain;
 pub(crate) mod request;
 pub(crate) mod response;

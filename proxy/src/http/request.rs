@@ -54,7 +54,7 @@ pub(crate) enum Upgrade {
 
 /// Identifies one request in logs and, as `X-Request-Id`, at the upstream.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct RequestId {
+pub struct RequestId {
     /// Differs between processes and workers.
     pub(crate) origin: u64,
     /// Counts the requests of one worker.
@@ -125,6 +125,8 @@ pub(crate) struct Told<'t> {
     pub(crate) id: RequestId,
     /// In place of path and query.
     pub(crate) target: Option<&'t [u8]>,
+    /// A field that is taken off.
+    pub(crate) strip: Option<&'t str>,
     /// Fields that are removed and set.
     pub(crate) edits: Option<(&'t FieldEdits, &'t Values<'t>)>,
 }
@@ -145,6 +147,7 @@ impl<'t> Told<'t> {
             arrived,
             id,
             target: None,
+            strip: None,
             edits: None,
         }
     }
@@ -225,6 +228,7 @@ impl Parsed<'_, '_> {
         for field in self.fields {
             let goes = is_ours(field.name)
                 || self.connection.names(field.name)
+                || told.strip.is_some_and(|name| same_field(field.name, name))
                 || edits.is_some_and(|edits| edits.drops(field.name));
             if !goes {
                 write_field(out, field.name, field.value);

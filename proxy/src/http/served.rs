@@ -1,6 +1,10 @@
 //! One request, whatever it came by, from its head to its log line: what is known of it, and what its failure means.
 
+use std::net::SocketAddr;
+use std::rc::Rc;
 use std::time::{Duration, Instant};
+
+use cutover_protocol::hold::AtCut;
 
 use super::answer::{self, After};
 use super::decide::{AnswerEdits, RedirectTo, Treatment};
@@ -11,7 +15,8 @@ use crate::buffer::Buffers;
 use crate::config::Limits;
 use crate::error::RequestError;
 use crate::forwarded::Hop;
-use crate::listen::port::Passage;
+use crate::listen::port::{Cutting, Passage};
+use crate::service::inflight::Entry;
 use crate::upstream::{Chosen, Outcome};
 
 /// One request from its head to its log line.
@@ -26,7 +31,7 @@ pub(crate) struct Served {
     /// As the upstream gets it; begins with method and target.
     pub(crate) head: Vec<u8>,
     pub(crate) passage: Passage,
-    pub(crate) progress: Progress,
+    pub(crate) progress: Rc<Progress>,
 }
 
 impl Served {
@@ -68,6 +73,38 @@ impl Served {
         let mut out = buffers.take_output();
         answer::write_redirect(&mut out, *status, location, lines, after);
         Some((status.code(), out))
+    }
+
+    /// What is told of it while it is in flight.
+    pub(crate) fn entry(&self, client: SocketAddr) -> Entry<'_> {
+        let treatment = self.treatment.as_ref();
+        Entry {
+            client,
+            what: &self.head[..self.request.line_bytes],
+            id: self.id,
+            route: treatment.map(|treatment| treatment.route.name.as_str()),
+            server: self.passage.server.clone(),
+            since: self.arrival,
+            at_cut: self.passage.terms.at_cut,
+            progress: &self.progress,
+        }
+    }
+
+    /// What comes of the future, unless a drain that takes too long cuts the request off first.
+    pub(crate) async fn unless_cut<T>(
+        &self,
+        cutting: &Cutting,
+        mut future: impl Future<Output = Option<Result<T, RequestError>>> + Unpin,
+    ) -> Option<Result<T, RequestError>> {
+        let at_cut = self.passage.terms.at_cut;
+        if at_cut != AtCut::Cut {
+            return future.await;
+        }
+        tokio::select! {
+            biased;
+            done = &mut future => done,
+            () = cutting.cut(at_cut) => Some(Err(RequestError::Cut(self.id))),
+        }
     }
 
     /// Since its arrival.

@@ -15,18 +15,22 @@ pub(crate) use reason::{Reason, Refusals};
 
 use std::sync::Arc;
 
-/// What all workers share to keep the limits of the whole proxy. It outlives every configuration.
+use crate::ledger::Ledger;
+
+/// What all workers share to keep the limits of the whole proxy, and its ledger. It outlives every configuration.
 #[derive(Debug, Clone)]
 pub(crate) struct Guards {
     pub(crate) connections: Arc<connections::AddressConnections>,
     pub(crate) memory: Arc<memory::Memory>,
+    pub(crate) ledger: Ledger,
 }
 
 impl Guards {
-    pub(crate) fn new() -> Self {
+    pub(crate) fn new(ledger: Ledger) -> Self {
         Self {
             connections: connections::AddressConnections::new(),
             memory: Arc::default(),
+            ledger,
         }
     }
 }

@@ -38,13 +38,15 @@ pub(crate) enum Reason {
     HeldFull,
     /// Held for too long.
     HeldTooLong,
+    /// In flight when a drain had taken as long as it may.
+    Cut,
     /// The proxy is going away.
     Shutdown,
 }
 
 impl Reason {
     /// All of them, in the order of their declaration.
-    pub(crate) const ALL: [Self; 16] = [
+    pub(crate) const ALL: [Self; 17] = [
         Self::Rate,
         Self::AddressConnections,
         Self::Memory,
@@ -60,6 +62,7 @@ impl Reason {
         Self::Flood,
         Self::HeldFull,
         Self::HeldTooLong,
+        Self::Cut,
         Self::Shutdown,
     ];
 
@@ -82,6 +85,7 @@ impl Reason {
             Self::Flood => "flood",
             Self::HeldFull => "held_full",
             Self::HeldTooLong => "held_too_long",
+            Self::Cut => "cut",
             Self::Shutdown => "shutdown",
         }
     }

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use cutover_protocol::hold::AtCut;
 use cutover_protocol::id::Register;
 use tokio::sync::Notify;
 use tokio::time::timeout;
@@ -31,6 +32,7 @@ use crate::route::Route;
 use crate::service::inflight::InFlightTable;
 use crate::service::pool::{NoConnection, Pool, Upstream};
 use crate::service::roll::Roll;
+use crate::service::terms::{Asker, Terms};
 use crate::service::traffic::{Manner, Traffic};
 use crate::service::{Admission, Mode, Parked, Service, Ticket};
 use crate::stream::Stream;
@@ -108,6 +110,7 @@ pub(crate) struct Port {
     pub(crate) traffic: Traffic,
     pub(crate) pool: Rc<Pool>,
     pub(crate) closing: Rc<Closing>,
+    pub(crate) cutting: Rc<Cutting>,
     id_origin: u64,
     id_next: Cell<u64>,
 }
@@ -172,10 +175,30 @@ impl Closing {
     }
 }
 
+/// Says that a drain has taken as long as it may.
+#[derive(Debug, Default)]
+pub(crate) struct Cutting(Notify);
+
+impl Cutting {
+    /// Cuts what is in flight on such terms.
+    pub(crate) fn begin(&self) {
+        self.0.notify_waiters();
+    }
+
+    /// Completes when somebody on these terms is cut.
+    pub(crate) async fn cut(&self, at_cut: AtCut) {
+        match at_cut {
+            AtCut::Cut => self.0.notified().await,
+            AtCut::Wait | AtCut::Carry => std::future::pending().await,
+        }
+    }
+}
+
 /// What one request (or raw connection) went through on its way upstream.
 #[derive(Debug, Clone)]
 pub(crate) struct Passage {
-    pub(crate) arrival: Instant,
+    /// On what terms it is held.
+    pub(crate) terms: Terms,
     /// Time it was held, all in all.
     pub(crate) held: Duration,
     /// To whom it went, once it did.
@@ -190,9 +213,9 @@ pub(crate) struct Passage {
 }
 
 impl Passage {
-    pub(crate) const fn new(arrival: Instant) -> Self {
+    pub(crate) const fn new(terms: Terms) -> Self {
         Self {
-            arrival,
+            terms,
             held: Duration::ZERO,
             register: None,
             server: None,
@@ -289,6 +312,16 @@ impl Link {
     }
 }
 
+impl Connected<'_> {
+    /// Notes that no drain waits for it, if those are its terms. A connection that others share is nobody's to carry.
+    pub(crate) fn carry(&self, terms: Terms) {
+        if let (AtCut::Carry, Link::Own { upstream, .. }) = (terms.at_cut, &self.link) {
+            self.ticket.carry();
+            upstream.carry();
+        }
+    }
+}
+
 /// A ticket and the connection it is good for.
 #[derive(Debug)]
 pub(crate) struct Connected<'p> {
@@ -332,6 +365,7 @@ impl Port {
             buffers,
             hangup,
             closing,
+            cutting: Rc::default(),
             id_origin,
         }
     }
@@ -351,16 +385,20 @@ impl Port {
         &self,
         visitor: &mut Visitor<'_>,
     ) -> Result<Ticket<'_>, RequestError> {
-        let (manner, arrival) = (visitor.presence.manner(), visitor.passage.arrival);
+        let (manner, arrival) = (visitor.presence.manner(), visitor.passage.terms.arrival);
         self.traffic
             .note(visitor.client, manner, visitor.head, arrival);
         match self.service.gate.admit(self.worker) {
             Admission::Pass(ticket) => Ok(ticket),
             Admission::Wait => {
-                let parked = self
-                    .service
-                    .gate
-                    .park(self.worker, visitor.passage.arrival)?;
+                let terms = visitor.passage.terms;
+                let gate = &self.service.gate;
+                if terms.asker == Asker::Application
+                    && let Admission::Pass(ticket) = gate.admit_own(self.worker)
+                {
+                    return Ok(ticket);
+                }
+                let parked = gate.park(self.worker, terms)?;
                 self.wait(parked, visitor).await
             }
         }
@@ -376,7 +414,7 @@ impl Port {
     ) -> Result<Connected<'p>, RequestError> {
         let own_sites = visitor.passage.sites.clone();
         let sites = own_sites.unwrap_or_else(|| Rc::clone(&self.settings().sites));
-        let mut now = visitor.passage.arrival;
+        let mut now = visitor.passage.terms.arrival;
         loop {
             let error = match self.reach(&ticket, may_reuse, &sites, visitor, now).await {
                 Ok((link, picked)) => {
@@ -390,8 +428,7 @@ impl Port {
                 }
                 Err(error) => error,
             };
-            let Some(parked) = ticket.wait_again(&self.service.gate, visitor.passage.arrival)
-            else {
+            let Some(parked) = ticket.wait_again(&self.service.gate, visitor.passage.terms) else {
                 return Err(error);
             };
             ticket = self.wait(parked?, visitor).await?;
@@ -499,7 +536,7 @@ impl Port {
             self.buffers.shrink(buffer);
         }
         visitor.head.shrink_to_fit();
-        let (route, arrival) = (visitor.passage.route.clone(), visitor.passage.arrival);
+        let (route, arrival) = (visitor.passage.route.clone(), visitor.passage.terms.arrival);
         let _entry = self
             .roll
             .enter(visitor.client, visitor.head, route, arrival);
@@ -513,6 +550,12 @@ impl Port {
             self.buffers.grow(buffer);
         }
         verdict
+    }
+
+    /// Cuts whoever is in flight on such terms; how many that are.
+    pub(crate) fn cut(&self) -> usize {
+        self.cutting.begin();
+        self.in_flight.to_be_cut()
     }
 
     /// A number no other request has.

@@ -10,7 +10,7 @@ pub(crate) mod template;
 
 use std::sync::Arc;
 
-use crate::config::{Limits, UpstreamRef};
+use crate::config::{HoldConfig, Limits, UpstreamRef};
 use crate::limit::rate::RateLimit;
 use action::{FieldEdits, Redirect, Rewrite};
 use condition::{Condition, Place};
@@ -33,6 +33,8 @@ pub(crate) struct Route {
     /// Methods that may be sent again; `None` for what is safe by RFC 9110.
     pub(crate) retry_methods: Option<Vec<String>>,
     pub(crate) rate: Option<Arc<RateLimit>>,
+    /// What a hold means for its requests.
+    pub(crate) hold: HoldConfig,
     /// The proxy's limits with the route's own in place; `None` where it has none.
     pub(crate) limits: Option<Box<Limits>>,
 }

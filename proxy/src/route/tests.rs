@@ -16,6 +16,7 @@ fn route(name: &str) -> Route {
         response_fields: FieldEdits::default(),
         retry_methods: None,
         rate: None,
+        hold: HoldConfig::default(),
         limits: None,
     }
 }

@@ -3,6 +3,7 @@
 //! `held = released + gave_up + evicted + held_now` after every step, every held time is in the histogram once, and at
 //! the end nothing is in flight.
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
@@ -12,11 +13,16 @@ use proptest::prelude::*;
 
 use super::gate::{Admission, Gate, GateLimits};
 use super::queue::{Eviction, Held, Parked};
+use super::terms::Terms;
 use super::ticket::Ticket;
 use super::word::Mode;
 use crate::config::Release;
 
 const WORKERS: usize = 2;
+
+fn terms() -> Terms {
+    Terms::plain(Instant::now(), SocketAddr::from(([127, 0, 0, 1], 1)))
+}
 
 /// Something that happens at a gate. Numbers pick one of those there are.
 #[derive(Debug, Clone)]
@@ -97,7 +103,7 @@ impl World<'_> {
                 match self.gate.admit(self.turn % WORKERS) {
                     Admission::Pass(ticket) => self.tickets.push(ticket),
                     Admission::Wait => {
-                        let parked = self.gate.park(self.turn % WORKERS, Instant::now());
+                        let parked = self.gate.park(self.turn % WORKERS, terms());
                         self.keep(parked);
                     }
                 }
@@ -118,7 +124,7 @@ impl World<'_> {
             Step::Ended(which) => drop(pick(&mut self.tickets, which)),
             Step::NotConnected(which) => {
                 if let Some(ticket) = pick(&mut self.tickets, which)
-                    && let Some(parked) = ticket.wait_again(self.gate, Instant::now())
+                    && let Some(parked) = ticket.wait_again(self.gate, terms())
                 {
                     self.keep(parked);
                 }

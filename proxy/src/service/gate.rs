@@ -16,6 +16,7 @@ use cutover_protocol::id::Register;
 use tokio::sync::{Notify, watch};
 
 use super::queue::{Eviction, Grant, Held, Key, Pace, Parked};
+use super::terms::Terms;
 use super::ticket::{Pass, Ticket};
 use super::word::{Mode, Word};
 use crate::config::{Config, Release};
@@ -27,6 +28,9 @@ use crate::limit::Refusals;
 pub(crate) struct Shard {
     in_flight: AtomicU64,
     connections: AtomicU64,
+    /// What is carried through a hop is counted here in place of the two above.
+    carried: AtomicU64,
+    carried_connections: AtomicU64,
     /// Answered requests by the hundreds of their status; index 0 counts those that got no answer.
     pub(crate) answered: [AtomicU64; 6],
     /// What was refused, by reason.
@@ -131,18 +135,28 @@ impl Gate {
         Admission::Wait
     }
 
+    /// Asks again on behalf of the application itself, after [`Gate::admit`] has said to wait: it passes as long as
+    /// anything is in flight, which may be what waits for it, and waits like any other once the drain is complete.
+    pub(crate) fn admit_own(&self, worker: usize) -> Admission<'_> {
+        // Under the lock, so that no drain is declared complete in the same moment.
+        let held = self.lock();
+        let word = self.word();
+        let is_over = word.mode == Mode::Holding && held.is_drained();
+        if is_over || self.in_flight() == 0 {
+            return Admission::Wait;
+        }
+        self.enter(worker);
+        Admission::Pass(Ticket::new(self, worker, word.register, Pass::Own))
+    }
+
     /// Joins the queue, in order of arrival.
     ///
     /// # Errors
     /// The queue is full, or the proxy is shutting down; either way the request counts as evicted.
-    pub(crate) fn park(
-        self: &Arc<Self>,
-        worker: usize,
-        arrival: Instant,
-    ) -> Result<Parked, Eviction> {
-        let key_time = self.since_start(arrival);
+    pub(crate) fn park(self: &Arc<Self>, worker: usize, terms: Terms) -> Result<Parked, Eviction> {
+        let key_time = self.since_start(terms.arrival);
         let mut held = self.lock();
-        let (key, receiver) = held.push(key_time, worker)?;
+        let (key, receiver) = held.push(key_time, worker, terms.client)?;
         self.pump(&mut held);
         drop(held);
         self.keeper.notify_one();
@@ -327,13 +341,15 @@ impl Gate {
             let quieter = self.quieter.notified();
             tokio::pin!(quieter);
             quieter.as_mut().enable();
-            if self.word().mode != Mode::Holding
-                || self.with_held(|held| held.hold_generation()) != hold
             {
-                return Drain::Superseded;
-            }
-            if self.in_flight() == 0 && self.connections() == 0 {
-                return Drain::Quiet;
+                let mut held = self.lock();
+                if self.word().mode != Mode::Holding || held.hold_generation() != hold {
+                    return Drain::Superseded;
+                }
+                if self.in_flight() == 0 && self.connections() == 0 {
+                    held.note_drained();
+                    return Drain::Quiet;
+                }
             }
             if tokio::time::timeout_at(deadline, quieter).await.is_err() {
                 return Drain::TimedOut;
@@ -357,6 +373,12 @@ impl Gate {
             .sum()
     }
 
+    /// Those that are carried through a hop: not in flight, and not to be waited for.
+    pub(crate) fn carried(&self) -> u64 {
+        let shards = self.shards.iter();
+        shards.map(|shard| shard.carried.load(SeqCst)).sum()
+    }
+
     pub(super) fn enter(&self, worker: usize) {
         self.shard(worker).in_flight.fetch_add(1, SeqCst);
     }
@@ -373,6 +395,28 @@ impl Gate {
     pub(super) fn connection_closed(&self, worker: usize) {
         self.shard(worker).connections.fetch_sub(1, SeqCst);
         self.grew_quieter();
+    }
+
+    /// One that was in flight is carried from now on.
+    pub(super) fn carries(&self, worker: usize) {
+        self.shard(worker).carried.fetch_add(1, SeqCst);
+        self.leave(worker);
+    }
+
+    pub(super) fn carried_ends(&self, worker: usize) {
+        self.shard(worker).carried.fetch_sub(1, SeqCst);
+    }
+
+    /// The same for a connection.
+    pub(super) fn carries_connection(&self, worker: usize) {
+        let shard = self.shard(worker);
+        shard.carried_connections.fetch_add(1, SeqCst);
+        self.connection_closed(worker);
+    }
+
+    pub(super) fn carried_connection_closed(&self, worker: usize) {
+        let shard = self.shard(worker);
+        shard.carried_connections.fetch_sub(1, SeqCst);
     }
 
     fn grew_quieter(&self) {

@@ -15,6 +15,7 @@ mod register;
 pub(crate) mod roll;
 mod rules;
 mod shared;
+pub(crate) mod terms;
 mod ticket;
 pub(crate) mod traffic;
 mod word;
@@ -31,7 +32,7 @@ use crate::control::seen::Happening;
 
 pub(crate) use gate::{Admission, Drain, Gate, GateLimits};
 pub(crate) use keeper::keep;
-pub(crate) use queue::{Eviction, HOLD_BUCKETS_MS, HeldCounts, HoldTimes, Parked};
+pub(crate) use queue::{Eviction, HOLD_BUCKETS_MS, Held, HeldCounts, HoldTimes, Parked};
 pub(crate) use register::StateDir;
 pub use register::StateError;
 use register::{GateRecord, Record, StateFile};
@@ -129,7 +130,7 @@ impl Service {
     /// Everything a commander may want to know.
     pub(crate) fn status(&self) -> ServiceStatus {
         let word = self.gate.word();
-        let counts = self.gate.with_held(queue::Held::counts);
+        let counts = self.gate.with_held(Held::counts);
         let (in_flight, upstream_connections) = (self.gate.in_flight(), self.gate.connections());
         let gate = match word.mode {
             Mode::Open => hold::Gate::Open,
@@ -156,6 +157,7 @@ impl Service {
             held_since,
             in_flight,
             upstream_connections,
+            carried: self.gate.carried(),
             held_now: counts.held_now,
             held: counts.held,
             released: counts.released,
@@ -183,7 +185,7 @@ impl Service {
         let was_open = !ledger.record.holds_since(epoch);
         self.perform(&mut ledger, Change::Hold { epoch, lease_ms }, claim)?;
         Ok(Hold {
-            mark: self.gate.with_held(queue::Held::hold_generation),
+            mark: self.gate.with_held(Held::hold_generation),
             began: if was_open { Began::Now } else { Began::Before },
         })
     }
@@ -248,7 +250,7 @@ impl Service {
     /// Whether the gate still holds as it did when this hold began.
     pub(crate) fn stands(&self, hold: &Hold) -> bool {
         self.gate.word().mode == Mode::Holding
-            && self.gate.with_held(queue::Held::hold_generation) == hold.mark
+            && self.gate.with_held(Held::hold_generation) == hold.mark
     }
 
     /// What a drain is told whose hold has ended, or made way for another.

@@ -15,6 +15,7 @@ use cutover_protocol::id::Register;
 use tokio::time::timeout;
 
 use super::shared::Sessions;
+use super::ticket::Standing;
 use super::{Gate, Mode, Service, Ticket, Word};
 use crate::http::h2::upstream::Slot;
 use crate::listen::port::{Current, Link};
@@ -42,6 +43,7 @@ pub(crate) struct Upstream {
 pub(crate) struct Counted {
     gate: Arc<Gate>,
     worker: usize,
+    standing: Cell<Standing>,
 }
 
 impl Counted {
@@ -50,13 +52,31 @@ impl Counted {
         Self {
             gate: Arc::clone(gate),
             worker,
+            standing: Cell::new(Standing::InFlight),
+        }
+    }
+
+    /// It is nobody's any more, and has to be gone at the end of a drain.
+    fn settle(&self) {
+        if self.standing.replace(Standing::InFlight) == Standing::Carried {
+            self.gate.connection_opens(self.worker);
+            self.gate.carried_connection_closed(self.worker);
+        }
+    }
+
+    fn carry(&self) {
+        if self.standing.replace(Standing::Carried) == Standing::InFlight {
+            self.gate.carries_connection(self.worker);
         }
     }
 }
 
 impl Drop for Counted {
     fn drop(&mut self) {
-        self.gate.connection_closed(self.worker);
+        match self.standing.get() {
+            Standing::InFlight => self.gate.connection_closed(self.worker),
+            Standing::Carried => self.gate.carried_connection_closed(self.worker),
+        }
     }
 }
 
@@ -116,10 +136,9 @@ impl Pool {
         let slot = self
             .sessions
             .slot(server.id(), ticket.register(), &settings.limits, connect);
-        let gate = &self.service.gate;
-        let (register, mut words) = (ticket.register(), gate.subscribe());
+        let mut words = self.service.gate.subscribe();
         // Whoever waits for another's attempt does not watch the gate there.
-        let moved = words.wait_for(|word| word.mode == Mode::Holding || word.register != register);
+        let moved = words.wait_for(|word| !ticket.is_allowed_by(*word));
         tokio::select! {
             biased;
             slot = slot => slot,
@@ -132,8 +151,14 @@ impl Pool {
         match link {
             Link::Own { upstream, .. } if sound => self.put(upstream),
             Link::Own { upstream, .. } => self.part(upstream),
-            // The others on it go on.
-            Link::Shared(slot) => drop(slot),
+            // The others on it go on, but where nobody else may come.
+            Link::Shared(slot) => {
+                drop(slot);
+                let word = self.service.gate.word();
+                if word.mode == Mode::Holding {
+                    self.sweep(word);
+                }
+            }
         }
     }
 
@@ -170,7 +195,7 @@ impl Pool {
         }
         let register = ticket.register();
         let counted = Counted::new(gate, self.worker);
-        let moved = words.wait_for(|word| word.mode == Mode::Holding || word.register != register);
+        let moved = words.wait_for(|word| !ticket.is_allowed_by(*word));
         let attempt = timeout(connect_max, connect(server, server.sender(), connect_max));
         let stream = tokio::select! {
             biased;
@@ -194,6 +219,7 @@ impl Pool {
             self.part(upstream);
         } else if self.idle_count.get() < self.current.settings().limits.upstream_idle_count_max {
             self.idle_count.set(self.idle_count.get() + 1);
+            upstream.counted.settle();
             let mut idle = self.idle.borrow_mut();
             idle.entry(upstream.server).or_default().push(Idle {
                 upstream,
@@ -255,6 +281,11 @@ impl Pool {
 }
 
 impl Upstream {
+    /// No drain waits for it any more.
+    pub(crate) fn carry(&self) {
+        self.counted.carry();
+    }
+
     /// The connection, and what keeps it counted until it is dropped.
     pub(super) fn into_parts(self) -> (Stream, Counted) {
         (self.stream, self.counted)

@@ -5,6 +5,7 @@
 //! error is held, and counted, a second time.
 
 use std::collections::BTreeMap;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -44,6 +45,7 @@ pub(super) struct Grant {
 /// One who waits.
 pub(super) struct Waiter {
     pub(super) worker: usize,
+    pub(super) client: SocketAddr,
     pub(super) verdict: oneshot::Sender<Result<Grant, Eviction>>,
 }
 
@@ -108,6 +110,8 @@ pub(crate) struct Held {
     pause: Option<Duration>,
     paused_until: Option<Instant>,
     opened: Option<Instant>,
+    /// The drain of this hold is complete.
+    drained: bool,
     shut: bool,
 }
 
@@ -127,6 +131,7 @@ impl Held {
             pause: None,
             paused_until: None,
             opened: None,
+            drained: false,
             shut: false,
         }
     }
@@ -162,6 +167,7 @@ impl Held {
         &mut self,
         arrival_ns: u64,
         worker: usize,
+        client: SocketAddr,
     ) -> Result<(Key, oneshot::Receiver<Result<Grant, Eviction>>), Eviction> {
         self.counts.held += 1;
         if self.shut || self.waiting.len() >= self.limits.held_max {
@@ -176,8 +182,20 @@ impl Held {
         self.unique += 1;
         let key = (arrival_ns, self.unique);
         let (verdict, receiver) = oneshot::channel();
-        self.waiting.insert(key, Waiter { worker, verdict });
+        let waiter = Waiter {
+            worker,
+            client,
+            verdict,
+        };
+        self.waiting.insert(key, waiter);
         Ok((key, receiver))
+    }
+
+    /// Clients of the held that are at one of these addresses, in the order of their arrival.
+    pub(crate) fn clients_at(&self, addresses: &[IpAddr], most: usize) -> Vec<SocketAddr> {
+        let clients = self.waiting.values().map(|waiter| waiter.client);
+        let there = clients.filter(|client| addresses.contains(&client.ip()));
+        there.take(most).collect()
     }
 
     pub(super) fn gave_up(&mut self, key: Key, now_ns: u64) {
@@ -218,6 +236,16 @@ impl Held {
         self.release_generation += 1;
         self.outstanding = 0;
         self.paused_until = None;
+        self.drained = false;
+    }
+
+    /// Whether a drain of this hold was declared complete: nothing may pass any more.
+    pub(super) const fn is_drained(&self) -> bool {
+        self.drained
+    }
+
+    pub(super) const fn note_drained(&mut self) {
+        self.drained = true;
     }
 
     pub(super) fn begin_release(&mut self) {

@@ -2,19 +2,21 @@
 
 use std::cell::Cell;
 use std::sync::Arc;
-use std::time::Instant;
 
 use cutover_protocol::id::Register;
 
 use super::gate::Gate;
 use super::queue::{Eviction, Parked};
-use super::word::Mode;
+use super::terms::Terms;
+use super::word::{Mode, Word};
 
 /// How a ticket was come by.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Pass {
     /// The gate was open.
     Open,
+    /// The gate was not open, and it comes from the application itself: what is in flight may be waiting for it.
+    Own,
     /// It was held, and let through in this release.
     Released {
         /// Which release; answers to an earlier one do not move the window.
@@ -29,6 +31,16 @@ pub(crate) struct Ticket<'g> {
     worker: usize,
     register: Register,
     pass: Cell<Pass>,
+    standing: Cell<Standing>,
+}
+
+/// As what something in flight, or its connection, is counted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Standing {
+    /// A drain waits for it.
+    InFlight,
+    /// It is carried through a hop.
+    Carried,
 }
 
 impl<'g> Ticket<'g> {
@@ -39,6 +51,7 @@ impl<'g> Ticket<'g> {
             worker,
             register,
             pass: Cell::new(pass),
+            standing: Cell::new(Standing::InFlight),
         }
     }
 
@@ -56,8 +69,20 @@ impl<'g> Ticket<'g> {
 
     /// Whether the gate still sends requests where this ticket points: not so once it closed or moved on.
     pub(crate) fn is_current(&self) -> bool {
-        let word = self.gate.word();
-        word.mode != Mode::Holding && word.register == self.register
+        self.is_allowed_by(self.gate.word())
+    }
+
+    /// The same for a word of the gate.
+    pub(super) fn is_allowed_by(&self, word: Word) -> bool {
+        let lets_pass = word.mode != Mode::Holding || self.pass.get() == Pass::Own;
+        lets_pass && word.register == self.register
+    }
+
+    /// No drain waits for it any more.
+    pub(crate) fn carry(&self) {
+        if self.standing.replace(Standing::Carried) == Standing::InFlight {
+            self.gate.carries(self.worker);
+        }
     }
 
     /// Gives the ticket back because no connection came about, and waits again at the old place in the queue.
@@ -68,11 +93,15 @@ impl<'g> Ticket<'g> {
     pub(crate) fn wait_again(
         self,
         gate: &Arc<Gate>,
-        arrival: Instant,
+        terms: Terms,
     ) -> Option<Result<Parked, Eviction>> {
         let worker = self.worker;
         if self.is_current() {
             let pass = self.pass.get();
+            // Held, it might wait for a release that waits for it.
+            if pass == Pass::Own {
+                return None;
+            }
             if !gate.may_wait_again(pass) {
                 return None;
             }
@@ -80,13 +109,16 @@ impl<'g> Ticket<'g> {
             self.pass.set(Pass::Open);
         }
         drop(self);
-        Some(gate.park(worker, arrival))
+        Some(gate.park(worker, terms))
     }
 }
 
 impl Drop for Ticket<'_> {
     fn drop(&mut self) {
-        self.gate.leave(self.worker);
+        match self.standing.get() {
+            Standing::InFlight => self.gate.leave(self.worker),
+            Standing::Carried => self.gate.carried_ends(self.worker),
+        }
         if let Pass::Released { generation } = self.pass.get() {
             self.gate.forgotten(generation);
         }

@@ -9,38 +9,32 @@ use std::time::Duration;
 use tokio::time::{Instant, sleep_until};
 
 use crate::buffer::Buffers;
+use crate::service::inflight::Progress;
 use crate::stream::splice::{Silence, SpliceError};
 use crate::stream::{self, Socket, Stream};
 
 /// Pieces of this many bytes are worth a pipe.
 const LARGE_BYTES: u64 = 16 * 1024;
 
-/// Bytes copied.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(crate) struct Moved {
-    pub(crate) to_upstream: u64,
-    pub(crate) to_client: u64,
-}
-
-/// Copies until it is over, however it ends; what was copied is the answer.
+/// Copies until it is over, however it ends; what is copied is added to the progress.
 pub(crate) async fn tunnel(
     client: &Stream,
     upstream: &Stream,
     buffers: &Buffers,
     idle_max: Duration,
-) -> Moved {
-    let (to_upstream, to_client) = (Cell::new(0), Cell::new(0));
+    progress: &Progress,
+) {
     let touched = Cell::new(Instant::now());
     let up = Direction {
         from: client,
         to: upstream,
-        moved: &to_upstream,
+        moved: &progress.sent,
         touched: &touched,
     };
     let down = Direction {
         from: upstream,
         to: client,
-        moved: &to_client,
+        moved: &progress.answered,
         touched: &touched,
     };
     let both = async { tokio::try_join!(up.copy(buffers, idle_max), down.copy(buffers, idle_max)) };
@@ -49,10 +43,6 @@ pub(crate) async fn tunnel(
         // An error ends both directions; whose it was makes no difference to what has been copied.
         _ = both => {}
         () = idle(&touched, idle_max) => {}
-    }
-    Moved {
-        to_upstream: to_upstream.get(),
-        to_client: to_client.get(),
     }
 }
 

@@ -368,6 +368,8 @@ fn an_upstream_that_is_silent_is_a_504() {
     let mut upstream = stage.accept();
     upstream.message();
     assert_eq!(client.message().status(), 504);
+    // What it does is waited for, and its connection is not used again.
+    upstream.send("HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n");
     assert!(upstream.is_closed());
 }
 
@@ -397,6 +399,8 @@ fn a_request_has_its_time_in_all() {
     let mut upstream = stage.accept();
     upstream.message();
     assert_eq!(client.message().status(), 504);
+    // What it does is waited for.
+    upstream.send("HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n");
     assert!(upstream.is_closed());
 }
 

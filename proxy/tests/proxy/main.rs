@@ -9,6 +9,7 @@ mod client2;
 mod client3;
 mod configuration;
 mod deciding;
+mod draining;
 mod endings;
 mod forwarding;
 mod held_upgrade;

@@ -16,14 +16,15 @@ use crate::buffer::Buffer;
 use crate::error::RequestError;
 use crate::http::answer::{self, After};
 use crate::http::decide::{Rules, decide};
-use crate::http::exchange::Progress;
 use crate::http::h2::upstream::{Http2Exchange, Slot};
 use crate::http::head::{self, HeadError, Scan};
+use crate::http::outcome;
 use crate::http::request::{self, Method};
 use crate::http::served::Served;
 use crate::listen::client::{Client, Scheme};
 use crate::listen::port::{Connected, Link, Port, Presence, Visitor};
 use crate::service::Ticket;
+use crate::service::inflight::Course;
 use crate::service::pool::Upstream;
 use crate::stream;
 use crate::upstream::Outcome;
@@ -78,6 +79,7 @@ pub(crate) async fn serve_stream<B: RequestBody, A: AnswerSink>(
     }
     port.count(served.progress.status.get());
     port.tell(client, &served);
+    port.in_flight.end(served.progress);
     port.buffers.give_output(served.head);
 }
 
@@ -117,7 +119,7 @@ fn read(port: &Port, client: &Client, asked: Asked) -> Result<Read, RequestError
             return Err(error);
         }
     };
-    let passage = decided.passage(arrival, &settings);
+    let passage = decided.passage(&settings);
     let served = Served {
         id,
         arrival,
@@ -126,7 +128,7 @@ fn read(port: &Port, client: &Client, asked: Asked) -> Result<Read, RequestError
         hop: decided.hop,
         head,
         passage,
-        progress: Progress::default(),
+        progress: port.in_flight.begin(),
     };
     Ok((served, key, decided.refusal))
 }
@@ -248,19 +250,19 @@ impl<'f, A: AnswerSink> Forwarding<'f, A> {
         let port = self.port;
         let mut visitor = visitor(served, self.client, gone.as_mut());
         let ticket = port.admit(&mut visitor).await?;
+        let connected = port.connect(ticket, false, &mut visitor).await?;
+        connected.carry(served.passage.terms);
         let Connected {
             ticket,
             link,
             chosen,
-        } = port.connect(ticket, false, &mut visitor).await?;
+        } = connected;
         let Link::Own { upstream, .. } = link else {
             return Err(RequestError::NoTunnel);
         };
         served.passage.register = Some(ticket.register());
-        let what = &served.head[..served.request.line_bytes];
-        let _row = port
-            .in_flight
-            .enter(self.client.address, what, served.arrival);
+        served.progress.course.set(Course::Tunnel);
+        let _row = port.in_flight.enter(served.entry(self.client.address));
         ticket.answered();
         // What is said in it is not ours to understand: that it listens is all we know.
         chosen.report(Outcome::Answered(200));
@@ -287,6 +289,7 @@ impl<'f, A: AnswerSink> Forwarding<'f, A> {
             biased;
             reason = gone.as_mut() => Err(RequestError::ClientLeft(reason)),
             carried = carried => carried,
+            () = port.cutting.cut(served.passage.terms.at_cut) => Err(RequestError::Cut(served.id)),
         };
         port.pool.part(upstream);
         outcome
@@ -302,23 +305,22 @@ impl<'f, A: AnswerSink> Forwarding<'f, A> {
         mut gone: Gone<'_>,
     ) -> Result<Option<Ticket<'f>>, RequestError> {
         let port = self.port;
-        let Connected {
-            ticket,
-            link,
-            chosen,
-        } = port
+        let connected = port
             .connect(
                 ticket,
                 may_reuse,
                 &mut visitor(served, self.client, gone.as_mut()),
             )
             .await?;
+        connected.carry(served.passage.terms);
+        let Connected {
+            ticket,
+            link,
+            chosen,
+        } = connected;
         served.passage.register = Some(ticket.register());
         served.request.set_cookie = chosen.set_cookie(self.client.scheme == Scheme::Https);
-        let what = &served.head[..served.request.line_bytes];
-        let _row = port
-            .in_flight
-            .enter(self.client.address, what, served.arrival);
+        let row = port.in_flight.enter(served.entry(self.client.address));
         // A shared connection may have ended since it was looked at, as a kept one may.
         let kept = link.is_kept() || link.is_shared();
         let received = {
@@ -327,10 +329,18 @@ impl<'f, A: AnswerSink> Forwarding<'f, A> {
                 biased;
                 reason = gone.as_mut() => Err(RequestError::ClientLeft(reason)),
                 received = exchange => received,
+                () = port.cutting.cut(served.passage.terms.at_cut) => {
+                    Err(RequestError::Cut(served.id))
+                }
             }
         };
         served.report(&chosen, kept, received.as_ref().err());
-        port.pool.give_back(link, matches!(received, Ok(true)));
+        match (link, &received) {
+            (Link::Own { upstream, .. }, Err(error)) => {
+                outcome::let_go(port, upstream, served, row, error);
+            }
+            (link, _) => port.pool.give_back(link, matches!(received, Ok(true))),
+        }
         match received {
             Ok(_) => Ok(None),
             Err(error) if may_reuse && served.may_be_sent_again(&error, kept) => Ok(Some(ticket)),
@@ -425,6 +435,7 @@ impl<'f, A: AnswerSink> Forwarding<'f, A> {
                 Ok(upstream_persists)
             }
             Ok(Received::Tunnel) => {
+                served.progress.course.set(Course::Tunnel);
                 let tunnel = Tunnel {
                     upstream: &upstream.stream,
                     buffers: &port.buffers,
@@ -457,6 +468,7 @@ impl<'f, A: AnswerSink> Forwarding<'f, A> {
 
     async fn answer_failure(&mut self, served: &Served, error: &RequestError) {
         let progress = &served.progress;
+        outcome::note(self.port, self.client, served, error);
         tracing::debug!(client = %self.client.address, id = %served.id, fault = ?error.fault(), "{error}");
         let status = error.status().filter(|_| !progress.answering.get());
         let Some(status) = status else {

@@ -1,0 +1,40 @@
+//! What a gate has to know of a request: plain values, whatever protocol it came by.
+
+use std::net::SocketAddr;
+use std::time::Instant;
+
+use cutover_protocol::hold::AtCut;
+
+/// Who asks, as far as it makes a difference to a hold.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) enum Asker {
+    /// A client.
+    #[default]
+    Client,
+    /// The application itself: what is in flight may be waiting for it.
+    Application,
+}
+
+/// On what terms something is held, drained and released.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Terms {
+    /// Its place among the held.
+    pub(crate) arrival: Instant,
+    /// At whose end of the connection it comes from.
+    pub(crate) client: SocketAddr,
+    pub(crate) asker: Asker,
+    /// What becomes of it when a drain takes too long.
+    pub(crate) at_cut: AtCut,
+}
+
+impl Terms {
+    /// Of a client's request that is waited for.
+    pub(crate) const fn plain(arrival: Instant, client: SocketAddr) -> Self {
+        Self {
+            arrival,
+            client,
+            asker: Asker::Client,
+            at_cut: AtCut::Wait,
+        }
+    }
+}
