@@ -138,7 +138,10 @@ fn debian(part: &Path, include: &str, what: &str, progress: &Progress) -> Result
     progress.say(format!("making the root file system of {what} from the Debian mirror (about a minute, cached afterwards)"));
     // mmdebstrap wants to make the folder itself, or find it empty.
     fs::remove_dir_all(part).on("remove", part)?;
-    Shell::new("mmdebstrap")
+    // It mounts /dev/shm and more of this machine below the folder. In a mount namespace of its own they go with it when
+    // it is killed; left behind, whoever removes the unfinished folder would empty them.
+    Shell::new("unshare")
+        .args(["--mount", "mmdebstrap"])
         .args(["--variant=minbase", &format!("--include={include}")])
         .args(
             ["doc", "locale", "man"]
