@@ -540,7 +540,8 @@ fn a_client_that_resets_stream_after_stream_is_cut_off() {
     told_to_calm_down(&peer);
     world.until(|status| status.in_flight == 0);
     assert!(source.seen().len() < 500, "{}", source.seen().len());
-    assert_eq!(refused(&world, "flood"), "1");
+    // Counted once the connection has ended, which its client may see first.
+    assert!((0..10_000).any(|_| refused(&world, "flood") == "1"));
 }
 
 /// A world whose refusals can be read.
@@ -590,7 +591,8 @@ fn a_client_that_continues_a_head_without_end_is_cut_off() {
     }
     peer.send(flood);
     told_to_calm_down(&peer);
-    assert_eq!(refused(&world, "flood"), "1");
+    // Counted once the connection has ended, which its client may see first.
+    assert!((0..10_000).any(|_| refused(&world, "flood") == "1"));
     assert_eq!(source.seen(), [""; 0]);
 }
 
