@@ -222,6 +222,12 @@ impl Client3 {
         self.wait(driver).unwrap()
     }
 
+    /// Closes the connection, and returns once that has been sent.
+    pub(crate) fn leave(self) {
+        self.connection.close(0_u32.into(), b"");
+        self.wait(self.endpoint.wait_idle());
+    }
+
     /// Looks at the connection's statistics until they are as wanted: quinn tells nobody when they change.
     pub(crate) fn until(&self, wanted: impl Fn(&quinn::ConnectionStats) -> bool) {
         self.wait(async {

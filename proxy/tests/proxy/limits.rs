@@ -127,7 +127,6 @@ fn a_route_may_have_nothing_but_a_time_of_its_own() {
     let mut upstream = stage.accept();
     upstream.message();
     assert_eq!(client.message().status(), 504);
-    assert!(upstream.is_closed());
 }
 
 #[test]
