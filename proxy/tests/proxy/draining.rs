@@ -276,7 +276,8 @@ fn a_marker_from_a_stranger_is_taken_off_and_means_nothing() {
     let mut upstream = source.accept();
     assert_eq!(upstream.message().field("X-Own"), None);
     left(&world);
-    world.client().send(own);
+    let mut held = world.client();
+    held.send(own);
     world.until_held(1);
     assert!(source.is_deserted());
 }
