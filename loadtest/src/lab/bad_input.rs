@@ -135,14 +135,14 @@ fn wrong_types(stage: &mut Stage) -> Result<()> {
     stage.write_from(
         "plan.toml",
         "bad-plan.toml",
-        "streams = 4",
+        "streams = 8",
         "streams = \"four\"",
     )?;
     stage.refused(&stage.hop("bad-plan.toml"), "streams")?;
     stage.write_from(
         "plan.toml",
         "bad-plan.toml",
-        "streams = 4",
+        "streams = 8",
         "streams = 4000",
     )?;
     stage.refused(&stage.hop("bad-plan.toml"), "must be 1 to 32")?;
