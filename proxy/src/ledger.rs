@@ -109,8 +109,10 @@ impl Ledger {
     /// Enters a request.
     pub(crate) fn enter(&self, mut entry: Entry) {
         if entry.request.len() > REQUEST_BYTES_MAX {
-            let end = entry.request.floor_char_boundary(REQUEST_BYTES_MAX);
-            entry.request.truncate(end);
+            let is_boundary = |end: &usize| entry.request.is_char_boundary(*end);
+            // A character has four bytes at most, so there is one.
+            let end = (0..=REQUEST_BYTES_MAX).rev().find(is_boundary);
+            entry.request.truncate(end.unwrap_or_default());
         }
         self.counts.entered.fetch_add(1, Ordering::Relaxed);
         if let Err(TrySendError::Full(entry) | TrySendError::Disconnected(entry)) =

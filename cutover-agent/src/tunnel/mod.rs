@@ -1,10 +1,9 @@
 //! This agent's tunnel to the other site: at most one, made for a hop, kept after its commit until it is retired.
 //!
-//! The source offers, the target answers, both make their end ([`end`]); the largest packet is found by echoes
-//! ([`echo`]). WireGuard runs in the kernel ([`wireguard`]) or in this process ([`userspace`]), IPsec
-//! in strongSwan ([`ipsec`]). What makes an end is
-//! kept in the state folder, readable by nobody else, so that an agent that was killed makes the same end again: the
-//! other end notices nothing but a pause. This module never decides when to open, flip or close.
+//! The source offers, the target answers, both make their end (`end`); the largest packet is found by echoes (`echo`).
+//! WireGuard runs in the kernel (`wireguard`) or in this process (`userspace`), IPsec in strongSwan (`ipsec`). What
+//! makes an end is kept in the state folder, readable by nobody else, so that an agent that was killed makes the same
+//! end again: the other end notices nothing but a pause. This module never decides when to open, flip or close.
 
 mod connections;
 mod echo;

@@ -116,10 +116,7 @@ async fn read_out(stream: &Stream, request: &Request, buffers: &Buffers, head_by
         }
     };
     let mut body = Body::new(framing);
-    loop {
-        let Ok(piece) = body.take(buffer.filled_mut()) else {
-            break;
-        };
+    while let Ok(piece) = body.take(buffer.filled_mut()) {
         buffer.consume(piece.used);
         if piece.last || !unwanted.read(&mut buffer).await {
             break;

@@ -1,4 +1,4 @@
-//! A page server for CRIU: the final dump goes from its socket into a [`Sink`], and never to a disk.
+//! A page server for CRIU: the final dump goes from its socket into a `Sink`, and never to a disk.
 //!
 //! One connection, one dump. What it never does: answer that all is well when a page was not taken. Whatever goes
 //! wrong ends the connection or answers the close with an error, and CRIU then lets the tasks run on.

@@ -1,5 +1,5 @@
 //! Compares what clients were told with what origins executed, and when. Pure; lost, doubled and failed are those of
-//! the lab's one [verdict](crate::verdict).
+//! the lab's one, [`crate::verdict`].
 
 use std::collections::HashMap;
 use std::time::Duration;
