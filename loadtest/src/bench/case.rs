@@ -317,19 +317,29 @@ impl Case {
 /// # Errors
 /// The first filter that fits no case.
 pub fn chosen(filters: &[String]) -> Result<Vec<Case>, &str> {
-    let fits = |case: &Case, filter: &String| {
-        let whole = CASES.iter().any(|case| case.name == filter);
-        case.name == filter || (!whole && case.name.contains(filter.as_str()))
+    select(CASES, |case| case.name, filters)
+}
+
+/// Of `cases`, those that `filters` name or, where a filter is no whole name, whose name contains it; all without
+/// filters.
+///
+/// # Errors
+/// The first filter that fits no case.
+pub fn select<'f, C: Copy>(
+    cases: &[C],
+    name: impl Fn(&C) -> &'static str,
+    filters: &'f [String],
+) -> Result<Vec<C>, &'f str> {
+    let fits = |case: &C, filter: &String| {
+        let whole = cases.iter().any(|case| name(case) == filter);
+        name(case) == filter || (!whole && name(case).contains(filter.as_str()))
     };
-    if let Some(vain) = filters
-        .iter()
-        .find(|filter| !CASES.iter().any(|case| fits(case, filter)))
-    {
+    let vain = |filter: &&String| !cases.iter().any(|case| fits(case, filter));
+    if let Some(vain) = filters.iter().find(vain) {
         return Err(vain);
     }
-    let wanted =
-        |case: &&Case| filters.is_empty() || filters.iter().any(|filter| fits(case, filter));
-    Ok(CASES.iter().filter(wanted).copied().collect())
+    let wanted = |case: &&C| filters.is_empty() || filters.iter().any(|filter| fits(case, filter));
+    Ok(cases.iter().filter(wanted).copied().collect())
 }
 
 #[cfg(test)]

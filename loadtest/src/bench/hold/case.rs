@@ -1,5 +1,6 @@
 //! The cases: what is held, for how long, and which bars Hopgate must meet there. A table and nothing else.
 
+use crate::bench;
 use std::time::Duration;
 
 use crate::bench::hold::origin::Spoil;
@@ -189,17 +190,7 @@ pub const fn short(spoil: Spoil) -> Case {
 /// # Errors
 /// The first filter that fits none.
 pub fn chosen(filters: &[String]) -> Result<Vec<Case>, &str> {
-    let fits = |case: &Case, filter: &String| {
-        let whole = CASES.iter().any(|case| case.name == filter);
-        case.name == filter || (!whole && case.name.contains(filter.as_str()))
-    };
-    let vain = |filter: &&String| !CASES.iter().any(|case| fits(case, filter));
-    if let Some(vain) = filters.iter().find(vain) {
-        return Err(vain);
-    }
-    let wanted =
-        |case: &&Case| filters.is_empty() || filters.iter().any(|filter| fits(case, filter));
-    Ok(CASES.iter().filter(wanted).copied().collect())
+    bench::case::select(CASES, |case| case.name, filters)
 }
 
 #[cfg(test)]
