@@ -11,6 +11,7 @@ use super::hold;
 use super::http2::{self, Http2};
 use super::quic;
 use super::raw;
+use super::release;
 use super::route;
 use super::table::{Problem, Section};
 use super::tls::{self, TlsConfig};
@@ -18,7 +19,7 @@ use super::traces;
 use super::upstream::{RESOLVER_KEYS, reference, resolver, upstreams};
 use super::{
     Config, Limits, ListenAddress, ListenConfig, LogConfig, LogFormat, LogTarget, Protocol,
-    Release, ServiceConfig, UpstreamConfig,
+    ServiceConfig, UpstreamConfig,
 };
 
 /// A configuration that cannot be used: which file, and what is wrong with it.
@@ -77,13 +78,6 @@ const LIMITS_KEYS: &[&str] = &[
     "shutdown_ms_max",
     "upgrade_ms_max",
 ];
-const RELEASE_KEYS: &[&str] = &[
-    "window_first",
-    "window_max",
-    "backoff_ms_first",
-    "backoff_ms_max",
-    "grace_ms",
-];
 const SERVICE_KEYS: &[&str] = &[
     "name",
     "listen",
@@ -93,6 +87,7 @@ const SERVICE_KEYS: &[&str] = &[
     "trusted_from",
     "at_cut",
     "own_from",
+    "release_class",
     "own_marker",
     "rate",
     "unknown_name",
@@ -156,7 +151,7 @@ impl Config {
             http2::http2(root.section("http2", http2::KEYS)?)?,
         )?;
         let quic = quic::quic(root.section("quic", quic::KEYS)?)?;
-        let release = release(root.section("release", RELEASE_KEYS)?)?;
+        let release = release::release(root.section("release", release::KEYS)?)?;
         let resolver = resolver(root.section("resolver", RESOLVER_KEYS)?)?;
         let tls = tls::profiles(&root, folder)?;
         let upstreams = upstreams(&root, folder)?;
@@ -421,28 +416,7 @@ fn limits(section: Option<Section<'_>>, http2: Http2) -> Result<Limits, Problem>
     })
 }
 
-fn release(section: Option<Section<'_>>) -> Result<Release, Problem> {
-    let empty = Table::new();
-    let section = match section {
-        Some(section) => section,
-        None => Section::open("[release]".to_owned(), &empty, RELEASE_KEYS)?,
-    };
-    let count = |key, default| -> Result<u32, Problem> {
-        let number = section.whole(key, 1..=1_000_000)?;
-        Ok(number
-            .and_then(|number| u32::try_from(number).ok())
-            .unwrap_or(default))
-    };
-    Ok(Release {
-        window_first: count("window_first", 8)?,
-        window_max: count("window_max", 1024)?,
-        backoff_first: milliseconds(&section, "backoff_ms_first", 20)?,
-        backoff_max: milliseconds(&section, "backoff_ms_max", 500)?,
-        grace: milliseconds(&section, "grace_ms", 5_000)?,
-    })
-}
-
-fn milliseconds(
+pub(super) fn milliseconds(
     section: &Section<'_>,
     key: &'static str,
     default: u64,

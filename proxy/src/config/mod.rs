@@ -8,6 +8,7 @@ mod http2;
 mod load;
 mod quic;
 mod raw;
+mod release;
 mod route;
 mod table;
 mod tls;
@@ -30,6 +31,7 @@ pub use http2::Http2;
 pub use load::ConfigError;
 pub use quic::Quic;
 pub use raw::UnknownName;
+pub use release::Release;
 pub use table::Problem;
 pub use tls::{
     AcmeConfig, CertificateConfig, Challenge, ClientsConfig, Demand, TlsConfig, TlsVersion,
@@ -248,20 +250,4 @@ pub struct Limits {
     pub upgrade_max: Duration,
     /// Of HTTP/2 connections.
     pub http2: Http2,
-}
-
-/// How the held are let through: one canary, then a window that grows by one with each answer and is halved by
-/// each connect error.
-#[derive(Debug, Clone)]
-pub struct Release {
-    /// Requests let through at once right after the canary was answered.
-    pub window_first: u32,
-    /// Most that the window grows to.
-    pub window_max: u32,
-    /// First pause after a connect error; doubles with each further one.
-    pub backoff_first: Duration,
-    /// Longest such pause.
-    pub backoff_max: Duration,
-    /// How long after opening a connect error still sends the request back to the held.
-    pub grace: Duration,
 }

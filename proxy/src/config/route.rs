@@ -44,6 +44,7 @@ const ROUTE_KEYS: &[&str] = &[
     "rate",
     "at_cut",
     "own_from",
+    "release_class",
     "body_bytes_max",
     "connect_ms_max",
     "response_ms_max",
@@ -54,7 +55,7 @@ const ROUTE_KEYS: &[&str] = &[
     "tunnel_idle_ms_max",
 ];
 /// Those from here on take the place of one in `[limits]`.
-const FIRST_LIMIT: usize = 18;
+const FIRST_LIMIT: usize = 19;
 const _: () = assert!(matches!(
     ROUTE_KEYS[FIRST_LIMIT].as_bytes(),
     b"body_bytes_max"

@@ -449,7 +449,7 @@ impl<'c> Connection<'c> {
         let _row = port
             .in_flight
             .enter(served.entry(self.visit.client.address));
-        ticket.answered();
+        ticket.tunnels();
         // What is said in it is not ours to understand: that it listens is all we know.
         chosen.report(Outcome::Answered(200));
         served.progress.status.set(200);

@@ -147,6 +147,7 @@ pub(crate) fn decide(by: Rules<'_>, parsed: &Parsed<'_, '_>, out: &mut Vec<u8>) 
             Asker::Client
         },
         at_cut: hold.at_cut,
+        class: hold.release_class,
     };
     let body_bytes_max = limits.unwrap_or(by.limits).body_bytes_max;
     let too_long = matches!(request.framing, Framing::Length(length) if body_bytes_max > 0 && length > body_bytes_max);

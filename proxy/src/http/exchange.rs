@@ -243,7 +243,7 @@ impl Exchange<'_> {
     }
 
     async fn upgrade(&self, head: &[u8]) -> Result<Received, RequestError> {
-        self.ticket.answered();
+        self.ticket.tunnels();
         self.progress.status.set(101);
         self.progress.answering.set(true);
         self.write(head).await?;
@@ -256,7 +256,7 @@ impl Exchange<'_> {
         response: &Response,
         head: &mut Vec<u8>,
     ) -> Result<Received, RequestError> {
-        self.ticket.answered();
+        self.ticket.answered(response.status);
         self.progress.status.set(response.status);
         self.progress.answering.set(true);
         let route = Route {

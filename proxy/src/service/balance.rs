@@ -68,6 +68,8 @@ fn limits(held_max: usize) -> GateLimits {
             backoff_first: Duration::ZERO,
             backoff_max: Duration::ZERO,
             grace: Duration::from_secs(60),
+            spread: Duration::ZERO,
+            patience: Duration::from_secs(60),
         },
     }
 }
@@ -118,7 +120,7 @@ impl World<'_> {
             }
             Step::Answered(which) => {
                 if let Some(ticket) = pick(&mut self.tickets, which) {
-                    ticket.answered();
+                    ticket.answered(200);
                 }
             }
             Step::Ended(which) => drop(pick(&mut self.tickets, which)),

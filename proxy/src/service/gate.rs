@@ -15,9 +15,11 @@ use std::time::{Duration, Instant};
 use cutover_protocol::id::Register;
 use tokio::sync::{Notify, watch};
 
+use super::outflow::nanoseconds;
 use super::queue::{Eviction, Grant, Held, Key, Pace, Parked};
 use super::terms::Terms;
-use super::ticket::{Pass, Ticket};
+use super::ticket::{Pass, Slot, Ticket};
+use super::window::Verdict;
 use super::word::{Mode, Word};
 use crate::config::{Config, Release};
 use crate::limit::Refusals;
@@ -156,7 +158,7 @@ impl Gate {
     pub(crate) fn park(self: &Arc<Self>, worker: usize, terms: Terms) -> Result<Parked, Eviction> {
         let key_time = self.since_start(terms.arrival);
         let mut held = self.lock();
-        let (key, receiver) = held.push(key_time, worker, terms.client)?;
+        let (key, receiver) = held.push(key_time, worker, terms)?;
         self.pump(&mut held);
         drop(held);
         self.keeper.notify_one();
@@ -169,12 +171,13 @@ impl Gate {
     pub(super) fn may_wait_again(self: &Arc<Self>, pass: Pass) -> bool {
         let mut held = self.lock();
         let now = Instant::now();
+        let now_ns = self.since_start(now);
         match self.word().mode {
             Mode::Holding => {}
-            Mode::Releasing => held.connect_failed(pass, now),
+            Mode::Releasing => held.connect_failed(pass, now_ns),
             Mode::Open if held.opened_a_moment_ago(now) => {
-                held.begin_release();
-                held.connect_failed(pass, now);
+                held.begin_release(now_ns);
+                held.connect_failed(pass, now_ns);
                 self.set(Word {
                     mode: Mode::Releasing,
                     ..self.word()
@@ -197,24 +200,24 @@ impl Gate {
         }
     }
 
-    /// A released request was answered: the window grows and the next go through.
-    pub(super) fn answered(&self, generation: u64) {
+    /// The owner has begun to answer a released request: the window moves, and others may go through.
+    pub(super) fn answered(&self, slot: Slot, verdict: Verdict) {
         let mut held = self.lock();
-        held.answered(generation);
+        held.answered(slot, verdict, self.since_start(Instant::now()));
         self.after_release_step(held);
     }
 
-    /// A released request ended without an answer and without blame.
-    pub(super) fn forgotten(&self, generation: u64) {
+    /// A released request is over, or counts no longer.
+    pub(super) fn ended(&self, slot: Slot) {
         let mut held = self.lock();
-        held.forgotten(generation);
+        held.ended(slot, self.since_start(Instant::now()));
         self.after_release_step(held);
     }
 
+    /// The keeper need not know: it wakes early enough for whoever left first.
     fn after_release_step(&self, mut held: MutexGuard<'_, Held>) {
         self.pump(&mut held);
         drop(held);
-        self.keeper.notify_one();
         self.counted.notify_waiters();
     }
 
@@ -236,12 +239,13 @@ impl Gate {
             return;
         }
         let now = Instant::now();
+        let now_ns = self.since_start(now);
         let pace = if word.mode == Mode::Open {
             Pace::AtOnce
         } else {
             Pace::Window
         };
-        while let Some((waiter, pass)) = held.next_to_release(pace, now, self.since_start(now)) {
+        while let Some((waiter, pass)) = held.next_to_release(pace, now_ns) {
             self.enter(waiter.worker);
             let grant = Grant {
                 register: word.register,
@@ -250,7 +254,7 @@ impl Gate {
             };
             if waiter.verdict.send(Ok(grant)).is_err() {
                 self.leave(waiter.worker);
-                held.undeliverable(pass);
+                held.undeliverable(pass, now_ns);
             }
         }
         if word.mode == Mode::Releasing && held.release_is_over() {
@@ -278,12 +282,13 @@ impl Gate {
     /// Lets the held through to this register's owner, in turn.
     pub(super) fn release(&self, register: Register) {
         let mut held = self.lock();
-        held.begin_release();
+        held.begin_release(self.since_start(Instant::now()));
         self.set(Word {
             mode: Mode::Releasing,
             register,
         });
         self.after_release_step(held);
+        self.keeper.notify_one();
     }
 
     /// Puts a new register in place without opening or closing anything.
@@ -297,23 +302,21 @@ impl Gate {
         self.counted.notify_waiters();
     }
 
-    /// Refuses whoever has waited too long, ends a release's pause; returns when to look again.
+    /// Refuses whoever has waited too long, and lets go whoever may now; returns when to look again.
     pub(crate) fn tend(&self, now: Instant) -> Option<Instant> {
         let mut held = self.lock();
         let now_ns = self.since_start(now);
-        let hold_max = held.limits().hold_max;
-        let too_old = now_ns.saturating_sub(nanoseconds(hold_max));
-        held.evict_older_than(too_old, now_ns);
+        held.evict_expired(now_ns);
+        held.lose_patience(now_ns);
         self.pump(&mut held);
-        let oldest = held
-            .oldest()
-            .map(|ns| self.started + Duration::from_nanos(ns) + hold_max);
-        let pause = held
-            .paused_until()
+        let expiry = held.next_expiry_ns();
+        let departure = held
+            .next_departure_ns()
             .filter(|_| self.word().mode == Mode::Releasing);
         drop(held);
         self.counted.notify_waiters();
-        [oldest, pause].into_iter().flatten().min()
+        let next_ns = [expiry, departure].into_iter().flatten().min();
+        next_ns.and_then(|ns| self.started.checked_add(Duration::from_nanos(ns)))
     }
 
     /// Sets other bounds, also for those who are held already.
@@ -441,8 +444,4 @@ impl Gate {
     fn lock(&self) -> MutexGuard<'_, Held> {
         self.held.lock().unwrap_or_else(PoisonError::into_inner)
     }
-}
-
-fn nanoseconds(duration: Duration) -> u64 {
-    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
 }

@@ -9,6 +9,7 @@ mod balance;
 mod gate;
 pub(crate) mod inflight;
 mod keeper;
+mod outflow;
 pub(crate) mod pool;
 mod queue;
 mod register;
@@ -18,6 +19,7 @@ mod shared;
 pub(crate) mod terms;
 mod ticket;
 pub(crate) mod traffic;
+mod window;
 mod word;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

@@ -7,21 +7,33 @@
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use cutover_protocol::id::Register;
 use tokio::sync::oneshot;
 
 use super::gate::{Gate, GateLimits};
-use super::ticket::{Pass, Ticket};
+use super::outflow::{Outflow, nanoseconds};
+use super::terms::{ReleaseClass, Terms};
+use super::ticket::{Pass, Slot, Ticket};
+use super::window::Verdict;
 
 /// Upper bounds of the hold-time histogram, in milliseconds.
 pub(crate) const HOLD_BUCKETS_MS: [u64; 12] = [
     10, 50, 100, 250, 500, 1_000, 2_000, 5_000, 10_000, 20_000, 30_000, 60_000,
 ];
 
-/// Place in the queue: arrival in nanoseconds since the gate was made, then a number that makes it unique.
-pub(super) type Key = (u64, u64);
+/// Place in the queue. Whoever has the least leaves first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Key {
+    /// How many releases had begun when it arrived: a newcomer overtakes no one who was held, of whatever class.
+    releases: u64,
+    class: ReleaseClass,
+    /// In nanoseconds since the gate was made.
+    arrival_ns: u64,
+    /// Makes it unique.
+    number: u64,
+}
 
 /// Why a held request was refused by us.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -84,31 +96,21 @@ pub(super) enum Pace {
     Window,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Stage {
-    /// One request at a time until one is answered.
-    Canary,
-    /// The owner answers: as many at once as the window says.
-    Window,
-}
-
-/// The queue and the pace of its release. The control law: one canary; each answer adds one to the window, each
-/// connect error halves it and pauses for a time that doubles. Additive increase with multiplicative decrease is
-/// what lets many proxies in front of one upstream converge (Chiu and Jain, 1989).
+/// The queue, its counters, and the pace of its release.
 #[derive(Debug)]
 pub(crate) struct Held {
     waiting: BTreeMap<Key, Waiter>,
+    /// The same by when they have waited for as long as they may.
+    expiries: BTreeMap<(u64, u64), Key>,
     unique: u64,
     counts: HeldCounts,
     times: HoldTimes,
     limits: GateLimits,
     hold_generation: u64,
-    release_generation: u64,
-    stage: Stage,
-    window: u32,
-    outstanding: u32,
-    pause: Option<Duration>,
-    paused_until: Option<Instant>,
+    /// Releases that have begun, and when the last one did.
+    releases: u64,
+    released_ns: u64,
+    outflow: Outflow,
     opened: Option<Instant>,
     /// The drain of this hold is complete.
     drained: bool,
@@ -119,30 +121,26 @@ impl Held {
     pub(super) fn new(limits: GateLimits) -> Self {
         Self {
             waiting: BTreeMap::new(),
+            expiries: BTreeMap::new(),
             unique: 0,
             counts: HeldCounts::default(),
             times: HoldTimes::default(),
             limits,
             hold_generation: 0,
-            release_generation: 0,
-            stage: Stage::Canary,
-            window: 1,
-            outstanding: 0,
-            pause: None,
-            paused_until: None,
+            releases: 0,
+            released_ns: 0,
+            outflow: Outflow::new(),
             opened: None,
             drained: false,
             shut: false,
         }
     }
 
-    /// The bounds in force.
-    pub(super) const fn limits(&self) -> &GateLimits {
-        &self.limits
-    }
-
     pub(super) fn set_limits(&mut self, limits: GateLimits) {
+        self.outflow.bound(&limits.release);
         self.limits = limits;
+        let keys: Vec<Key> = self.waiting.keys().copied().collect();
+        self.expiries = keys.iter().map(|key| (self.expiry(*key), *key)).collect();
     }
 
     /// Counters at this instant.
@@ -167,7 +165,7 @@ impl Held {
         &mut self,
         arrival_ns: u64,
         worker: usize,
-        client: SocketAddr,
+        terms: Terms,
     ) -> Result<(Key, oneshot::Receiver<Result<Grant, Eviction>>), Eviction> {
         self.counts.held += 1;
         if self.shut || self.waiting.len() >= self.limits.held_max {
@@ -180,14 +178,21 @@ impl Held {
             });
         }
         self.unique += 1;
-        let key = (arrival_ns, self.unique);
+        let is_newcomer = arrival_ns >= self.released_ns;
+        let key = Key {
+            releases: self.releases - u64::from(!is_newcomer),
+            class: terms.class,
+            arrival_ns,
+            number: self.unique,
+        };
         let (verdict, receiver) = oneshot::channel();
         let waiter = Waiter {
             worker,
-            client,
+            client: terms.client,
             verdict,
         };
         self.waiting.insert(key, waiter);
+        self.expiries.insert(self.expiry(key), key);
         Ok((key, receiver))
     }
 
@@ -199,43 +204,59 @@ impl Held {
     }
 
     pub(super) fn gave_up(&mut self, key: Key, now_ns: u64) {
-        if self.waiting.remove(&key).is_some() {
+        if self.remove(key).is_some() {
             self.counts.gave_up += 1;
-            self.record(now_ns.saturating_sub(key.0));
+            self.record(now_ns.saturating_sub(key.arrival_ns));
         }
     }
 
-    pub(super) fn evict_older_than(&mut self, arrival_ns: u64, now_ns: u64) {
-        while self
-            .waiting
-            .first_key_value()
-            .is_some_and(|(key, _)| key.0 <= arrival_ns)
+    /// Refuses whoever has waited for as long as it may.
+    pub(super) fn evict_expired(&mut self, now_ns: u64) {
+        while let Some(((expiry_ns, _), key)) = self.expiries.first_key_value()
+            && *expiry_ns <= now_ns
         {
-            self.evict_first(now_ns, Eviction::TooOld);
+            let key = *key;
+            self.evict(key, now_ns, Eviction::TooOld);
         }
+    }
+
+    /// When the next one has.
+    pub(super) fn next_expiry_ns(&self) -> Option<u64> {
+        let first = self.expiries.first_key_value();
+        first.map(|((expiry_ns, _), _)| *expiry_ns)
     }
 
     pub(super) fn shut(&mut self, now_ns: u64) {
         self.shut = true;
-        while !self.waiting.is_empty() {
-            self.evict_first(now_ns, Eviction::Shutdown);
+        while let Some((key, _)) = self.waiting.first_key_value() {
+            let key = *key;
+            self.evict(key, now_ns, Eviction::Shutdown);
         }
     }
 
-    fn evict_first(&mut self, now_ns: u64, why: Eviction) {
-        if let Some((key, waiter)) = self.waiting.pop_first() {
+    fn evict(&mut self, key: Key, now_ns: u64, why: Eviction) {
+        if let Some(waiter) = self.remove(key) {
             self.counts.evicted += 1;
-            self.record(now_ns.saturating_sub(key.0));
+            self.record(now_ns.saturating_sub(key.arrival_ns));
             // A client that left in this very moment gets no answer; it was evicted first.
             drop(waiter.verdict.send(Err(why)));
         }
     }
 
+    fn remove(&mut self, key: Key) -> Option<Waiter> {
+        let waiter = self.waiting.remove(&key)?;
+        self.expiries.remove(&self.expiry(key));
+        Some(waiter)
+    }
+
+    fn expiry(&self, key: Key) -> (u64, u64) {
+        let hold_max = nanoseconds(self.limits.hold_max);
+        (key.arrival_ns.saturating_add(hold_max), key.number)
+    }
+
     pub(super) fn begin_hold(&mut self) {
         self.hold_generation += 1;
-        self.release_generation += 1;
-        self.outstanding = 0;
-        self.paused_until = None;
+        self.outflow.stop();
         self.drained = false;
     }
 
@@ -248,19 +269,16 @@ impl Held {
         self.drained = true;
     }
 
-    pub(super) fn begin_release(&mut self) {
+    pub(super) fn begin_release(&mut self, now_ns: u64) {
         self.hold_generation += 1;
-        self.release_generation += 1;
-        self.stage = Stage::Canary;
-        self.window = 1;
-        self.outstanding = 0;
-        self.pause = None;
-        self.paused_until = None;
+        self.releases += 1;
+        self.released_ns = now_ns;
+        let held = self.waiting.len();
+        self.outflow.begin(held, now_ns, &self.limits.release);
     }
 
     pub(super) fn opened(&mut self, now: Instant) {
         self.opened = Some(now);
-        self.paused_until = None;
     }
 
     /// So recently that the owner may not accept yet.
@@ -270,96 +288,61 @@ impl Held {
     }
 
     /// Takes the next in line if the pace allows one now; it then counts as released.
-    pub(super) fn next_to_release(
-        &mut self,
-        pace: Pace,
-        now: Instant,
-        now_ns: u64,
-    ) -> Option<(Waiter, Pass)> {
-        if pace == Pace::Window {
-            if self.paused_until.is_some_and(|until| now < until) || self.outstanding >= self.window
-            {
-                return None;
-            }
-            self.paused_until = None;
+    pub(super) fn next_to_release(&mut self, pace: Pace, now_ns: u64) -> Option<(Waiter, Pass)> {
+        if pace == Pace::Window && !self.outflow.may_leave(now_ns) {
+            return None;
         }
-        let (key, waiter) = self.waiting.pop_first()?;
+        let (key, _) = self.waiting.first_key_value()?;
+        let key = *key;
+        let waiter = self.remove(key)?;
         self.counts.released += 1;
-        self.record(now_ns.saturating_sub(key.0));
-        match pace {
-            Pace::AtOnce => Some((waiter, Pass::Open)),
-            Pace::Window => {
-                self.outstanding += 1;
-                Some((waiter, self.pass()))
-            }
-        }
+        self.record(now_ns.saturating_sub(key.arrival_ns));
+        let pass = match pace {
+            Pace::AtOnce => Pass::Open,
+            Pace::Window => self.outflow.leaves(now_ns),
+        };
+        Some((waiter, pass))
     }
 
     /// The one just taken had left without a word.
-    pub(super) fn undeliverable(&mut self, pass: Pass) {
+    pub(super) fn undeliverable(&mut self, pass: Pass, now_ns: u64) {
         self.counts.released -= 1;
         self.counts.gave_up += 1;
-        if pass == self.pass() {
-            self.outstanding -= 1;
-        }
-    }
-
-    /// The mark of a request released now.
-    const fn pass(&self) -> Pass {
-        Pass::Released {
-            generation: self.release_generation,
+        if let Pass::Released(slot) = pass {
+            self.outflow.ended(slot, now_ns);
         }
     }
 
     /// Nobody waits, and the owner has answered or nobody is left to ask it.
     pub(super) fn release_is_over(&self) -> bool {
-        let settled =
-            self.stage == Stage::Window || (self.outstanding == 0 && self.paused_until.is_none());
-        self.waiting.is_empty() && settled
+        self.waiting.is_empty() && self.outflow.is_settled()
     }
 
-    pub(super) fn answered(&mut self, generation: u64) {
-        if generation != self.release_generation {
-            return;
+    pub(super) fn answered(&mut self, slot: Slot, verdict: Verdict, now_ns: u64) {
+        self.outflow.answered(slot, verdict, now_ns);
+    }
+
+    pub(super) fn ended(&mut self, slot: Slot, now_ns: u64) {
+        self.outflow.ended(slot, now_ns);
+    }
+
+    pub(super) fn connect_failed(&mut self, pass: Pass, now_ns: u64) {
+        let release = &self.limits.release;
+        self.outflow.connect_failed(pass, now_ns, release);
+    }
+
+    /// Those released long ago do not keep others from following.
+    pub(super) fn lose_patience(&mut self, now_ns: u64) {
+        let patience = self.limits.release.patience;
+        self.outflow.lose_patience(now_ns, patience);
+    }
+
+    /// When the pace may allow somebody to leave whom it does not allow now, if nothing happens before.
+    pub(super) fn next_departure_ns(&self) -> Option<u64> {
+        if self.waiting.is_empty() {
+            return None;
         }
-        self.outstanding = self.outstanding.saturating_sub(1);
-        self.pause = None;
-        self.window = match self.stage {
-            Stage::Canary => self.limits.release.window_first,
-            Stage::Window => self.window + 1,
-        };
-        self.window = self.window.min(self.limits.release.window_max);
-        self.stage = Stage::Window;
-    }
-
-    pub(super) fn forgotten(&mut self, generation: u64) {
-        if generation == self.release_generation {
-            self.outstanding = self.outstanding.saturating_sub(1);
-        }
-    }
-
-    pub(super) fn connect_failed(&mut self, pass: Pass, now: Instant) {
-        if pass == self.pass() {
-            self.outstanding = self.outstanding.saturating_sub(1);
-        }
-        let pause = self
-            .pause
-            .map_or(self.limits.release.backoff_first, |pause| {
-                (pause * 2).min(self.limits.release.backoff_max)
-            });
-        self.pause = Some(pause);
-        self.paused_until = Some(now + pause);
-        self.window = (self.window / 2).max(1);
-    }
-
-    /// Arrival of the one who waits longest.
-    pub(super) fn oldest(&self) -> Option<u64> {
-        self.waiting.first_key_value().map(|(key, _)| key.0)
-    }
-
-    /// End of the pause after a connect error.
-    pub(super) const fn paused_until(&self) -> Option<Instant> {
-        self.paused_until
+        self.outflow.next_ns(self.limits.release.patience)
     }
 
     fn record(&mut self, ns: u64) {

@@ -15,6 +15,18 @@ pub(crate) enum Asker {
     Application,
 }
 
+/// In which order the held of a service leave; by arrival within a class.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum ReleaseClass {
+    /// Before the others.
+    First,
+    /// Like most.
+    #[default]
+    Usual,
+    /// After the others.
+    Last,
+}
+
 /// On what terms something is held, drained and released.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Terms {
@@ -25,6 +37,8 @@ pub(crate) struct Terms {
     pub(crate) asker: Asker,
     /// What becomes of it when a drain takes too long.
     pub(crate) at_cut: AtCut,
+    /// Who leaves before it.
+    pub(crate) class: ReleaseClass,
 }
 
 impl Terms {
@@ -35,6 +49,7 @@ impl Terms {
             client,
             asker: Asker::Client,
             at_cut: AtCut::Wait,
+            class: ReleaseClass::Usual,
         }
     }
 }

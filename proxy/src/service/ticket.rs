@@ -8,6 +8,7 @@ use cutover_protocol::id::Register;
 use super::gate::Gate;
 use super::queue::{Eviction, Parked};
 use super::terms::Terms;
+use super::window::Verdict;
 use super::word::{Mode, Word};
 
 /// How a ticket was come by.
@@ -17,11 +18,16 @@ pub(crate) enum Pass {
     Open,
     /// The gate was not open, and it comes from the application itself: what is in flight may be waiting for it.
     Own,
-    /// It was held, and let through in this release.
-    Released {
-        /// Which release; answers to an earlier one do not move the window.
-        generation: u64,
-    },
+    /// It was held, and let through in a release.
+    Released(Slot),
+}
+
+/// One of those that a release has let through and that are not over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Slot {
+    /// Which release; what belongs to an earlier one does not move the window.
+    pub(super) generation: u64,
+    pub(super) number: u64,
 }
 
 /// In flight from its making to its drop.
@@ -60,10 +66,18 @@ impl<'g> Ticket<'g> {
         self.register
     }
 
-    /// The upstream has begun to answer: it works.
-    pub(crate) fn answered(&self) {
-        if let Pass::Released { generation } = self.pass.replace(Pass::Open) {
-            self.gate.answered(generation);
+    /// The upstream has begun to answer, with this status.
+    pub(crate) fn answered(&self, status: u16) {
+        if let Pass::Released(slot) = self.pass.get() {
+            self.gate.answered(slot, Verdict::of(status));
+        }
+    }
+
+    /// The same, and what follows takes as long as both ends like: no release waits for it.
+    pub(crate) fn tunnels(&self) {
+        if let Pass::Released(slot) = self.pass.replace(Pass::Open) {
+            self.gate.answered(slot, Verdict::Fine);
+            self.gate.ended(slot);
         }
     }
 
@@ -119,8 +133,8 @@ impl Drop for Ticket<'_> {
             Standing::InFlight => self.gate.leave(self.worker),
             Standing::Carried => self.gate.carried_ends(self.worker),
         }
-        if let Pass::Released { generation } = self.pass.get() {
-            self.gate.forgotten(generation);
+        if let Pass::Released(slot) = self.pass.get() {
+            self.gate.ended(slot);
         }
     }
 }

@@ -82,6 +82,7 @@ impl Raw<'_> {
                 Asker::Client
             },
             at_cut: hold.at_cut,
+            class: hold.release_class,
             ..terms
         }
     }
@@ -130,7 +131,7 @@ impl Raw<'_> {
             // Raw bytes have no place on a connection that others use.
             return Err(RequestError::NoTunnel);
         };
-        ticket.answered();
+        ticket.tunnels();
         // What it says is not ours to understand: that it listens is all we know.
         chosen.report(Outcome::Answered(200));
         passage.register = Some(ticket.register());

@@ -24,6 +24,7 @@ mod looking;
 mod process;
 mod racing;
 mod refusals;
+mod releasing;
 mod reload;
 mod restart;
 mod routes;

@@ -313,6 +313,7 @@ impl StreamExchange<'_> {
         if !self.key.is_some_and(|key| head.accepts(key)) {
             return Err(RequestError::AnswerKey);
         }
+        self.ticket.tunnels();
         self.begin_answer(200);
         self.taken(pin!(answer.head(head.with_status(200), More::Follows)))
             .await?;
@@ -320,7 +321,7 @@ impl StreamExchange<'_> {
     }
 
     fn begin_answer(&self, status: u16) {
-        self.ticket.answered();
+        self.ticket.answered(status);
         self.progress.status.set(status);
         self.progress.answering.set(true);
     }

@@ -263,7 +263,7 @@ impl<'f, A: AnswerSink> Forwarding<'f, A> {
         served.passage.register = Some(ticket.register());
         served.progress.course.set(Course::Tunnel);
         let _row = port.in_flight.enter(served.entry(self.client.address));
-        ticket.answered();
+        ticket.tunnels();
         // What is said in it is not ours to understand: that it listens is all we know.
         chosen.report(Outcome::Answered(200));
         served.progress.status.set(200);

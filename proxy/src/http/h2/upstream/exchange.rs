@@ -257,7 +257,7 @@ impl Http2Exchange<'_> {
         };
         let may_persist = self.may_persist && self.progress.request_done.get();
         let rewritten = self.rewrite(status, &parts.headers, size, may_persist, out)?;
-        self.ticket.answered();
+        self.ticket.answered(status);
         self.progress.status.set(status);
         self.progress.answering.set(true);
         let head = AnswerHead::new(status, out);
@@ -346,7 +346,7 @@ impl Http2Exchange<'_> {
         out.clear();
         response::rewrite(&text, self.request, true, self.edits, out)
             .map_err(RequestError::AnswerHead)?;
-        self.ticket.answered();
+        self.ticket.tunnels();
         self.progress.status.set(101);
         self.progress.answering.set(true);
         let head = AnswerHead::new(200, out);
