@@ -137,7 +137,10 @@ impl Client3 {
             let connected = tokio::time::timeout(PATIENCE, connecting).await;
             let connection = connected.expect("no handshake came about")?;
             let wire = h3_quinn::Connection::new(connection.clone());
-            let (driver, send) = h3::client::new(wire).await.unwrap();
+            // It may have been let in and closed again before it could say anything.
+            let Ok((driver, send)) = h3::client::new(wire).await else {
+                return Err(connection.closed().await);
+            };
             Ok::<_, quinn::ConnectionError>((endpoint, connection, driver, send))
         });
         let (endpoint, connection, mut driver, send) = connected?;

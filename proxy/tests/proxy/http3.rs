@@ -501,7 +501,7 @@ fn a_stop_finishes_what_runs_refuses_who_comes_and_says_goodbye() {
     let refused = loop {
         // Until the word of the stop has reached the worker, it still accepts.
         match Client3::connect(address, &world.certificate, TransportConfig::default()) {
-            Ok(_) => {}
+            Ok(_) | Err(ConnectionError::ApplicationClosed(_)) => {}
             Err(error) => break error,
         }
     };

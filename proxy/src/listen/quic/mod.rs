@@ -201,6 +201,10 @@ pub(crate) async fn serve(
         }
     }
     endpoint.close(NO_ERROR, b"");
+    // Who knocked while the last connection ended would get no answer for as long as the endpoint lives.
+    while let Some(incoming) = endpoint.accept().await {
+        acceptor.refuse(incoming);
+    }
     // The last acknowledgements; a client that gives none has had its answers.
     drop(timeout(port.settings().limits.linger_max, endpoint.wait_idle()).await);
     drop(serves);
