@@ -26,8 +26,12 @@ use crate::transfer::{Receiver, TreeName};
 const GREETINGS_MAX: usize = 64;
 /// Requests that may wait for the handler.
 const CALLS_QUEUED: usize = 64;
-/// How long nothing may come on the streams of a session that ended before they are given up.
+/// How long nothing may come on the streams of a session that ended, and nothing be written of what came, before they
+/// are given up.
 const DRAIN_PAUSE: Duration = Duration::from_secs(1);
+/// The most that reading the streams of a session that ended may take: what the kernel holds of them is written within
+/// that even to a slow disk, and a peer that goes on sending is not waited for longer.
+const DRAIN_MAX: Duration = Duration::from_secs(8);
 /// Pause after a failed accept (no descriptors left): the next one would fail as well.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
@@ -349,27 +353,27 @@ impl Server {
         };
         let failing = receiver.failed();
         let reason = tokio::select! { reason = reading => reason, reason = attaching => reason, reason = failing => reason };
-        drain(&mut data, receiver, dead_after).await;
+        drain(&mut data, receiver).await;
         reason
     }
 }
 
 /// Lets the streams of a session that ended read what has arrived: it need not cross again. Ends when they have, or when
 /// nothing comes any more.
-async fn drain(data: &mut JoinSet<()>, receiver: &Receiver, limit: Duration) {
+async fn drain(data: &mut JoinSet<()>, receiver: &Receiver) {
     let draining = async {
         let mut seen = receiver.taken();
         while !data.is_empty() {
             let ended = tokio::time::timeout(DRAIN_PAUSE, data.join_next()).await;
             let taken = receiver.taken();
-            if ended.is_err() && taken == seen {
+            if ended.is_err() && taken == seen && !receiver.is_writing() {
                 return;
             }
             seen = taken;
         }
     };
     // Whoever is left then is aborted with the session.
-    let _ = tokio::time::timeout(limit, draining).await;
+    let _ = tokio::time::timeout(DRAIN_MAX, draining).await;
 }
 
 async fn answer(stream: &mut Stream, welcome: &Welcome) -> Result<(), PeerError> {

@@ -52,6 +52,8 @@ pub(super) struct Collector<'a> {
     pieces: Vec<Piece>,
     bytes: Vec<u8>,
     packer: Packer,
+    /// Whether the last frame became smaller by packing.
+    is_packable: bool,
     flushed: u32,
 }
 
@@ -62,6 +64,7 @@ impl<'a> Collector<'a> {
             pieces: Vec::new(),
             bytes: Vec::with_capacity(DATA_BYTES_MAX),
             packer: Packer::new(outlet.compress),
+            is_packable: true,
             flushed: 0,
         }
     }
@@ -74,6 +77,7 @@ impl<'a> Collector<'a> {
         let link = &self.outlet.link;
         let packed = self.packer.pack(&self.bytes, &link.gauge, link.look());
         let plain_bytes = self.bytes.len() as u64;
+        self.is_packable = packed.is_some();
         let (codec, body) = match packed {
             Some((codec, packed)) => {
                 self.bytes.clear();
@@ -116,7 +120,7 @@ impl<'a> Collector<'a> {
     fn bytes_max(&self) -> usize {
         if self.flushed < FIRST_FRAMES {
             FIRST_BYTES_MAX
-        } else if self.outlet.link.gauge.is_strong() {
+        } else if self.is_packable && self.outlet.link.gauge.is_strong() {
             DATA_BYTES_MAX
         } else {
             BRISK_BYTES_MAX

@@ -355,6 +355,11 @@ impl Receiver {
         self.taken.load(Ordering::Relaxed)
     }
 
+    /// Whether frames that were handed in are being written: then a stream that is silent may be waiting for the disk.
+    pub(crate) fn is_writing(&self) -> bool {
+        self.frames.available_permits() < FRAMES_AT_ONCE as usize
+    }
+
     /// Ends the session for a reason that a stream noticed.
     pub(crate) fn fail(&self, reason: String) {
         self.failure.send_modify(|known| {
