@@ -18,6 +18,7 @@ use crate::lab::error::{LabError, OnFile, Result};
 use crate::lab::folders::Folders;
 use crate::lab::packages::Need;
 use crate::lab::process::Process;
+use crate::lab::programs;
 use crate::progress::Progress;
 
 /// Longest the origin may take to listen, in seconds.
@@ -86,7 +87,7 @@ pub fn prepare(
     tools::install(needs, folders, progress)?;
     let hopgate = match hopgate {
         Some(given) => given.canonicalize().on("find", given)?,
-        None => tools::build(folders, progress)?,
+        None => programs::proxy(folders, progress)?,
     };
     let run = folders.lab.join("bench");
     if run.exists() {

@@ -1,16 +1,10 @@
 //! Programs the benchmark needs: the peers and load generators from Debian, and Hopgate from this checkout.
 
-use std::path::PathBuf;
-use std::time::Duration;
-
 use crate::command::{Shell, installed};
 use crate::lab::error::Result;
 use crate::lab::folders::Folders;
 use crate::lab::packages::{self, Need};
 use crate::progress::Progress;
-
-/// Longest the build may take, in seconds.
-const BUILD_S: u64 = 1800;
 
 /// Needed by the comparison.
 pub const PEERS: &[Need] = &[
@@ -92,26 +86,4 @@ fn stop_service(service: &str, progress: &Progress) {
     if stopped.succeeds() {
         progress.say(format!("stopped the service {service} of the new package"));
     }
-}
-
-/// Builds `hopgate-proxy` for release beside the lab's own program, and gives its path.
-///
-/// # Errors
-/// When it does not compile.
-pub fn build(folders: &Folders, progress: &Progress) -> Result<PathBuf> {
-    let manifest = folders.workspace.join("Cargo.toml");
-    let target = folders.lab.parent().unwrap_or(&folders.workspace);
-    let program = target.join("release/hopgate-proxy");
-    progress.now("building hopgate-proxy for release");
-    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    Shell::new(cargo)
-        .path(std::env::var_os("PATH").unwrap_or_default())
-        .args(["build", "--release", "--quiet", "-p", "hopgate-proxy"])
-        .arg("--manifest-path")
-        .arg(&manifest)
-        .arg("--target-dir")
-        .arg(target)
-        .within(Duration::from_secs(BUILD_S))
-        .run()?;
-    Ok(program)
 }

@@ -16,12 +16,9 @@ use crate::lab::netns::SITES;
 use crate::lab::process::Process;
 use crate::lab::watch;
 use crate::lab::world::World;
-use crate::progress::Progress;
 
 /// Longest a process may take until it listens, in seconds; a guest is slow.
 const READY_S: u64 = 60;
-/// Longest the two programs may take to build, in seconds.
-const BUILD_S: u64 = 1800;
 /// Lines of a hop's output that may wait to be read.
 const LINES_MAX: usize = 1024;
 
@@ -34,38 +31,6 @@ pub struct Actors {
     pub proxy: Process,
     run: PathBuf,
     agent: PathBuf,
-}
-
-/// Builds the proxy and the agent beside the lab's own program, unless there is no cargo to build with.
-///
-/// # Errors
-/// When they do not compile.
-pub fn build(folders: &Folders, progress: &Progress) -> Result<()> {
-    let manifest = folders.workspace.join("Cargo.toml");
-    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let built = ["hopgate-proxy", "cutover-agent"]
-        .iter()
-        .all(|name| folders.binaries.join(name).is_file());
-    if !manifest.is_file() || (built && std::env::var_os("CARGO").is_none()) {
-        return Ok(());
-    }
-    progress.now("building hopgate-proxy and cutover-agent");
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    let shell = Shell::new(cargo).path(path).args([
-        "build",
-        "--release",
-        "--quiet",
-        "-p",
-        "hopgate-proxy",
-        "-p",
-        "cutover-agent",
-    ]);
-    shell
-        .arg("--manifest-path")
-        .arg(&manifest)
-        .within(Duration::from_secs(BUILD_S))
-        .run()?;
-    Ok(())
 }
 
 impl Actors {

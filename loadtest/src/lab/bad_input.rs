@@ -20,7 +20,7 @@ use crate::lab::error::{LabError, OnFile, Result};
 use crate::lab::folders::Folders;
 use crate::lab::link::Link;
 use crate::lab::setup::{self, Checkpoints};
-use crate::lab::{actors, netns};
+use crate::lab::{netns, programs};
 use crate::progress::Progress;
 use stage::Stage;
 
@@ -70,7 +70,7 @@ const CASES: &[Case] = &[
 /// [`LabError::NoCriu`] where a hop cannot be checked out; [`LabError::Differs`] for the first case that went
 /// differently.
 pub fn run(folders: &Folders, progress: &Progress) -> Result<()> {
-    actors::build(folders, progress)?;
+    programs::build(folders, progress)?;
     let parts = setup::parts(
         App::Counter,
         Link::None,

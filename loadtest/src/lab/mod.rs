@@ -22,6 +22,7 @@ pub mod netns;
 pub mod packages;
 pub mod place;
 pub mod process;
+pub mod programs;
 pub mod python;
 pub mod rootfs;
 pub mod run_dir;

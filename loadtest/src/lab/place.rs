@@ -10,7 +10,7 @@ use crate::lab::kill::Victim;
 use crate::lab::link::Link;
 use crate::lab::setup::{self, Checkpoints};
 use crate::lab::tunnel::Tunnel;
-use crate::lab::{actors, guest, packages};
+use crate::lab::{guest, packages, programs};
 use crate::progress::Progress;
 use crate::report::Report;
 
@@ -54,7 +54,7 @@ pub struct Wish {
 /// When the lab itself could not do its part.
 pub fn run(wish: &Wish, folders: &Folders, progress: &Progress) -> Result<Report> {
     setup::root()?;
-    actors::build(folders, progress)?;
+    programs::build(folders, progress)?;
     if wish.tunnel == Tunnel::Ipsec {
         packages::install(packages::IPSEC, progress)?;
     }

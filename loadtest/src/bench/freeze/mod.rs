@@ -14,11 +14,12 @@ use case::{Case, Mode};
 use report::{Freeze, Row};
 
 use crate::interrupt::pause;
-use crate::lab::actors::{self, Actors};
+use crate::lab::actors::Actors;
 use crate::lab::app::ContainerKind;
 use crate::lab::error::{LabError, OnFile, Result};
 use crate::lab::folders::Folders;
 use crate::lab::link::Link;
+use crate::lab::programs;
 use crate::lab::setup::{self, Checkpoints};
 use crate::lab::world::{Parts, World};
 use crate::lab::{evidence, netns};
@@ -49,7 +50,7 @@ pub fn run(
     mut each: impl FnMut(&Row),
 ) -> Result<Vec<Row>> {
     setup::root()?;
-    actors::build(folders, progress)?;
+    programs::build(folders, progress)?;
     let mut rows = Vec::new();
     for case in &options.cases {
         progress.say(format!("{case} over {}", options.link));

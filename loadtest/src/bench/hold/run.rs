@@ -12,10 +12,10 @@ use crate::bench::hold::report::{CaseReport, Mark, Played, Report, Row};
 use crate::bench::hold::scene::{Cast, Coming, Outcome, Scene, group};
 use crate::bench::hold::stage::{Knobs, Place, Stage};
 use crate::bench::hold::{crash, idle, leavers, published};
-use crate::bench::tools;
 use crate::interrupt;
 use crate::lab::error::{LabError, OnFile, Result};
 use crate::lab::folders::Folders;
+use crate::lab::programs;
 use crate::progress::Progress;
 
 /// Requests of the mixed case's HTTP/2 connections at once.
@@ -98,7 +98,7 @@ pub fn run(
 pub fn prepare(hopgate: Option<&PathBuf>, folders: &Folders, progress: &Progress) -> Result<Place> {
     let hopgate = match hopgate {
         Some(given) => given.canonicalize().on("find", given)?,
-        None => tools::build(folders, progress)?,
+        None => programs::proxy(folders, progress)?,
     };
     let run = folders.lab.join("hold");
     if run.exists() {

@@ -10,11 +10,11 @@ mod stage;
 
 use std::path::PathBuf;
 
-use crate::bench::tools;
 use crate::interrupt;
 use crate::lab::error::{LabError, Result};
 use crate::lab::folders::Folders;
 use crate::lab::packages::{self, Need};
+use crate::lab::programs;
 use crate::progress::Progress;
 use stage::Stage;
 
@@ -158,7 +158,7 @@ pub fn run(
 fn set(wish: &Wish, folders: &Folders, progress: &Progress) -> Result<Stage> {
     let hopgate = match &wish.hopgate {
         Some(program) => program.clone(),
-        None => tools::build(folders, progress)?,
+        None => programs::proxy(folders, progress)?,
     };
     let environment = {
         let _lock = folders.lock("install")?;
