@@ -56,6 +56,9 @@ pub enum RequestError {
     /// The request's body comes more slowly than `client_body_bytes_per_s_min`.
     #[error("the request body comes too slowly")]
     BodyTooSlow,
+    /// The client has as many streams open as `streams_max` allows.
+    #[error("more streams at once than this proxy allows")]
+    Streams,
     /// The request's head is longer than `head_bytes_max`.
     #[error("the request head is longer than this proxy reads")]
     HeadTooLong,
@@ -143,6 +146,7 @@ impl RequestError {
             | Self::Rate(_)
             | Self::BodyTooLong
             | Self::BodyTooSlow
+            | Self::Streams
             | Self::HeadTooLong
             | Self::HeadTimeout
             | Self::Chunk(_)
@@ -189,6 +193,7 @@ impl RequestError {
             | Self::ServerName
             | Self::Rate(_)
             | Self::Memory
+            | Self::Streams
             | Self::HeadTooLong
             | Self::HeadTimeout
             | Self::HeldFull
@@ -234,8 +239,8 @@ impl RequestError {
             Self::HeadTimeout | Self::ClientSilent | Self::BodyTooSlow => Some(408),
             Self::BodyTooLong => Some(413),
             Self::Rate(_) => Some(429),
-            // The latter is told in the words of TLS.
-            Self::ClientLeft(_) | Self::ServerName => None,
+            // Told in the words of TLS and of HTTP/2.
+            Self::ClientLeft(_) | Self::ServerName | Self::Streams => None,
             Self::HeldFull | Self::HeldTooLong | Self::Shutdown | Self::Memory | Self::NoServer => {
                 Some(503)
             }
@@ -259,6 +264,7 @@ impl RequestError {
         Some(match self {
             Self::Head(HeadError::TooManyFields) => Reason::HeadFields,
             Self::Head(_) => Reason::Head,
+            Self::Streams => Reason::Streams,
             Self::HeadTooLong => Reason::HeadBytes,
             Self::HeadTimeout => Reason::HeadSlow,
             Self::Path(_) => Reason::Path,

@@ -32,8 +32,16 @@ pub(crate) enum Reason {
     Path,
     /// A TLS client of a raw service asks for a name that is not served.
     ServerName,
-    /// A client of HTTP/2 that resets, or goes on with a head, without end; its connection is ended.
+    /// A client of HTTP/2 or 3 that resets, or goes on with a head, without end; its connection is ended.
     Flood,
+    /// More streams at once on a connection of HTTP/2 than allowed.
+    Streams,
+    /// A client of HTTP/2 or 3 that breaks the rules of frames; its connection is ended.
+    Protocol,
+    /// More handshakes of QUIC under way than allowed.
+    Handshakes,
+    /// A balancer that must say for whom it comes, and does not.
+    ProxyProtocol,
     /// Too many are held.
     HeldFull,
     /// Held for too long.
@@ -46,7 +54,7 @@ pub(crate) enum Reason {
 
 impl Reason {
     /// All of them, in the order of their declaration.
-    pub(crate) const ALL: [Self; 17] = [
+    pub(crate) const ALL: [Self; 21] = [
         Self::Rate,
         Self::AddressConnections,
         Self::Memory,
@@ -60,6 +68,10 @@ impl Reason {
         Self::Path,
         Self::ServerName,
         Self::Flood,
+        Self::Streams,
+        Self::Protocol,
+        Self::Handshakes,
+        Self::ProxyProtocol,
         Self::HeldFull,
         Self::HeldTooLong,
         Self::Cut,
@@ -83,6 +95,10 @@ impl Reason {
             Self::Path => "path",
             Self::ServerName => "server_name",
             Self::Flood => "flood",
+            Self::Streams => "streams",
+            Self::Protocol => "protocol",
+            Self::Handshakes => "handshakes",
+            Self::ProxyProtocol => "proxy_protocol",
             Self::HeldFull => "held_full",
             Self::HeldTooLong => "held_too_long",
             Self::Cut => "cut",

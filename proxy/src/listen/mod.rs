@@ -380,6 +380,7 @@ async fn introduced(port: &Port, socket: &Socket, balancer: Client) -> Option<Cl
         // A check that only connects ends here, as it should.
         Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => None,
         Err(error) => {
+            port.count_reason(Reason::ProxyProtocol);
             tracing::warn!(service = %port.service.name(), %sender, "no PROXY protocol header, though this sender must send one: {error}");
             None
         }

@@ -119,7 +119,74 @@ fn config(certificate: &CertificateDer<'static>, transport: TransportConfig) -> 
     config
 }
 
+/// A request by hand, for what `h3`'s client cannot or would not send.
+pub(crate) struct Raw3 {
+    pub(crate) send: quinn::SendStream,
+    pub(crate) receive: quinn::RecvStream,
+}
+
+/// HEADERS with these fields, as literals (RFC 9204, section 4.5.6).
+pub(crate) fn headers(fields: &[(&str, &str)]) -> Vec<u8> {
+    let mut block = vec![0, 0];
+    for (name, value) in fields {
+        integer(&mut block, 0x20, 3, name.len());
+        block.extend(name.as_bytes());
+        integer(&mut block, 0, 7, value.len());
+        block.extend(value.as_bytes());
+    }
+    frame(1, &block)
+}
+
+/// A frame with the longer of the two usual lengths.
+pub(crate) fn frame(kind: u8, payload: &[u8]) -> Vec<u8> {
+    let length = u32::try_from(payload.len()).unwrap() | 0x8000_0000;
+    [&[kind], &length.to_be_bytes()[..], payload].concat()
+}
+
+/// An integer behind a prefix of so many bits (section 4.1.1).
+fn integer(block: &mut Vec<u8>, first: u8, bits: u32, number: usize) {
+    let most = (1_usize << bits) - 1;
+    block.push(first | u8::try_from(number.min(most)).unwrap());
+    let mut left = match number.checked_sub(most) {
+        Some(left) => left,
+        None => return,
+    };
+    while left >= 128 {
+        block.push(u8::try_from(left % 128).unwrap() | 128);
+        left /= 128;
+    }
+    block.push(u8::try_from(left).unwrap());
+}
+
 impl Client3 {
+    /// A request of exactly these bytes.
+    pub(crate) fn raw(&self, bytes: &[u8]) -> Raw3 {
+        self.wait(async {
+            let (mut send, receive) = self.connection.open_bi().await.unwrap();
+            send.write_all(bytes).await.unwrap();
+            Raw3 { send, receive }
+        })
+    }
+
+    /// The next frame of an answer, its kind first; none at its end.
+    pub(crate) fn frame(&self, raw: &mut Raw3) -> Option<(u8, Vec<u8>)> {
+        self.wait(async {
+            let mut kind = [0];
+            raw.receive.read_exact(&mut kind).await.ok()?;
+            let mut length = vec![0];
+            raw.receive.read_exact(&mut length).await.unwrap();
+            length.resize(1 << (length[0] >> 6), 0);
+            raw.receive.read_exact(&mut length[1..]).await.unwrap();
+            length[0] &= 0x3f;
+            let count = length
+                .iter()
+                .fold(0, |sum, byte| sum << 8 | usize::from(*byte));
+            let mut payload = vec![0; count];
+            raw.receive.read_exact(&mut payload).await.unwrap();
+            Some((kind[0], payload))
+        })
+    }
+
     pub(crate) fn connect(
         address: SocketAddr,
         certificate: &CertificateDer<'static>,
@@ -239,6 +306,33 @@ impl Client3 {
             }
         });
     }
+}
+
+/// Begins a handshake that nobody goes on with: the first packet of a client is sent from the socket returned, once it
+/// has been answered.
+pub(crate) fn begin_handshake(
+    address: SocketAddr,
+    certificate: &CertificateDer<'static>,
+) -> UdpSocket {
+    let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
+    socket.set_read_timeout(Some(PATIENCE)).unwrap();
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(1)
+        .enable_all()
+        .build()
+        .unwrap();
+    let mut packet = [0; 2048];
+    let (count, client) = {
+        let _inside = runtime.enter();
+        let endpoint = Endpoint::client("127.0.0.1:0".parse().unwrap()).unwrap();
+        let config = config(certificate, TransportConfig::default());
+        let to = socket.local_addr().unwrap();
+        let _connecting = endpoint.connect_with(config, to, NAME).unwrap();
+        socket.recv_from(&mut packet).unwrap()
+    };
+    socket.send_to(&packet[..count], address).unwrap();
+    while socket.recv_from(&mut packet).unwrap().1 == client {}
+    socket
 }
 
 /// The whole answer to one GET over TLS and HTTP/1.1.

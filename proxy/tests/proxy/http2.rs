@@ -2,7 +2,7 @@
 //! a hold.
 
 use std::future::poll_fn;
-use std::io::{Read, Write};
+use std::io::Write;
 use std::thread;
 
 use bytes::Bytes;
@@ -15,7 +15,7 @@ use http::{HeaderMap, HeaderValue, Method, Request};
 
 use crate::client2::{Client2, Stream2};
 use crate::holding::{balanced, two_sites};
-use crate::world::{Nobody, Origin, PATIENCE, Peer, Plan, Stage, World};
+use crate::world::{Nobody, Origin, PATIENCE, Plan, Stage, World};
 
 fn staged() -> (World, Stage) {
     let stage = Stage::new();
@@ -520,131 +520,6 @@ fn a_websocket_without_the_right_key_is_a_502() {
     upstream.send("HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Accept: x\r\n\r\n");
     let answer = client.answer(stream);
     assert_eq!(answer.status, 502);
-}
-
-#[test]
-fn a_client_that_resets_stream_after_stream_is_cut_off() {
-    let (world, source) = counted("");
-    let mut peer = greeted(&world);
-    // GET / by the static table, with the authority "h"; then RST_STREAM with CANCEL; all in one write.
-    let mut flood = Vec::new();
-    for stream in (1..2001_u32).step_by(2) {
-        flood.extend_from_slice(&[0, 0, 6, 1, 5]);
-        flood.extend_from_slice(&stream.to_be_bytes());
-        flood.extend_from_slice(&[0x82, 0x84, 0x86, 0x01, 1, b'h']);
-        flood.extend_from_slice(&[0, 0, 4, 3, 0]);
-        flood.extend_from_slice(&stream.to_be_bytes());
-        flood.extend_from_slice(&8_u32.to_be_bytes());
-    }
-    peer.send(flood);
-    told_to_calm_down(&peer);
-    world.until(|status| status.in_flight == 0);
-    assert!(source.seen().len() < 500, "{}", source.seen().len());
-    // Counted once the connection has ended, which its client may see first.
-    assert!((0..10_000).any(|_| refused(&world, "flood") == "1"));
-}
-
-/// A world whose refusals can be read.
-fn counted(limits: &str) -> (World, Origin) {
-    let origin = Origin::new("source");
-    let world = Plan::new(origin.address(), origin.address())
-        .table("[metrics]\nlisten = \"127.0.0.1:0\"")
-        .table(limits)
-        .start();
-    (world, origin)
-}
-
-fn refused(world: &World, reason: &str) -> String {
-    let label = format!("hopgate_refused_total{{service=\"web\",reason=\"{reason}\"}} ");
-    let metrics = world.metrics();
-    let line = metrics.lines().find_map(|line| line.strip_prefix(&label));
-    line.unwrap_or_else(|| panic!("{metrics}")).to_owned()
-}
-
-/// A connection on which frames can be sent that no client would send.
-fn greeted(world: &World) -> Peer {
-    let mut peer = Peer::connect(world.address());
-    peer.send("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
-        .send([0, 0, 0, 4, 0, 0, 0, 0, 0]);
-    peer
-}
-
-fn told_to_calm_down(peer: &Peer) {
-    let mut answer = Vec::new();
-    // A reset of the socket behind the GOAWAY would end the read as well.
-    drop(peer.socket().read_to_end(&mut answer));
-    // GOAWAY, 8 bytes or more, with ENHANCE_YOUR_CALM at the end of its fixed part.
-    let goaway = answer
-        .windows(17)
-        .find(|window| window[3] == 7 && window[5..9] == [0; 4] && window[13..17] == [0, 0, 0, 11]);
-    assert!(goaway.is_some(), "{answer:?}");
-}
-
-#[test]
-fn a_client_that_continues_a_head_without_end_is_cut_off() {
-    let (world, source) = counted("");
-    let mut peer = greeted(&world);
-    // HEADERS that end the stream and not the head, and parts of it with nothing in them.
-    let mut flood = vec![0, 0, 6, 1, 1, 0, 0, 0, 1, 0x82, 0x84, 0x86, 0x01, 1, b'h'];
-    for _ in 0..1000 {
-        flood.extend_from_slice(&[0, 0, 0, 9, 0, 0, 0, 0, 1]);
-    }
-    peer.send(flood);
-    told_to_calm_down(&peer);
-    // Counted once the connection has ended, which its client may see first.
-    assert!((0..10_000).any(|_| refused(&world, "flood") == "1"));
-    assert_eq!(source.seen(), [""; 0]);
-}
-
-#[test]
-fn one_stream_more_than_allowed_is_refused_and_the_others_are_served() {
-    let stage = Stage::new();
-    let world = Plan::new(stage.address(), stage.address())
-        .table("[http2]\nstreams_max = 2")
-        .start();
-    let mut peer = greeted(&world);
-    for stream in [1, 3, 5] {
-        peer.send([0, 0, 6, 1, 5, 0, 0, 0, stream])
-            .send([0x82, 0x84, 0x86, 0x01, 1, b'h']);
-    }
-    loop {
-        let head = peer.bytes(9);
-        let length = usize::from(head[1]) << 8 | usize::from(head[2]);
-        let payload = peer.bytes(length);
-        // RST_STREAM with REFUSED_STREAM: it may be asked again.
-        if head[3] == 3 {
-            assert_eq!(
-                (&head[5..], &payload[..]),
-                (&[0, 0, 0, 5][..], &[0, 0, 0, 7][..])
-            );
-            break;
-        }
-    }
-    let asked: Vec<Peer> = (0..2)
-        .map(|_| {
-            let mut upstream = stage.accept();
-            upstream.message();
-            upstream
-        })
-        .collect();
-    assert!(stage.is_deserted());
-    drop(asked);
-}
-
-#[test]
-fn a_header_list_past_either_limit_is_a_431_and_the_connection_stays() {
-    let (world, source) = counted("");
-    let mut client = client(&world);
-    // More than head_bytes_max, and more than header_list_bytes_max as well.
-    for bytes in [20_000, 40_000] {
-        let request = Request::get("http://h/").header("x-long", "x".repeat(bytes));
-        let stream = client.send(request.body(()).unwrap(), true);
-        assert_eq!(client.answer(stream).status, 431, "{bytes}");
-    }
-    assert_eq!(refused(&world, "head_bytes"), "1");
-    let next = client.get("/next");
-    assert_eq!(client.answer(next).status, 200);
-    assert_eq!(source.seen(), ["GET /next"]);
 }
 
 #[test]

@@ -13,7 +13,7 @@ fn world(origin: &Origin, limits: &str, service: &str) -> World {
 }
 
 /// How many were refused for this reason. Also checks that nothing else was.
-fn refused(world: &World, reason: &str) -> u64 {
+pub(crate) fn refused(world: &World, reason: &str) -> u64 {
     let label = format!("reason=\"{reason}\"");
     let lines = world.metrics();
     let mut count = None;

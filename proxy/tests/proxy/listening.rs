@@ -101,7 +101,9 @@ fn a_balancer_says_for_whom_it_connects() {
 fn a_balancer_that_says_nothing_or_nonsense_is_not_served() {
     let origin = Origin::new("source");
     let from = "proxy_protocol_from = [\"127.0.0.0/8\"]";
-    let (proxy, _folder) = listening(origin.address(), &listener("127.0.0.1:0", from));
+    let metrics = "\n[metrics]\nlisten = \"127.0.0.1:0\"";
+    let listeners = format!("{}{metrics}", listener("127.0.0.1:0", from));
+    let (proxy, _folder) = listening(origin.address(), &listeners);
     for nonsense in [
         "GET / HTTP/1.1\r\nHost: h\r\n\r\n",
         "PROXY TCP4 1.2.3.4\r\n",
@@ -114,6 +116,13 @@ fn a_balancer_that_says_nothing_or_nonsense_is_not_served() {
     check.send("PROX");
     check.socket().shutdown(Shutdown::Write).unwrap();
     assert!(check.is_closed());
+    let mut scraper = Peer::connect(proxy.metrics_address().unwrap());
+    let lines = scraper.send("GET /metrics HTTP/1.1\r\n\r\n").message().body;
+    // A check that only connects, or leaves in the middle, is no refusal.
+    assert!(
+        lines.contains("hopgate_refused_total{service=\"web\",reason=\"proxy_protocol\"} 2\n"),
+        "{lines}"
+    );
     assert!(origin.seen().is_empty());
 }
 

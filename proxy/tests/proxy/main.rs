@@ -32,6 +32,7 @@ mod seed;
 mod server_names;
 mod smuggling;
 mod stage2;
+mod streams;
 mod supervisor;
 mod tls;
 mod together;

@@ -1,24 +1,30 @@
-//! A stream of which some bytes were read before it was known what they are.
+//! A stream of which some bytes were read before it was known what they are, and whose frames are overheard on their
+//! way out.
 
 use std::io::{self, IoSlice};
 use std::pin::Pin;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
+use super::overheard::Overheard;
 use crate::buffer::Buffer;
 use crate::stream::Stream;
 
 /// First what was read early, then the stream.
-#[derive(Debug)]
 pub(super) struct Early {
     stream: Stream,
     early: Buffer,
+    overheard: Overheard,
 }
 
 impl Early {
-    pub(super) const fn new(stream: Stream, early: Buffer) -> Self {
-        Self { stream, early }
+    pub(super) const fn new(stream: Stream, early: Buffer, overheard: Overheard) -> Self {
+        Self {
+            stream,
+            early,
+            overheard,
+        }
     }
 }
 
@@ -48,7 +54,9 @@ impl AsyncWrite for Early {
         context: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write(context, bytes)
+        let count = ready!(Pin::new(&mut self.stream).poll_write(context, bytes))?;
+        self.overheard.sent(&bytes[..count.min(bytes.len())]);
+        Poll::Ready(Ok(count))
     }
 
     fn poll_write_vectored(
@@ -56,7 +64,14 @@ impl AsyncWrite for Early {
         context: &mut Context<'_>,
         slices: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write_vectored(context, slices)
+        let count = ready!(Pin::new(&mut self.stream).poll_write_vectored(context, slices))?;
+        let mut left = count;
+        for slice in slices {
+            let sent = left.min(slice.len());
+            self.overheard.sent(&slice[..sent]);
+            left -= sent;
+        }
+        Poll::Ready(Ok(count))
     }
 
     fn is_write_vectored(&self) -> bool {

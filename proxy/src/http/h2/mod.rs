@@ -5,6 +5,7 @@
 //! comes when the proxy stops, when a connection was idle for too long, and when its client abuses it.
 
 mod early;
+mod overheard;
 mod stream;
 pub(crate) mod upstream;
 
@@ -24,11 +25,13 @@ use super::mux::active::Active;
 use super::mux::head::HeadBuilder;
 use crate::buffer::Buffer;
 use crate::config::Http2;
+use crate::error::RequestError;
 use crate::limit;
 use crate::listen::client::Client;
 use crate::listen::port::Port;
 use crate::stream::Stream;
 use early::Early;
+use overheard::{Given, Overheard};
 
 /// What a client that knows that we speak HTTP/2 sends first, up to where it looks like a head.
 const PREFACE_HEAD: &[u8] = b"PRI * HTTP/2.0\r\n\r\n";
@@ -41,30 +44,29 @@ pub(crate) fn is_preface(head: &[u8]) -> bool {
 /// Serves a client to the end of its connection. `early` is what was read of it already, from its first byte on.
 pub(crate) async fn serve(port: Rc<Port>, stream: Stream, early: Buffer, client: Client) {
     let settings = port.settings();
-    let io = Early::new(stream, early);
-    let handshake = builder(&settings.limits.http2).handshake(io);
-    let Ok(Ok(connection)) = timeout(settings.limits.client_head_max, handshake).await else {
-        return;
+    let limits = &settings.limits;
+    let shared = Rc::new(Shared {
+        given: Given::new(limits.http2.streams_max),
+        port,
+        client,
+        builder: RefCell::default(),
+        active: Active::new(),
+    });
+    let io = Early::new(stream, early, Overheard::new(&shared));
+    let handshake = builder(&limits.http2).handshake(io);
+    let connection = match timeout(limits.client_head_max, handshake).await {
+        Ok(Ok(connection)) => connection,
+        Ok(Err(error)) => return shared.ended(&error),
+        Err(_) => return shared.port.count_refusal(&RequestError::HeadTimeout),
     };
     let mut session = Session {
-        shared: Rc::new(Shared {
-            port,
-            client,
-            builder: RefCell::default(),
-            active: Active::new(),
-        }),
+        shared,
         connection,
         streams: JoinSet::new(),
         closing: false,
     };
-    let ended = session.run(settings.limits.client_idle_max).await;
-    if let Err(error) = &ended {
-        let Shared { port, client, .. } = &*session.shared;
-        // What `h2` counts for us: resets, and the parts of a head.
-        if error.is_library() && error.reason() == Some(Reason::ENHANCE_YOUR_CALM) {
-            port.count_reason(limit::Reason::Flood);
-        }
-        tracing::debug!(client = %client.address, "an HTTP/2 connection ended: {error}");
+    if let Err(error) = session.run(limits.client_idle_max).await {
+        session.shared.ended(&error);
     }
     session.end().await;
 }
@@ -91,6 +93,23 @@ struct Shared {
     client: Client,
     builder: RefCell<HeadBuilder>,
     active: Rc<Active>,
+    given: Given,
+}
+
+impl Shared {
+    /// Counts why the `h2` crate has ended the connection, if it was the client's doing.
+    fn ended(&self, error: &h2::Error) {
+        let Self { port, client, .. } = self;
+        match error.reason() {
+            // Resets, and the parts of a head.
+            Some(Reason::ENHANCE_YOUR_CALM) if error.is_library() => {
+                port.count_reason(limit::Reason::Flood);
+            }
+            Some(_) if error.is_library() => port.count_reason(limit::Reason::Protocol),
+            _ => {}
+        }
+        tracing::debug!(client = %client.address, "an HTTP/2 connection ended: {error}");
+    }
 }
 
 struct Session {
@@ -129,6 +148,7 @@ impl Session {
         // Forgets the streams that have ended.
         while self.streams.try_join_next().is_some() {}
         let shared = Rc::clone(&self.shared);
+        shared.given.note(respond.stream_id().into());
         let running = shared.active.begin();
         // The header list is turned into a head here: the stream's task keeps none of it.
         let (asked, receive) = stream::read(&shared, request);

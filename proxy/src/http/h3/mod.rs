@@ -11,15 +11,19 @@ use std::cell::RefCell;
 use std::rc::Rc;
 
 use bytes::Bytes;
-use h3::error::{Code, ConnectionError};
+use h3::error::{Code, ConnectionError, LocalError};
 use h3::server::{Connection, RequestResolver};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
 use super::mux::active::Active;
+use crate::limit::Reason;
 use crate::listen::client::{Client, Scheme};
 use crate::listen::port::Port;
 use wire::{Handle, Newest, Wire};
+
+/// `H3_EXCESSIVE_LOAD`, as quinn wants it.
+const EXCESSIVE_LOAD: quinn::VarInt = quinn::VarInt::from_u32(0x107);
 
 /// Serves a client to the end of its connection.
 pub(crate) async fn serve(port: Rc<Port>, connection: quinn::Connection) {
@@ -41,10 +45,11 @@ pub(crate) async fn serve(port: Rc<Port>, connection: quinn::Connection) {
         newest,
         streams: JoinSet::new(),
         active: Active::new(),
+        resets: 0,
         closing: false,
     };
     if let Err(error) = session.run().await {
-        tracing::debug!(client = %session.connection.remote_address(), "an HTTP/3 connection ended: {error}");
+        session.ended(&error);
     }
     session.end().await;
 }
@@ -56,6 +61,8 @@ struct Session {
     newest: Newest,
     streams: JoinSet<()>,
     active: Rc<Active>,
+    /// Streams in a row that were taken back before we looked at them.
+    resets: usize,
     closing: bool,
 }
 
@@ -70,6 +77,12 @@ impl Session {
             tokio::select! {
                 biased;
                 accepted = self.http.accept() => match accepted? {
+                    Some(resolver) if self.is_flood() => {
+                        drop(resolver);
+                        port.count_reason(Reason::Flood);
+                        self.connection.close(EXCESSIVE_LOAD, b"");
+                        return Ok(());
+                    }
                     Some(resolver) => self.start(resolver),
                     None => return Ok(()),
                 },
@@ -87,6 +100,42 @@ impl Session {
     async fn go_away(&mut self) -> Result<(), ConnectionError> {
         self.closing = true;
         self.http.shutdown(1).await
+    }
+
+    /// Whether the stream that has just come is one too many of those that are taken back at once: such a client has
+    /// us work for nobody.
+    fn is_flood(&mut self) -> bool {
+        let newest = self.newest.borrow();
+        if newest.as_ref().is_some_and(Handle::is_taken_back) {
+            self.resets += 1;
+        } else {
+            self.resets = 0;
+        }
+        self.resets > self.port.settings().limits.http2.resets_pending_max
+    }
+
+    /// Counts why we have ended the connection, if it was the client's doing.
+    fn ended(&self, error: &ConnectionError) {
+        let broken = self.connection.close_reason();
+        let reason = match error {
+            ConnectionError::Local {
+                error: LocalError::Application { code, .. },
+                ..
+            } => match *code {
+                Code::H3_EXCESSIVE_LOAD => Some(Reason::Flood),
+                Code::H3_NO_ERROR => None,
+                _ => Some(Reason::Protocol),
+            },
+            // What quinn itself has found: streams or bytes beyond what we gave credit for, among others.
+            _ if matches!(broken, Some(quinn::ConnectionError::TransportError(_))) => {
+                Some(Reason::Protocol)
+            }
+            _ => None,
+        };
+        if let Some(reason) = reason {
+            self.port.count_reason(reason);
+        }
+        tracing::debug!(client = %self.connection.remote_address(), "an HTTP/3 connection ended: {error}");
     }
 
     fn start(&mut self, resolver: RequestResolver<Wire, Bytes>) {

@@ -51,6 +51,9 @@ pub(super) async fn serve(
         Err(StreamError::StreamError { .. }) => {
             refused(port, client, &RequestError::Head(HeadError::Syntax));
         }
+        Err(_) if handle.borrow().is_overfull() => {
+            refused(port, client, &RequestError::HeadTooLong);
+        }
         // Nobody is there any more.
         Err(_) => {}
     }

@@ -10,7 +10,7 @@ use std::io;
 use std::pin::{Pin, pin};
 use std::rc::Rc;
 use std::sync::Arc;
-use std::task::{Context, Poll, ready};
+use std::task::{Context, Poll, Waker, ready};
 
 use bytes::{Buf, Bytes};
 use h3::error::Code;
@@ -114,6 +114,7 @@ impl quic::Connection<Bytes> for Wire {
                 stream: send,
                 writing: None,
                 request: Some(Rc::clone(&shared)),
+                begun: false,
             },
             receiver: Receiver {
                 shared,
@@ -155,6 +156,7 @@ impl quic::OpenStreams<Bytes> for Wire {
                 stream,
                 writing: None,
                 request: None,
+                begun: false,
             }),
             Err(error) => Err(stream_lost(error)),
         })
@@ -247,6 +249,8 @@ struct Receiving {
     undigested: Cell<usize>,
     /// What the client is told if nobody else says anything before the halves are dropped.
     code: Cell<Code>,
+    /// The request was given to us: before that, only `h3` answers.
+    given: Cell<bool>,
 }
 
 impl Receiving {
@@ -259,6 +263,7 @@ impl Receiving {
             whole: Cell::new(false),
             undigested: Cell::new(0),
             code: Cell::new(Code::H3_REQUEST_CANCELLED),
+            given: Cell::new(false),
         }
     }
 
@@ -331,6 +336,7 @@ impl quic::RecvStream for Receiver {
         }
         let count = chunk.as_ref().map_or(0, Bytes::len);
         if self.is_too_much(count) {
+            shared.code.set(Code::H3_EXCESSIVE_LOAD);
             return Poll::Ready(Err(StreamErrorIncoming::StreamTerminated {
                 error_code: Code::H3_EXCESSIVE_LOAD.value(),
             }));
@@ -353,6 +359,8 @@ pub(super) struct Sender {
     writing: Option<WriteBuf<Bytes>>,
     /// The other half, for answers that have not come to their end.
     request: Option<Rc<Receiving>>,
+    /// There is an answer.
+    begun: bool,
 }
 
 impl quic::SendStream<Bytes> for Sender {
@@ -367,6 +375,7 @@ impl quic::SendStream<Bytes> for Sender {
 
     fn send_data<T: Into<WriteBuf<Bytes>>>(&mut self, data: T) -> Result<(), StreamErrorIncoming> {
         self.writing = Some(data.into());
+        self.begun = true;
         Ok(())
     }
 
@@ -388,9 +397,15 @@ impl quic::SendStream<Bytes> for Sender {
 }
 
 impl Drop for Sender {
-    /// Half an answer must not look like a whole one, which is how quinn would end it.
+    /// Half an answer must not look like a whole one, which is how quinn would end it. The one that `h3` gives by
+    /// itself (431) is whole, though `h3` does not end it.
     fn drop(&mut self) {
         if let Some(request) = self.request.take() {
+            if self.begun && !request.given.get() {
+                request.code.set(Code::H3_NO_ERROR);
+                self.stream.finish().ok();
+                return;
+            }
             self.stream.reset(variable(request.code.get().value())).ok();
         }
     }
@@ -433,6 +448,21 @@ impl Handle {
             Err(ResetError::ConnectionLost(error)) => Poll::Ready(error.into()),
             Err(ResetError::ZeroRttRejected) => Poll::Ready(io::ErrorKind::ConnectionReset.into()),
         }
+    }
+
+    /// Whether the client had taken the request back when this was asked.
+    pub(super) fn is_taken_back(&self) -> bool {
+        let mut stream = self.receiving.stream.borrow_mut();
+        let mut context = Context::from_waker(Waker::noop());
+        matches!(
+            pin!(stream.received_reset()).poll(&mut context),
+            Poll::Ready(Ok(Some(_)))
+        )
+    }
+
+    /// Whether the client sent more of its head than is kept of one.
+    pub(super) fn is_overfull(&self) -> bool {
+        self.receiving.undigested.get() > UNDIGESTED_BYTES_MAX
     }
 
     /// Completes when nothing of the answer is on its way any more, and the end of a whole request has come: told
@@ -485,8 +515,9 @@ impl Handle {
         self.receiving.stop(code);
     }
 
-    /// What the client is told if the stream is dropped without another word.
+    /// What the client is told if the stream is dropped without another word; from now on only we speak.
     pub(super) fn on_drop(&self, code: Code) {
+        self.receiving.given.set(true);
         self.receiving.code.set(code);
     }
 }

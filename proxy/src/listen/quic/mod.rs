@@ -313,6 +313,7 @@ impl Acceptor {
         let under_way = self.handshakes.get();
         let settings = self.port.settings();
         if under_way >= settings.quic.handshakes_max {
+            self.port.count_reason(Reason::Handshakes);
             return self.refuse(incoming);
         }
         // Only a look: who has not proved its address must not take a place of whoever has it.
