@@ -1,10 +1,12 @@
-//! CONNECT: refused by default, granted to the places that a route lists, over HTTP/1 and HTTP/2; held like requests.
+//! CONNECT: refused by default, granted to the places that a route lists, over HTTP/1, HTTP/2 and HTTP/3; held like
+//! requests.
 
 use bytes::Bytes;
 use cutover_protocol::id::Site;
 use http::{Method, Request};
 
 use crate::client2::{Client2, Stream2};
+use crate::client3::{Client3, Raw3, World3, frame, headers};
 use crate::holding::balanced;
 use crate::world::{Message, Nobody, PATIENCE, Peer, Plan, Stage, World};
 
@@ -24,6 +26,31 @@ fn world(source: &Stage, target: &Stage) -> World {
         .table("[metrics]\nlisten = \"127.0.0.1:0\"\n[access_log]\npath = \"access.log\"")
         .service(&route(source, target))
         .start()
+}
+
+fn world3(source: &Stage, target: &Stage) -> World3 {
+    let web = Nobody::new();
+    Plan::new(web.address(), web.address())
+        .table("[metrics]\nlisten = \"127.0.0.1:0\"\n[access_log]\npath = \"access.log\"")
+        .service(&route(source, target))
+        .start_http3()
+}
+
+/// By hand: `h3`'s client gives each request a path.
+fn connect3(client: &Client3, place: &str) -> Raw3 {
+    client.raw(&headers(&[(":method", "CONNECT"), (":authority", place)]))
+}
+
+/// The only field of an answer that is 200.
+const OK: [u8; 3] = [0, 0, 0xc0 | 25];
+
+fn say3(client: &Client3, stream: &mut Raw3, data: &str) {
+    let bytes = frame(0, data.as_bytes());
+    client.wait(stream.send.write_all(&bytes)).unwrap();
+}
+
+fn cancel3(stream: &mut Raw3) {
+    stream.send.reset(quinn::VarInt::from_u32(0x10c)).unwrap();
 }
 
 fn asked(client: &mut Peer, place: &str) -> Message {
@@ -183,6 +210,87 @@ fn a_stream_of_http2_is_a_tunnel_as_well_and_its_connection_goes_on() {
     let mut upstream = source.accept();
     stream.body.send_reset(h2::Reason::CANCEL);
     assert!(upstream.is_closed());
+}
+
+#[test]
+fn a_stream_of_http3_is_a_tunnel_as_well_and_its_connection_goes_on() {
+    let (source, target) = (Stage::new(), Stage::new());
+    let mut world = world3(&source, &target);
+    let client = world.client();
+    let mut stream = connect3(&client, "db.example.org:5432");
+    assert_eq!(client.frame(&mut stream), Some((1, OK.to_vec())));
+    let mut upstream = source.accept();
+    say3(&client, &mut stream, "GET / HTTP/1.1\r\n\r\n");
+    assert_eq!(upstream.bytes(18), b"GET / HTTP/1.1\r\n\r\n");
+    upstream.send("down");
+    assert_eq!(client.frame(&mut stream), Some((0, b"down".to_vec())));
+    // Each half closes by itself.
+    stream.send.finish().unwrap();
+    assert_eq!(upstream.rest(), "");
+    upstream.send("and on");
+    drop(upstream);
+    assert_eq!(client.frame(&mut stream), Some((0, b"and on".to_vec())));
+    assert_eq!(client.frame(&mut stream), None);
+    let end = client.wait(stream.receive.received_reset());
+    assert_eq!(end, Ok(None), "a clean end");
+    for place in ["db.example.org:22", "other.example.net:443"] {
+        let mut refused = connect3(&client, place);
+        let (kind, head) = client.frame(&mut refused).unwrap();
+        // "405" as it is or in Huffman's code.
+        let says = |text: &[u8]| head.windows(3).any(|window| window == text);
+        assert!(
+            kind == 1 && (says(b"405") || says(&[0x68, 0x0d, 0xff])),
+            "{place}: {head:?}"
+        );
+    }
+    // A stream that is taken back closes its tunnel.
+    let mut stream = connect3(&client, "db.example.org:5432");
+    assert_eq!(client.frame(&mut stream), Some((1, OK.to_vec())));
+    let mut upstream = source.accept();
+    cancel3(&mut stream);
+    assert!(upstream.is_closed());
+    // And so does the end of its connection.
+    let mut stream = connect3(&client, "db.example.org:5432");
+    assert_eq!(client.frame(&mut stream), Some((1, OK.to_vec())));
+    let mut upstream = source.accept();
+    client.leave();
+    assert!(upstream.is_closed());
+    let lines = world.world.metrics();
+    assert!(
+        lines.contains("hopgate_refused_total{service=\"web\",reason=\"head\"} 2"),
+        "{lines}"
+    );
+    assert!(target.is_deserted());
+    world.world.proxy.take().unwrap().stop(PATIENCE);
+    let log = std::fs::read_to_string(world.world.folder.path().join("access.log")).unwrap();
+    assert!(
+        log.contains("request=\"CONNECT db.example.org:5432\" status=200 bytes=10"),
+        "{log}"
+    );
+}
+
+#[test]
+fn a_held_connect_of_http3_reaches_only_the_target_of_its_route() {
+    let (source, target) = (Stage::new(), Stage::new());
+    let world = world3(&source, &target);
+    world.world.hold();
+    let client = world.client();
+    let mut stream = connect3(&client, "db.example.org:5432");
+    say3(&client, &mut stream, "early");
+    let mut leaves = connect3(&client, "db.example.org:5432");
+    world.world.until_held(2);
+    cancel3(&mut leaves);
+    world.world.until_held(1);
+    world.world.move_to(Site::Target);
+    assert_eq!(client.frame(&mut stream), Some((1, OK.to_vec())));
+    let mut upstream = target.accept();
+    assert_eq!(upstream.bytes(5), b"early");
+    upstream.send("late");
+    assert_eq!(client.frame(&mut stream), Some((0, b"late".to_vec())));
+    drop(upstream);
+    assert_eq!(client.frame(&mut stream), None);
+    assert!(source.is_deserted() && target.is_deserted());
+    balanced(&world.world);
 }
 
 #[test]
