@@ -13,7 +13,7 @@ use crate::tls::{self, Authority};
 use crate::world::{Message, Nobody, Origin, PATIENCE, Plan, Stage, World};
 
 /// A service whose source is a group of these servers, with one worker so that turns are exact.
-fn group(servers: &[String], more: &str) -> Plan {
+pub(crate) fn group(servers: &[String], more: &str) -> Plan {
     groups(servers, &[Nobody::new().address().to_string()], more)
 }
 
@@ -36,7 +36,7 @@ fn groups(source: &[String], target: &[String], more: &str) -> Plan {
     plan
 }
 
-fn addresses(origins: &[&Origin]) -> Vec<String> {
+pub(crate) fn addresses(origins: &[&Origin]) -> Vec<String> {
     origins
         .iter()
         .map(|origin| origin.address().to_string())
@@ -63,7 +63,7 @@ fn shares(of: &[(&str, usize)]) -> BTreeMap<String, usize> {
 }
 
 /// The servers of a site, as soon as they are as wanted.
-fn until_servers(world: &World, site: Site, wanted: impl Fn(&[ServerStatus]) -> bool) {
+pub(crate) fn until_servers(world: &World, site: Site, wanted: impl Fn(&[ServerStatus]) -> bool) {
     let mut control = world.control();
     let begun = Instant::now();
     loop {

@@ -12,6 +12,7 @@ mod deciding;
 mod draining;
 mod endings;
 mod forwarding;
+mod hashing;
 mod held_upgrade;
 mod holding;
 mod http2;

@@ -468,6 +468,7 @@ pub(crate) struct Origin {
     address: SocketAddr,
     seen: Arc<Mutex<Vec<String>>>,
     connections: Arc<Mutex<usize>>,
+    listener: TcpListener,
 }
 
 impl Origin {
@@ -482,12 +483,14 @@ impl Origin {
             address,
             seen: Arc::clone(&seen),
             connections: Arc::clone(&connections),
+            listener: listener.try_clone().unwrap(),
         };
         thread::spawn(move || {
             for stream in listener.incoming() {
+                let Ok(stream) = stream else { return };
                 *connections.lock().unwrap() += 1;
                 let seen = Arc::clone(&seen);
-                thread::spawn(move || serve(Peer::of(stream.unwrap()), name, &seen));
+                thread::spawn(move || serve(Peer::of(stream), name, &seen));
             }
         });
         origin
@@ -495,6 +498,12 @@ impl Origin {
 
     pub(crate) fn address(&self) -> SocketAddr {
         self.address
+    }
+
+    /// From now on nobody gets a connection any more.
+    pub(crate) fn closes(&self) {
+        let listener = socket2::SockRef::from(&self.listener);
+        listener.shutdown(std::net::Shutdown::Both).unwrap();
     }
 
     /// `METHOD path body` of each request, in the order of their arrival.
