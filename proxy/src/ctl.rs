@@ -257,28 +257,41 @@ fn print_service(status: &ServiceStatus) {
 }
 
 fn print_server(server: &ServerStatus) {
-    let state = match server.state {
-        ServerState::Up => "up",
-        ServerState::SlowStart => "slow start",
-        ServerState::Down => "down",
-        ServerState::Ejected => "ejected",
+    let state = match (server.state, &server.ejected) {
+        (ServerState::Up, _) => "up".to_owned(),
+        (ServerState::SlowStart, _) => match server.weight_percent {
+            Some(percent) => format!("slow start, at {percent} %"),
+            None => "slow start".to_owned(),
+        },
+        (ServerState::Down, _) => "down".to_owned(),
+        (ServerState::Ejected, None) => "ejected".to_owned(),
+        (ServerState::Ejected, Some(ejected)) => {
+            let (left, reason) = (ejected.ms_left, &ejected.reason);
+            format!("ejected for {left} ms more ({reason})")
+        }
     };
     let backup = if server.backup { ", backup" } else { "" };
-    let errors = server.connect_errors + server.server_errors + server.broken;
-    print!(
-        "  {} {}: {state}{backup}, active {}, requests {}, errors {errors}",
-        server.site, server.address, server.active, server.requests
+    println!(
+        "  {} {} of {}: {state}, weight {}{backup}",
+        server.site, server.address, server.group, server.weight
     );
-    match &server.check {
-        None => println!(),
-        Some(CheckStatus {
-            good,
-            reason,
-            age_ms,
-        }) => {
-            let verdict = if *good { "good" } else { "bad" };
-            println!(", check {verdict} {age_ms} ms ago: {reason}");
-        }
+    println!(
+        "    connections {}, in flight {}, requests {}, errors: {} connecting, {} answered 5xx, {} broken",
+        server.connections,
+        server.active,
+        server.requests,
+        server.connect_errors,
+        server.server_errors,
+        server.broken
+    );
+    if let Some(CheckStatus {
+        good,
+        reason,
+        age_ms,
+    }) = &server.check
+    {
+        let verdict = if *good { "good" } else { "bad" };
+        println!("    last check {verdict}, {age_ms} ms ago: {reason}");
     }
 }
 

@@ -309,8 +309,17 @@ pub struct ServerStatus {
     pub weight: u32,
     /// Used only when no other is usable.
     pub backup: bool,
+    /// How much of its weight it has now, in hundredths, where it starts slowly.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub weight_percent: Option<u8>,
+    /// Why it is spared requests, and for how long, where it is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ejected: Option<EjectedStatus>,
     /// Requests it has now, of all services.
     pub active: u64,
+    /// Connections to it that are open now, idle ones included, without those of checks.
+    #[serde(default)]
+    pub connections: u64,
     /// Requests it ever had.
     pub requests: u64,
     /// Connections to it that did not come about.
@@ -336,6 +345,15 @@ pub enum ServerState {
     Down,
     /// It failed its requests, and is spared some.
     Ejected,
+}
+
+/// A server that is spared requests.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EjectedStatus {
+    /// What it did, for a person.
+    pub reason: String,
+    /// Until it is asked again, in milliseconds.
+    pub ms_left: u64,
 }
 
 /// One check of a server.

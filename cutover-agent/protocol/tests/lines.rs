@@ -4,8 +4,8 @@
 #![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
 
 use cutover_protocol::hold::{
-    Answer, AtCut, CheckStatus, Claim, Command, Expected, Gate, InFlight, InFlightPhase, Order,
-    Refusal, ServerState, ServerStatus, ServiceStatus,
+    Answer, AtCut, CheckStatus, Claim, Command, EjectedStatus, Expected, Gate, InFlight,
+    InFlightPhase, Order, Refusal, ServerState, ServerStatus, ServiceStatus,
 };
 use cutover_protocol::hop::{ActionName, Bounds, Costs, Ending, Event, Failure, Link, Round, Undo};
 use cutover_protocol::id::{Epoch, Register, ServiceName, Site};
@@ -314,8 +314,11 @@ fn servers_are_told_with_their_last_check() {
         address: "10.0.0.1:80".to_owned(),
         state: ServerState::SlowStart,
         weight: 1,
+        weight_percent: Some(40),
         backup: false,
+        ejected: None,
         active: 2,
+        connections: 8,
         requests: 3,
         connect_errors: 4,
         server_errors: 5,
@@ -328,12 +331,25 @@ fn servers_are_told_with_their_last_check() {
     };
     assert_line(
         &server,
-        r#"{"site":"source","group":"web-source","address":"10.0.0.1:80","state":"slow_start","weight":1,"backup":false,"active":2,"requests":3,"connect_errors":4,"server_errors":5,"broken":6,"check":{"good":true,"reason":"status 200","age_ms":7}}"#,
+        r#"{"site":"source","group":"web-source","address":"10.0.0.1:80","state":"slow_start","weight":1,"backup":false,"weight_percent":40,"active":2,"connections":8,"requests":3,"connect_errors":4,"server_errors":5,"broken":6,"check":{"good":true,"reason":"status 200","age_ms":7}}"#,
     );
+    let spared = ServerStatus {
+        weight_percent: None,
+        ejected: Some(EjectedStatus {
+            reason: "3 connections failed in a row".to_owned(),
+            ms_left: 9,
+        }),
+        ..server
+    };
+    let text = to_string(&spared).unwrap();
+    assert_line(&spared, &text);
+    assert!(text.contains(
+        r#""backup":false,"ejected":{"reason":"3 connections failed in a row","ms_left":9},"active":2"#
+    ));
     let whole = ServiceStatus {
         servers: vec![ServerStatus {
             check: None,
-            ..server
+            ..spared
         }],
         ..status()
     };

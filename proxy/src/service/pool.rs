@@ -20,7 +20,7 @@ use super::{Gate, Mode, Service, Ticket, Word};
 use crate::http::h2::upstream::Slot;
 use crate::listen::port::{Current, Link};
 use crate::stream::{Hearsay, Stream};
-use crate::upstream::{Picked, ServerId, connect};
+use crate::upstream::{OpenConnection, Picked, ServerId, connect};
 
 /// A turn of a busy worker's loop takes less; what the reactor said within one is fresh.
 const TURN_MAX: Duration = Duration::from_millis(5);
@@ -44,15 +44,18 @@ pub(crate) struct Counted {
     gate: Arc<Gate>,
     worker: usize,
     standing: Cell<Standing>,
+    /// The server counts it as well, unless it is a check's.
+    _server: Option<OpenConnection>,
 }
 
 impl Counted {
-    pub(crate) fn new(gate: &Arc<Gate>, worker: usize) -> Self {
+    pub(crate) fn new(gate: &Arc<Gate>, worker: usize, server: Option<OpenConnection>) -> Self {
         gate.connection_opens(worker);
         Self {
             gate: Arc::clone(gate),
             worker,
             standing: Cell::new(Standing::InFlight),
+            _server: server,
         }
     }
 
@@ -194,7 +197,7 @@ impl Pool {
             return Err(NoConnection::GateMoved);
         }
         let register = ticket.register();
-        let counted = Counted::new(gate, self.worker);
+        let counted = Counted::new(gate, self.worker, Some(server.opens()));
         let moved = words.wait_for(|word| !ticket.is_allowed_by(*word));
         let attempt = timeout(connect_max, connect(server, server.sender(), connect_max));
         let stream = tokio::select! {

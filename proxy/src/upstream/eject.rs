@@ -137,12 +137,15 @@ pub(crate) struct Ejections {
     times: u32,
     /// End of the last one.
     until: u64,
+    /// Why it was.
+    cause: Option<Cause>,
 }
 
 impl Ejections {
     /// The end of an ejection that begins now: each is twice as long as the one before, until the server has
     /// been well for as long as the longest.
-    pub(super) fn next(&mut self, now: Moment, rule: &EjectConfig) -> Moment {
+    pub(super) fn next(&mut self, now: Moment, rule: &EjectConfig, cause: Cause) -> Moment {
+        self.cause = Some(cause);
         if now.since(Moment(self.until)) > rule.ejected_max {
             self.times = 0;
         }
@@ -152,6 +155,11 @@ impl Ejections {
         self.times = self.times.saturating_add(1);
         self.until = until.0;
         until
+    }
+
+    /// End and cause of the last one.
+    pub(super) fn last(&self) -> Option<(Moment, Cause)> {
+        self.cause.map(|cause| (Moment(self.until), cause))
     }
 }
 
@@ -245,15 +253,16 @@ mod tests {
     fn each_ejection_is_twice_as_long_until_the_server_was_well_for_long() {
         let mut ejections = Ejections::default();
         let mut now = Moment::of(Instant::now());
+        let cause = Cause::ConnectErrors(3);
         let mut lengths = Vec::new();
         for _ in 0..5 {
-            let until = ejections.next(now, &rule());
+            let until = ejections.next(now, &rule(), cause);
             lengths.push(until.since(now).as_secs());
             now = until;
         }
         assert_eq!(lengths, [10, 20, 40, 60, 60]);
         now = now.plus(Duration::from_secs(61));
-        assert_eq!(ejections.next(now, &rule()).since(now).as_secs(), 10);
+        assert_eq!(ejections.next(now, &rule(), cause).since(now).as_secs(), 10);
     }
 
     #[test]

@@ -330,7 +330,7 @@ impl Group {
         if server.is_ejected(now) || ejected >= eject::allowed(members.list.len(), rule) {
             return;
         }
-        let until = server.ejections().next(now, rule);
+        let until = server.ejections().next(now, rule, cause);
         server.rows.clear();
         server.eject(until);
         let seconds = until.since(now).as_secs_f64();

@@ -28,7 +28,7 @@ pub(crate) use connect::{Sender, connect};
 pub(crate) use directory::Directory;
 pub(crate) use eject::Outcome;
 pub(crate) use group::{Group, PickKey};
-pub(crate) use server::Picked;
 pub use server::ServerId;
+pub(crate) use server::{OpenConnection, Picked};
 pub(crate) use sites::{Chosen, Sites};
 pub(crate) use status::write_metrics;

@@ -15,7 +15,7 @@ use cutover_protocol::hold::ServerState;
 
 use super::address::Endpoint;
 use super::connect::{Sender, Way};
-use super::eject::{Ejections, Outcome, Rows, Window};
+use super::eject::{Cause, Ejections, Outcome, Rows, Window};
 use super::health::CheckRecord;
 use super::moment::Moment;
 
@@ -61,6 +61,8 @@ pub(crate) struct Core {
     pub(super) rows: Rows,
     ejections: Mutex<Ejections>,
     checks: Mutex<CheckRecord>,
+    /// Connections that are open; written when one opens or ends, by any worker.
+    connections: AtomicU64,
 }
 
 /// What one worker writes about a server. Only that worker's thread does, so its counters need no locked
@@ -113,6 +115,7 @@ impl Server {
             rows: Rows::default(),
             ejections: Mutex::default(),
             checks: Mutex::default(),
+            connections: AtomicU64::new(0),
         });
         let shards = (0..workers.max(1)).map(|_| Arc::new(Shard::new(&core)));
         Self {
@@ -196,6 +199,11 @@ impl Core {
         &self.cookie
     }
 
+    /// Connections that are open now.
+    pub(crate) fn connections(&self) -> u64 {
+        self.connections.load(Relaxed)
+    }
+
     /// Whether checks and ejections leave it usable.
     pub(crate) fn is_usable(&self, now: Moment) -> bool {
         self.is_up() && !self.is_ejected(now)
@@ -251,6 +259,18 @@ impl Core {
             return u64::from(weight) * WEIGHT_PARTS;
         }
         ramp(weight, self.back_for(now), slow_start)
+    }
+
+    /// How much of its weight it has, in hundredths, and not less than one.
+    pub(crate) fn weight_percent(&self, now: Moment, slow_start: Duration) -> u8 {
+        const WHOLE: u32 = 100;
+        let percent = ramp(WHOLE, self.back_for(now), slow_start) / WEIGHT_PARTS;
+        u8::try_from(percent).unwrap_or(u8::MAX).max(1)
+    }
+
+    /// Until when it is spared requests, and why, if it is.
+    pub(crate) fn spared(&self, now: Moment) -> Option<(Moment, Cause)> {
+        self.ejections().last().filter(|_| self.is_ejected(now))
     }
 
     /// How long it has been back; for ever if it was never away.
@@ -333,6 +353,13 @@ impl Picked {
         self.sender = Some(sender);
     }
 
+    /// Counts a connection to it, from now on.
+    pub(crate) fn opens(&self) -> OpenConnection {
+        let core = Arc::clone(&self.shard.core);
+        core.connections.fetch_add(1, Relaxed);
+        OpenConnection(core)
+    }
+
     /// For whom a connection is made that is this one client's only.
     pub(crate) const fn sender(&self) -> Option<Sender> {
         self.sender
@@ -348,5 +375,15 @@ impl Deref for Picked {
 
     fn deref(&self) -> &Core {
         &self.shard.core
+    }
+}
+
+/// A connection to a server, counted until this is dropped.
+#[derive(Debug)]
+pub(crate) struct OpenConnection(Arc<Core>);
+
+impl Drop for OpenConnection {
+    fn drop(&mut self) {
+        self.0.connections.fetch_sub(1, Relaxed);
     }
 }

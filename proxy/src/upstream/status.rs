@@ -4,7 +4,7 @@ use std::fmt::Write;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use cutover_protocol::hold::{CheckStatus, ServerState, ServerStatus};
+use cutover_protocol::hold::{CheckStatus, EjectedStatus, ServerState, ServerStatus};
 use cutover_protocol::id::Site;
 
 use super::directory::Directory;
@@ -49,14 +49,24 @@ impl Group {
             server_errors,
             broken,
         } = server.counts();
+        let (moment, slow_start) = (Moment::of(now), self.slow_start());
+        let state = server.state(moment, slow_start);
+        let ejected = server.spared(moment).map(|(until, cause)| EjectedStatus {
+            reason: cause.to_string(),
+            ms_left: milliseconds(until.since(moment)),
+        });
         ServerStatus {
             site,
             group: self.name().to_owned(),
             address: server.endpoint().to_string(),
-            state: server.state(Moment::of(now), self.slow_start()),
+            weight_percent: (state == ServerState::SlowStart)
+                .then(|| server.weight_percent(moment, slow_start)),
+            state,
             weight: *weight,
             backup: *backup,
+            ejected,
             active,
+            connections: server.connections(),
             requests,
             connect_errors,
             server_errors,
@@ -74,7 +84,7 @@ type Column = (
     fn(&ServerStatus) -> u64,
 );
 
-const COLUMNS: [Column; 6] = [
+const COLUMNS: [Column; 7] = [
     (
         "hopgate_server_up",
         "gauge",
@@ -91,6 +101,12 @@ const COLUMNS: [Column; 6] = [
         "gauge",
         "Requests and raw connections the server has now",
         |server| server.active,
+    ),
+    (
+        "hopgate_server_connections",
+        "gauge",
+        "Open connections to the server, idle ones included",
+        |server| server.connections,
     ),
     (
         "hopgate_server_requests_total",

@@ -31,7 +31,7 @@ fn process(folder: &TempDir) -> ProcessStatus {
     }
 }
 
-fn ctl(folder: &TempDir, arguments: &[&str]) -> (Option<i32>, String) {
+pub(crate) fn ctl(folder: &TempDir, arguments: &[&str]) -> (Option<i32>, String) {
     let socket = ["ctl", "--socket", "control.sock"];
     let output = run(folder, &[&socket, arguments].concat());
     let said = [text(&output.stdout), text(&output.stderr)].concat();

@@ -31,6 +31,7 @@ mod restart;
 mod routes;
 mod seed;
 mod server_names;
+mod servers;
 mod smuggling;
 mod stage2;
 mod streams;

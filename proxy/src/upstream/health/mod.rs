@@ -135,7 +135,10 @@ async fn check_for_ever(group: Arc<Group>, server: Arc<Server>, gates: Vec<Arc<G
 /// One check, or none: the gates count its connection, and it ends as soon as one of them holds.
 async fn check_unless_held(group: &Group, server: &Server, gates: &[Arc<Gate>]) {
     // Counted before the look at the gates: either a hold sees the connection, or we see the hold.
-    let _counted: Vec<Counted> = gates.iter().map(|gate| Counted::new(gate, 0)).collect();
+    let _counted: Vec<Counted> = gates
+        .iter()
+        .map(|gate| Counted::new(gate, 0, None))
+        .collect();
     if gates.iter().any(|gate| gate.word().mode == Mode::Holding) {
         return;
     }
