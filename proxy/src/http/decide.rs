@@ -75,15 +75,20 @@ pub(crate) struct AnswerEdits<'a> {
 impl Decided {
     /// The beginning of its way upstream: to whom, and with how much patience.
     pub(crate) fn passage(&self, settings: &Settings) -> Passage {
-        let mut passage = Passage::new(self.terms);
-        if let Some(treatment) = &self.treatment {
-            let route = &treatment.route;
-            passage.sites = settings.route_sites.get(&route.name).cloned();
-            passage.route = Some(Arc::clone(route));
-            passage.connect_max = route.limits.as_ref().map(|limits| limits.connect_max);
-        }
-        passage
+        passage(self.terms, self.treatment.as_deref(), settings)
     }
+}
+
+/// The beginning of a request's way upstream: to whom, and with how much patience.
+pub(crate) fn passage(terms: Terms, treatment: Option<&Treatment>, settings: &Settings) -> Passage {
+    let mut passage = Passage::new(terms);
+    if let Some(treatment) = treatment {
+        let route = &treatment.route;
+        passage.sites = settings.route_sites.get(&route.name).cloned();
+        passage.route = Some(Arc::clone(route));
+        passage.connect_max = route.limits.as_ref().map(|limits| limits.connect_max);
+    }
+    passage
 }
 
 impl Treatment {

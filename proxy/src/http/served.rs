@@ -20,6 +20,7 @@ use crate::service::inflight::Entry;
 use crate::upstream::{Chosen, Outcome};
 
 /// One request from its head to its log line.
+#[derive(Debug)]
 pub(crate) struct Served {
     pub(crate) id: RequestId,
     pub(crate) arrival: Instant,

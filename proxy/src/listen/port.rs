@@ -404,6 +404,20 @@ impl Port {
         }
     }
 
+    /// Joins the queue, for whoever watches over its place himself.
+    ///
+    /// # Errors
+    /// The queue takes nobody.
+    pub(crate) fn park(
+        &self,
+        terms: Terms,
+        manner: Manner,
+        head: &[u8],
+    ) -> Result<Parked, RequestError> {
+        self.traffic.note(terms.client, manner, head, terms.arrival);
+        Ok(self.service.gate.park(self.worker, terms)?)
+    }
+
     /// Finds or makes a connection for the ticket, to a server that can be reached. Where none comes about because the
     /// gate has closed, or has only just opened, the request is held again: nothing of it has left us.
     pub(crate) async fn connect<'p>(

@@ -34,7 +34,7 @@ use crate::control::seen::Happening;
 
 pub(crate) use gate::{Admission, Drain, Gate, GateLimits};
 pub(crate) use keeper::keep;
-pub(crate) use queue::{Eviction, HOLD_BUCKETS_MS, Held, HeldCounts, HoldTimes, Parked};
+pub(crate) use queue::{Called, Eviction, HOLD_BUCKETS_MS, Held, HeldCounts, HoldTimes, Parked};
 pub(crate) use register::StateDir;
 pub use register::StateError;
 use register::{GateRecord, Record, StateFile};

@@ -6,7 +6,9 @@
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
+use std::pin::Pin;
 use std::sync::Arc;
+use std::task::{Context, Poll, ready};
 use std::time::Instant;
 
 use cutover_protocol::id::Register;
@@ -362,6 +364,13 @@ pub(crate) struct Parked {
     verdict: Option<oneshot::Receiver<Result<Grant, Eviction>>>,
 }
 
+/// One who is called: let through, or refused. Dropped, a ticket on its way goes back.
+#[derive(Debug)]
+pub(crate) struct Called {
+    gate: Arc<Gate>,
+    verdict: Option<Result<Grant, Eviction>>,
+}
+
 impl Parked {
     pub(super) fn new(
         gate: Arc<Gate>,
@@ -381,16 +390,44 @@ impl Parked {
     /// Dropping the future loses nothing; dropping the place gives it up, and hands a ticket that was already on
     /// its way back.
     pub(crate) async fn verdict<'g>(&mut self, gate: &'g Gate) -> Result<Ticket<'g>, Eviction> {
-        let Some(receiver) = self.verdict.as_mut() else {
-            return Err(Eviction::Shutdown);
-        };
-        let verdict = receiver.await;
-        self.verdict = None;
-        match verdict {
-            Ok(Ok(grant)) => Ok(Ticket::new(gate, grant.worker, grant.register, grant.pass)),
-            Ok(Err(eviction)) => Err(eviction),
+        let called = std::future::poll_fn(|context| self.poll_called(context)).await;
+        called.ticket(gate)
+    }
+
+    /// The same for whoever watches over several places. Not to be polled again once it is ready.
+    pub(crate) fn poll_called(&mut self, context: &mut Context<'_>) -> Poll<Called> {
+        let verdict = match self.verdict.as_mut() {
             // The queue never drops a waiter unanswered while its gate lives, and we hold the gate.
-            Err(_) => Err(Eviction::Shutdown),
+            Some(receiver) => {
+                ready!(Pin::new(receiver).poll(context)).unwrap_or(Err(Eviction::Shutdown))
+            }
+            None => Err(Eviction::Shutdown),
+        };
+        self.verdict = None;
+        Poll::Ready(Called {
+            gate: Arc::clone(&self.gate),
+            verdict: Some(verdict),
+        })
+    }
+}
+
+impl Called {
+    /// The ticket, which is good for the gate that called.
+    pub(crate) fn ticket(mut self, gate: &Gate) -> Result<Ticket<'_>, Eviction> {
+        let grant = self.verdict.take().unwrap_or(Err(Eviction::Shutdown))?;
+        Ok(Ticket::new(gate, grant.worker, grant.register, grant.pass))
+    }
+}
+
+impl Drop for Called {
+    fn drop(&mut self) {
+        if let Some(Ok(grant)) = self.verdict.take() {
+            drop(Ticket::new(
+                &self.gate,
+                grant.worker,
+                grant.register,
+                grant.pass,
+            ));
         }
     }
 }
@@ -401,13 +438,11 @@ impl Drop for Parked {
             return;
         };
         self.gate.gave_up(self.key);
-        if let Ok(Ok(grant)) = receiver.try_recv() {
-            drop(Ticket::new(
-                &self.gate,
-                grant.worker,
-                grant.register,
-                grant.pass,
-            ));
+        if let Ok(verdict) = receiver.try_recv() {
+            drop(Called {
+                gate: Arc::clone(&self.gate),
+                verdict: Some(verdict),
+            });
         }
     }
 }

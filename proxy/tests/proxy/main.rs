@@ -13,6 +13,7 @@ mod draining;
 mod endings;
 mod forwarding;
 mod hashing;
+mod held_streams;
 mod held_upgrade;
 mod holding;
 mod http2;

@@ -8,6 +8,7 @@ use std::task::{Context, Poll, ready};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use super::overheard::Overheard;
+use super::sips::{SIP_BYTES, Sips, Thirst};
 use crate::buffer::Buffer;
 use crate::stream::Stream;
 
@@ -16,15 +17,35 @@ pub(super) struct Early {
     stream: Stream,
     early: Buffer,
     overheard: Overheard,
+    sips: Sips,
 }
 
 impl Early {
-    pub(super) const fn new(stream: Stream, early: Buffer, overheard: Overheard) -> Self {
+    pub(super) const fn new(
+        stream: Stream,
+        early: Buffer,
+        overheard: Overheard,
+        sips: Sips,
+    ) -> Self {
         Self {
             stream,
             early,
             overheard,
+            sips,
         }
+    }
+
+    fn poll_sip(
+        &mut self,
+        context: &mut Context<'_>,
+        room: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let most = room.remaining().min(SIP_BYTES);
+        let mut sip = ReadBuf::new(room.initialize_unfilled_to(most));
+        ready!(Pin::new(&mut self.stream).poll_read(context, &mut sip))?;
+        let count = sip.filled().len();
+        room.advance(count);
+        Poll::Ready(Ok(()))
     }
 }
 
@@ -35,7 +56,13 @@ impl AsyncRead for Early {
         room: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
         if self.early.is_empty() {
-            return Pin::new(&mut self.stream).poll_read(context, room);
+            match self.sips.thirst() {
+                Thirst::Endless => ready!(Pin::new(&mut self.stream).poll_read(context, room))?,
+                Thirst::Sip => ready!(self.poll_sip(context, room))?,
+                Thirst::Quenched => return Poll::Pending,
+            }
+            self.sips.read();
+            return Poll::Ready(Ok(()));
         }
         let count = self.early.filled().len().min(room.remaining());
         room.put_slice(&self.early.filled()[..count]);

@@ -1,17 +1,21 @@
-//! HTTP/2 from clients: one task a connection, one more for each stream, on the same worker.
+//! HTTP/2 from clients: one task a connection, one more for each stream that is not held, on the same worker.
 //!
 //! Frames, header compression and flow control are the `h2` crate's; what a request means is
 //! [`mux`](super::mux)'s. A hold never shows on a connection: PING and SETTINGS go on, no GOAWAY is sent. GOAWAY
 //! comes when the proxy stops, when a connection was idle for too long, and when its client abuses it.
 
 mod early;
+mod held;
 mod overheard;
+mod sips;
 mod stream;
 pub(crate) mod upstream;
 
 use std::cell::RefCell;
+use std::future::poll_fn;
 use std::io;
 use std::rc::Rc;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -21,8 +25,10 @@ use http::Request;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
-use super::mux::active::Active;
+use super::mux::active::{Active, Running};
 use super::mux::head::HeadBuilder;
+use super::mux::held::HeldRequest;
+use super::mux::{Reading, Waited, read_stream};
 use crate::buffer::Buffer;
 use crate::config::Http2;
 use crate::error::RequestError;
@@ -31,7 +37,10 @@ use crate::listen::client::Client;
 use crate::listen::port::Port;
 use crate::stream::Stream;
 use early::Early;
+use held::{HeldStream, HeldStreams};
 use overheard::{Given, Overheard};
+use sips::{Sips, Thirst};
+use stream::Body;
 
 /// What a client that knows that we speak HTTP/2 sends first, up to where it looks like a head.
 const PREFACE_HEAD: &[u8] = b"PRI * HTTP/2.0\r\n\r\n";
@@ -52,7 +61,8 @@ pub(crate) async fn serve(port: Rc<Port>, stream: Stream, early: Buffer, client:
         builder: RefCell::default(),
         active: Active::new(),
     });
-    let io = Early::new(stream, early, Overheard::new(&shared));
+    let sips = Sips::default();
+    let io = Early::new(stream, early, Overheard::new(&shared), sips.clone());
     let handshake = builder(&limits.http2).handshake(io);
     let connection = match timeout(limits.client_head_max, handshake).await {
         Ok(Ok(connection)) => connection,
@@ -62,7 +72,9 @@ pub(crate) async fn serve(port: Rc<Port>, stream: Stream, early: Buffer, client:
     let mut session = Session {
         shared,
         connection,
+        sips,
         streams: JoinSet::new(),
+        held: HeldStreams::default(),
         closing: false,
     };
     if let Err(error) = session.run(limits.client_idle_max).await {
@@ -115,9 +127,22 @@ impl Shared {
 struct Session {
     shared: Rc<Shared>,
     connection: Connection<Early, Bytes>,
+    sips: Sips,
     streams: JoinSet<()>,
+    held: HeldStreams,
     closing: bool,
 }
+
+/// What a connection's task has to see to.
+#[allow(clippy::large_enum_variant)] // it is matched at once
+enum Happened {
+    Accepted(Accepted),
+    /// A stream is held no longer.
+    Over(Box<HeldStream>, Waited),
+}
+
+/// A new stream, if the connection has not ended.
+type Accepted = Option<Result<(Request<RecvStream>, SendResponse<Bytes>), h2::Error>>;
 
 impl Session {
     /// Accepts streams until the connection ends.
@@ -127,13 +152,44 @@ impl Session {
         loop {
             tokio::select! {
                 biased;
-                accepted = self.connection.accept() => match accepted {
-                    Some(Ok((request, respond))) => self.start(request, respond),
-                    Some(Err(error)) => return Err(error),
-                    None => return Ok(()),
+                happened = poll_fn(|context| self.poll_happens(context)) => match happened {
+                    Happened::Accepted(Some(Ok((request, respond)))) => self.start(request, respond),
+                    Happened::Accepted(Some(Err(error))) => return Err(error),
+                    Happened::Accepted(None) => return Ok(()),
+                    Happened::Over(stream, waited) => self.resume(*stream, waited),
                 },
                 () = shared.port.closing.closed(), if !self.closing => self.go_away(),
                 () = &mut idle, if !self.closing => self.go_away(),
+            }
+        }
+    }
+
+    fn poll_happens(&mut self, context: &mut Context<'_>) -> Poll<Happened> {
+        if let Poll::Ready(accepted) = self.poll_accept(context) {
+            return Poll::Ready(Happened::Accepted(accepted));
+        }
+        if let Poll::Ready((stream, waited)) = self.held.poll_over(self.sips.has_news(), context) {
+            return Poll::Ready(Happened::Over(stream, waited));
+        }
+        self.sips.looked();
+        Poll::Pending
+    }
+
+    /// Reads on only when all streams that have come are accepted, while the service is held.
+    fn poll_accept(&mut self, context: &mut Context<'_>) -> Poll<Accepted> {
+        if !self.shared.port.holds() {
+            self.sips.allow(Thirst::Endless);
+            return self.connection.poll_accept(context);
+        }
+        loop {
+            self.sips.allow(Thirst::Quenched);
+            if let ready @ Poll::Ready(_) = self.connection.poll_accept(context) {
+                return ready;
+            }
+            self.sips.allow(Thirst::Sip);
+            let ready = self.connection.poll_accept(context);
+            if ready.is_ready() || self.sips.thirst() == Thirst::Sip {
+                return ready;
             }
         }
     }
@@ -147,20 +203,64 @@ impl Session {
     fn start(&mut self, request: Request<RecvStream>, respond: SendResponse<Bytes>) {
         // Forgets the streams that have ended.
         while self.streams.try_join_next().is_some() {}
-        let shared = Rc::clone(&self.shared);
+        let shared = &self.shared;
         shared.given.note(respond.stream_id().into());
         let running = shared.active.begin();
         // The header list is turned into a head here: the stream's task keeps none of it.
-        let (asked, receive) = stream::read(&shared, request);
+        let (asked, receive) = stream::read(shared, request);
+        let mut reading = read_stream(&shared.port, &shared.client, asked);
+        let held = shared
+            .port
+            .holds()
+            .then(|| HeldRequest::park(&shared.port, &mut reading));
+        if let Some(request) = held.flatten() {
+            let stream = HeldStream {
+                request,
+                respond,
+                receive,
+                early: Vec::new(),
+                running,
+            };
+            self.held.add(shared, stream);
+        } else {
+            self.serve(reading, Body::new(receive), respond, running);
+        }
+    }
+
+    /// A stream that is held no longer goes on.
+    fn resume(&mut self, stream: HeldStream, waited: Waited) {
+        let HeldStream {
+            request,
+            respond,
+            receive,
+            early,
+            running,
+        } = stream;
+        let reading = request.resume(&self.shared.port, waited);
+        self.serve(reading, Body::after(early, receive), respond, running);
+    }
+
+    fn serve(
+        &mut self,
+        mut reading: Reading,
+        mut body: Body,
+        respond: SendResponse<Bytes>,
+        running: Running,
+    ) {
+        let shared = Rc::clone(&self.shared);
         // Boxed: the runtime moves what it is given half a dozen times.
         self.streams.spawn_local(Box::pin(async move {
-            stream::serve(&shared, asked, receive, respond).await;
+            stream::serve(&shared, &mut reading, &mut body, respond).await;
             drop(running);
         }));
     }
 
     /// Waits for the streams to see that their connection is gone, and to do what has to be done.
-    async fn end(self) {
+    async fn end(mut self) {
+        while let Some(stream) = self.held.take() {
+            let gone = io::ErrorKind::ConnectionReset.into();
+            self.resume(*stream, Waited::Left(gone));
+        }
         let Self {
             connection,
             mut streams,

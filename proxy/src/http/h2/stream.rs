@@ -15,7 +15,8 @@ use super::{Shared, to_io, to_io_reason};
 use crate::http::head::HeadError;
 use crate::http::mux::head::{BodyFollows, write_head, write_trailer};
 use crate::http::mux::{
-    AnswerHead, AnswerSink, Asked, BodyFailed, More, Part, RequestBody, Reset, answer, serve_stream,
+    AnswerHead, AnswerSink, Asked, BodyFailed, More, Part, Reading, RequestBody, Reset, answer,
+    serve_read,
 };
 
 /// Turns the header list of a request into a head.
@@ -39,30 +40,55 @@ pub(super) fn read(
 /// Serves one stream to its end.
 pub(super) async fn serve(
     shared: &Shared,
-    asked: Result<Asked, HeadError>,
-    receive: RecvStream,
+    reading: &mut Reading,
+    body: &mut Body,
     respond: SendResponse<Bytes>,
 ) {
     let sending = RefCell::new(Sending::Respond(respond));
     let gone = poll_fn(|context| sending.borrow_mut().poll_gone(context));
-    let (mut body, mut answer) = (Body(receive), Answer(&sending));
+    let mut answer = Answer(&sending);
     let Shared { port, client, .. } = shared;
-    serve_stream(port, client, asked, &mut body, &mut answer, gone).await;
+    serve_read(port, client, reading, body, &mut answer, gone).await;
 }
 
-struct Body(RecvStream);
+/// A stream's body.
+pub(super) struct Body {
+    /// What came of it while the stream was held.
+    early: Bytes,
+    receive: RecvStream,
+}
+
+impl Body {
+    pub(super) const fn new(receive: RecvStream) -> Self {
+        Self {
+            early: Bytes::new(),
+            receive,
+        }
+    }
+
+    /// The body behind this beginning.
+    pub(super) fn after(early: Vec<u8>, receive: RecvStream) -> Self {
+        Self {
+            early: early.into(),
+            receive,
+        }
+    }
+}
 
 impl RequestBody for Body {
     async fn next(&mut self) -> Result<Part, BodyFailed> {
+        if !self.early.is_empty() {
+            return Ok(Part::Data(std::mem::take(&mut self.early)));
+        }
         loop {
-            match poll_fn(|context| self.0.poll_data(context)).await {
+            match poll_fn(|context| self.receive.poll_data(context)).await {
                 Some(Ok(data)) if data.is_empty() => {}
                 Some(Ok(data)) => return Ok(Part::Data(data)),
                 Some(Err(error)) => return Err(BodyFailed::Left(to_io(error))),
                 None => break,
             }
         }
-        let fields = poll_fn(|context| self.0.poll_trailers(context)).await;
+        let fields = poll_fn(|context| self.receive.poll_trailers(context)).await;
         let fields = fields.map_err(|error| BodyFailed::Left(to_io(error)))?;
         let mut trailer = Vec::new();
         if let Some(fields) = fields {
@@ -76,7 +102,7 @@ impl RequestBody for Body {
 
     fn written(&mut self, bytes: usize) {
         // Fails only for more than was received.
-        self.0.flow_control().release_capacity(bytes).ok();
+        self.receive.flow_control().release_capacity(bytes).ok();
     }
 }
 

@@ -19,6 +19,7 @@ pub(crate) mod active;
 pub(crate) mod answer;
 mod exchange;
 pub(crate) mod head;
+pub(crate) mod held;
 mod serve;
 mod tunnel;
 pub(crate) mod websocket;
@@ -29,7 +30,7 @@ use bytes::Bytes;
 
 pub(crate) use answer::AnswerHead;
 pub(crate) use exchange::{Unsent, count_down, fill_in_time, within};
-pub(crate) use serve::{Asked, serve_stream};
+pub(crate) use serve::{Asked, Reading, Waited, read_stream, serve_read, serve_stream};
 pub(crate) use tunnel::Idle;
 
 use super::chunked::ChunkError;

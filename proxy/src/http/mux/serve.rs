@@ -1,7 +1,8 @@
 //! One stream from its header list to its log line: the stream's counterpart of a client connection.
 //!
-//! Held by not reading: a held stream is its written head and this parked future; its body stays with the
-//! protocol, which gives no credit for it. A stream that is reset frees its place at once.
+//! Held by not reading: a held stream is its written head and a parked future, or a record ([`super::held`]) where the
+//! protocol looks after many; its body stays with the protocol, which gives no credit for it. A stream that is reset
+//! frees its place at once.
 
 use std::io;
 use std::pin::{Pin, pin};
@@ -23,9 +24,9 @@ use crate::http::request::{self, Method};
 use crate::http::served::Served;
 use crate::listen::client::{Client, Scheme};
 use crate::listen::port::{Connected, Link, Port, Presence, Visitor};
-use crate::service::Ticket;
 use crate::service::inflight::Course;
 use crate::service::pool::Upstream;
+use crate::service::{Called, Ticket};
 use crate::stream;
 use crate::upstream::Outcome;
 
@@ -38,6 +39,34 @@ pub(crate) struct Asked {
     pub(crate) key: Option<Key>,
 }
 
+/// A request whose header list was read, or why it cannot be served.
+#[derive(Debug)]
+pub(crate) struct Reading {
+    /// Nothing once it is served.
+    pub(super) begun: Option<Result<Begun, RequestError>>,
+}
+
+/// A request at its beginning.
+#[derive(Debug)]
+pub(super) struct Begun {
+    pub(super) served: Served,
+    /// The key in it, if it asks for a WebSocket.
+    pub(super) key: Option<Key>,
+    /// Why it is refused, if it is.
+    pub(super) refusal: Option<RequestError>,
+    /// How its wait ended, if it has waited at the gate already.
+    pub(super) waited: Option<Waited>,
+}
+
+/// How the wait of a held request ended.
+#[derive(Debug)]
+pub(crate) enum Waited {
+    /// It was let through, or refused.
+    Called(Called),
+    /// Its stream was reset, or its connection died.
+    Left(io::Error),
+}
+
 /// Serves one request from its header list to the end of its answer. `gone` completes when the stream was reset or
 /// its connection died; it is not polled again after that.
 pub(crate) async fn serve_stream<B: RequestBody, A: AnswerSink>(
@@ -48,46 +77,78 @@ pub(crate) async fn serve_stream<B: RequestBody, A: AnswerSink>(
     answer: &mut A,
     gone: impl Future<Output = io::Error>,
 ) {
+    let mut reading = read_stream(port, client, asked);
+    serve_read(port, client, &mut reading, body, answer, gone).await;
+}
+
+/// The same once the header list was read.
+pub(crate) async fn serve_read<B: RequestBody, A: AnswerSink>(
+    port: &Port,
+    client: &Client,
+    reading: &mut Reading,
+    body: &mut B,
+    answer: &mut A,
+    gone: impl Future<Output = io::Error>,
+) {
     let mut gone = pin!(gone);
-    let read = asked
-        .map_err(RequestError::Head)
-        .and_then(|asked| read(port, client, asked));
-    let (mut served, key, refusal) = match read {
-        Ok(read) => read,
-        Err(error) => return Box::pin(refuse(port, client, answer, &error)).await,
+    let begun = match &mut reading.begun {
+        Some(Ok(begun)) => begun,
+        Some(Err(error)) => return Box::pin(refuse(port, client, answer, error)).await,
+        None => return,
     };
+    let Begun {
+        served,
+        key,
+        refusal,
+        waited,
+    } = begun;
     let mut forwarding = Forwarding {
         port,
         client,
-        key,
+        key: key.as_ref(),
         answer,
     };
-    let outcome = match (refusal, served.redirect()) {
+    let outcome = match (refusal.take(), served.redirect()) {
         (Some(error), _) => Err(error),
         (None, Some(_)) => {
-            Box::pin(forwarding.redirect(&served)).await;
+            Box::pin(forwarding.redirect(served)).await;
             Ok(())
         }
         (None, None) if served.request.method == Method::Connect => {
-            Box::pin(forwarding.connect(&mut served, body, gone.as_mut())).await
+            Box::pin(forwarding.connect(served, body, gone.as_mut())).await
         }
-        (None, None) => forwarding.forward(&mut served, body, gone.as_mut()).await,
+        (None, None) => {
+            let waited = waited.take();
+            forwarding
+                .forward(served, waited, body, gone.as_mut())
+                .await
+        }
     };
     if let Err(error) = outcome {
         // Boxed like all that a held stream has no need of.
-        Box::pin(forwarding.answer_failure(&served, &error)).await;
+        Box::pin(forwarding.answer_failure(served, &error)).await;
     }
     port.count(served.progress.status.get());
-    port.tell(client, &served);
-    port.in_flight.end(served.progress);
-    port.buffers.give_output(served.head);
+    port.tell(client, served);
+    if let Some(Ok(Begun { served, .. })) = reading.begun.take() {
+        port.in_flight.end(served.progress);
+        port.buffers.give_output(served.head);
+    }
 }
 
-/// A request, the key in it if it asks for a WebSocket, and why it is refused, if it is.
-type Read = (Served, Option<Key>, Option<RequestError>);
-
 /// Reads the head by the rules of HTTP/1 and writes the upstream's version of it.
-fn read(port: &Port, client: &Client, asked: Asked) -> Result<Read, RequestError> {
+pub(crate) fn read_stream(
+    port: &Port,
+    client: &Client,
+    asked: Result<Asked, HeadError>,
+) -> Reading {
+    let begun = asked
+        .map_err(RequestError::Head)
+        .and_then(|asked| read(port, client, asked));
+    Reading { begun: Some(begun) }
+}
+
+fn read(port: &Port, client: &Client, asked: Asked) -> Result<Begun, RequestError> {
     let Asked { head: text, key } = asked;
     let id = port.next_id();
     let arrival = Instant::now();
@@ -130,7 +191,12 @@ fn read(port: &Port, client: &Client, asked: Asked) -> Result<Read, RequestError
         passage,
         progress: port.in_flight.begin(),
     };
-    Ok((served, key, decided.refusal))
+    Ok(Begun {
+        served,
+        key,
+        refusal: decided.refusal,
+        waited: None,
+    })
 }
 
 /// Answers what cannot be served. Malformed is malformed for the protocol itself, and has no answer.
@@ -210,7 +276,7 @@ type Gone<'g> = Pin<&'g mut dyn Future<Output = io::Error>>;
 struct Forwarding<'f, A> {
     port: &'f Port,
     client: &'f Client,
-    key: Option<Key>,
+    key: Option<&'f Key>,
     answer: &'f mut A,
 }
 
@@ -219,14 +285,19 @@ impl<'f, A: AnswerSink> Forwarding<'f, A> {
     async fn forward<B: RequestBody>(
         &mut self,
         served: &mut Served,
+        waited: Option<Waited>,
         body: &mut B,
         mut gone: Gone<'_>,
     ) -> Result<(), RequestError> {
         let mut unsent = Unsent::new(body);
-        let mut ticket = self
-            .port
-            .admit(&mut visitor(served, self.client, gone.as_mut()))
-            .await?;
+        let mut ticket = match waited {
+            None => {
+                let mut visitor = visitor(served, self.client, gone.as_mut());
+                self.port.admit(&mut visitor).await?
+            }
+            Some(Waited::Called(called)) => called.ticket(&self.port.service.gate)?,
+            Some(Waited::Left(reason)) => return Err(RequestError::ClientLeft(reason)),
+        };
         let mut may_reuse = true;
         loop {
             // Boxed, so that a held stream is small: none of this exists before a request goes upstream.
@@ -416,7 +487,7 @@ impl<'f, A: AnswerSink> Forwarding<'f, A> {
             ticket,
             request: &served.request,
             head: &served.head,
-            key: self.key.as_ref(),
+            key: self.key,
             edits: served.answer_edits(),
             limits,
             buffers: &port.buffers,
