@@ -11,6 +11,7 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
 use crate::names::Name;
+use crate::names::cloud::Cloud;
 use crate::tls::TlsPaths;
 
 /// Name of the tree that holds a container's memory images; no configured tree may take it.
@@ -73,22 +74,91 @@ impl Default for TunnelSettings {
     }
 }
 
-/// A name server that takes updates, and the names to turn.
+/// Who keeps the zones, and the names to turn.
 #[derive(Debug, Clone, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(try_from = "RawDns")]
 pub struct Dns {
-    /// The primary server of the zones.
-    pub server: SocketAddr,
-    /// The name of the TSIG key, of HMAC-SHA-256.
-    pub key_name: String,
-    /// The file with its secret, as base64.
+    /// Who is asked to change them.
+    pub keeper: Keeper,
+    /// The file with the secret: for a name server as base64, for a cloud as the cloud gives it out.
     pub key_file: PathBuf,
     /// For how long resolvers may remember names around a hop, in seconds.
-    #[serde(default = "default_ttl_moving_s")]
     pub ttl_moving_s: u32,
     /// The names, in the order in which they are turned one by one.
-    #[serde(rename = "name", default)]
     pub names: Vec<Name>,
+}
+
+/// Who is asked to change a zone.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Keeper {
+    /// A name server that takes updates by RFC 2136.
+    Rfc2136 {
+        /// The primary server of the zones.
+        server: SocketAddr,
+        /// The name of the TSIG key, of HMAC-SHA-256.
+        key_name: String,
+    },
+    /// A cloud, by its own interface.
+    Cloud {
+        /// Which.
+        cloud: Cloud,
+        /// Where it is asked, if not at its usual address.
+        endpoint: Option<String>,
+    },
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawDns {
+    cloud: Option<Cloud>,
+    endpoint: Option<String>,
+    server: Option<SocketAddr>,
+    key_name: Option<String>,
+    key_file: PathBuf,
+    #[serde(default = "default_ttl_moving_s")]
+    ttl_moving_s: u32,
+    #[serde(rename = "name", default)]
+    names: Vec<Name>,
+}
+
+impl TryFrom<RawDns> for Dns {
+    type Error = &'static str;
+
+    fn try_from(raw: RawDns) -> Result<Self, Self::Error> {
+        let keeper = match (raw.cloud, raw.server, raw.key_name) {
+            (Some(_), Some(_), _) | (Some(_), _, Some(_)) => {
+                return Err(
+                    "a zone is kept by a `cloud` or by a `server` with its `key_name`: leave one out",
+                );
+            }
+            (Some(cloud), None, None) => {
+                if raw.endpoint.is_some() && cloud != Cloud::Route53 {
+                    return Err("only cloud = \"route53\" can be asked at another `endpoint`");
+                }
+                Keeper::Cloud {
+                    cloud,
+                    endpoint: raw.endpoint,
+                }
+            }
+            (None, Some(server), Some(key_name)) if raw.endpoint.is_none() => {
+                Keeper::Rfc2136 { server, key_name }
+            }
+            (None, Some(_), Some(_)) => {
+                return Err("an `endpoint` is a cloud's: say which `cloud`, or leave it out");
+            }
+            _ => {
+                return Err(
+                    "say who keeps the zones: `server` and `key_name` of a name server that takes updates, or a `cloud`",
+                );
+            }
+        };
+        Ok(Self {
+            keeper,
+            key_file: raw.key_file,
+            ttl_moving_s: raw.ttl_moving_s,
+            names: raw.names,
+        })
+    }
 }
 
 const fn default_ttl_moving_s() -> u32 {

@@ -4,6 +4,7 @@
 //!
 //! A name server that does not answer never holds up a hop that has committed: the source forwards whoever comes.
 
+pub mod cloud;
 mod provider;
 pub mod update;
 
@@ -18,10 +19,11 @@ use cutover_protocol::id::{HopId, ServiceName, Site};
 use serde::{Deserialize, Serialize};
 use tokio::sync::Mutex;
 
-use crate::config::Config;
+use crate::config::{Config, Keeper};
 use crate::durable;
 use crate::preflight::now_ms;
 use crate::proxy::Proxy;
+use cloud::CloudZones;
 pub use provider::{Provider, ProviderError, Rfc2136, Setting};
 
 /// How often names are brought to where they should be, and the old door is looked at.
@@ -115,6 +117,9 @@ pub enum NamesError {
     /// A name is none.
     #[error("[dns]: {0}")]
     Name(#[from] update::UpdateError),
+    /// The key is not this cloud's.
+    #[error(transparent)]
+    Cloud(#[from] cloud::KeyError),
 }
 
 /// This site's names.
@@ -142,17 +147,24 @@ impl Names {
             path: path.clone(),
             source,
         })?;
-        let secret = base64::engine::general_purpose::STANDARD.decode(text.trim());
-        let secret = secret.map_err(|_| NamesError::Secret { path: path.clone() })?;
-        let provider = Rfc2136 {
-            server: dns.server,
-            key: update::TsigKey::new(&dns.key_name, secret)?,
+        let provider: Arc<dyn Provider> = match &dns.keeper {
+            Keeper::Rfc2136 { server, key_name } => {
+                let secret = base64::engine::general_purpose::STANDARD.decode(text.trim());
+                let secret = secret.map_err(|_| NamesError::Secret { path: path.clone() })?;
+                Arc::new(Rfc2136 {
+                    server: *server,
+                    key: update::TsigKey::new(key_name, secret)?,
+                })
+            }
+            Keeper::Cloud { cloud, endpoint } => {
+                Arc::new(CloudZones::new(*cloud, path, &text, endpoint.as_deref())?)
+            }
         };
         Self::new(
             &config.state_dir,
             dns.names.clone(),
             dns.ttl_moving_s,
-            Some(Arc::new(provider)),
+            Some(provider),
         )
     }
 

@@ -1,4 +1,4 @@
-//! Who keeps the zones: a name server that takes dynamic updates, or another behind the same trait.
+//! Who keeps the zones: a name server that takes dynamic updates, or a [cloud](super::cloud) behind the same trait.
 
 use std::net::SocketAddr;
 use std::pin::Pin;
@@ -31,6 +31,14 @@ pub enum ProviderError {
         server: SocketAddr,
         /// What it said.
         source: UpdateError,
+    },
+    /// A cloud did not do it.
+    #[error("{cloud} did not change the zone: {reason}")]
+    Cloud {
+        /// Which.
+        cloud: &'static str,
+        /// What it, or the way to it, said.
+        reason: String,
     },
 }
 

@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used)] // a test that cannot build its world has nothing better to do
 
 mod cable;
+mod clouds;
 mod names;
 mod peer;
 mod property;
