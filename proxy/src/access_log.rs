@@ -19,7 +19,7 @@ use crate::config::{LogConfig, LogFormat, LogTarget};
 use crate::error::RequestError;
 use crate::http::request::RequestId;
 use crate::http::served::Served;
-use crate::listen::port::{Passage, Port};
+use crate::listen::port::{FrontCheckOf, Passage, Port};
 use crate::service::inflight::Progress;
 use crate::upstream::Endpoint;
 
@@ -98,6 +98,7 @@ pub(crate) struct Line<'l> {
     age: Duration,
     held: Duration,
     upstream: Option<(Endpoint, cutover_protocol::id::Register)>,
+    answered_by: Option<&'static str>,
     id: RequestId,
 }
 
@@ -115,6 +116,8 @@ struct Json<'l> {
     upstream: Option<String>,
     site: Option<String>,
     epoch: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    answered_by: Option<&'l str>,
     id: String,
 }
 
@@ -138,6 +141,8 @@ impl<'l> Line<'l> {
             age: served.age(),
             held: served.passage.held,
             upstream: upstream(&served.passage),
+            answered_by: (served.passage.front_check == FrontCheckOf::Answered)
+                .then_some("front_check"),
             id: served.id,
         }
     }
@@ -167,6 +172,7 @@ impl<'l> Line<'l> {
             upstream: served.map(|(endpoint, _)| endpoint.to_string()),
             site: served.map(|(_, register)| register.owner.to_string()),
             epoch: served.map(|(_, register)| register.epoch.0),
+            answered_by: self.answered_by,
             id: self.id.to_string(),
         };
         serde_json::to_string(&object).unwrap_or_default()
@@ -216,6 +222,7 @@ impl<'l> Line<'l> {
             age: Duration::ZERO,
             held: Duration::ZERO,
             upstream: None,
+            answered_by: None,
             id: port.next_id(),
         }
     }
@@ -237,6 +244,7 @@ impl<'l> Line<'l> {
             age: passage.terms.arrival.elapsed(),
             held: passage.held,
             upstream: upstream(passage),
+            answered_by: None,
             id: port.next_id(),
         }
     }
@@ -279,6 +287,9 @@ impl fmt::Display for Line<'_> {
                 )?;
             }
             None => out.write_str(" upstream=- site=- epoch=-")?,
+        }
+        if let Some(whom) = self.answered_by {
+            write!(out, " answered_by={whom}")?;
         }
         write!(out, " id={}", self.id)
     }

@@ -253,6 +253,9 @@ fn print_service(status: &ServiceStatus) {
         "  held {} = released {} + gave up {} + evicted {} + held now {}",
         status.held, status.released, status.gave_up, status.evicted, status.held_now
     );
+    if status.front_checks_answered > 0 {
+        println!("  front checks answered {}", status.front_checks_answered);
+    }
     status.servers.iter().for_each(print_server);
 }
 

@@ -4,6 +4,7 @@
 use std::io;
 
 use crate::http::chunked::ChunkError;
+use crate::http::front_check::Green;
 use crate::http::head::HeadError;
 use crate::http::request::RequestId;
 use crate::limit::Reason;
@@ -100,6 +101,10 @@ pub enum RequestError {
         "the service is being moved and this request took too long; whether it was carried out is not known. Its number is {0}"
     )]
     Cut(RequestId),
+    /// A health probe of a balancer in front of us that would have to wait; the only answer of ours that says that all
+    /// is well.
+    #[error("the service is held; a front check is answered meanwhile")]
+    FrontCheck(Green),
     /// The proxy stops while the request is held.
     #[error("this proxy is shutting down")]
     Shutdown,
@@ -154,9 +159,12 @@ impl RequestError {
             | Self::Trailer(_)
             | Self::ClientLeft(_)
             | Self::ClientSilent => Fault::Client,
-            Self::HeldFull | Self::HeldTooLong | Self::Cut(_) | Self::Shutdown | Self::Memory => {
-                Fault::Us
-            }
+            Self::HeldFull
+            | Self::HeldTooLong
+            | Self::FrontCheck(_)
+            | Self::Cut(_)
+            | Self::Shutdown
+            | Self::Memory => Fault::Us,
             Self::NoServer
             | Self::Connect(_)
             | Self::NotSent
@@ -198,6 +206,7 @@ impl RequestError {
             | Self::HeadTimeout
             | Self::HeldFull
             | Self::HeldTooLong
+            | Self::FrontCheck(_)
             | Self::Shutdown
             | Self::NoServer
             | Self::Connect(_)
@@ -239,6 +248,7 @@ impl RequestError {
             Self::HeadTimeout | Self::ClientSilent | Self::BodyTooSlow => Some(408),
             Self::BodyTooLong => Some(413),
             Self::Rate(_) => Some(429),
+            Self::FrontCheck(green) => Some(green.status),
             // Told in the words of TLS and of HTTP/2.
             Self::ClientLeft(_) | Self::ServerName | Self::Streams => None,
             Self::HeldFull | Self::HeldTooLong | Self::Shutdown | Self::Memory | Self::NoServer => {
@@ -279,6 +289,7 @@ impl RequestError {
             Self::Cut(_) => Reason::Cut,
             Self::Shutdown => Reason::Shutdown,
             Self::ClientLeft(_)
+            | Self::FrontCheck(_)
             | Self::NoServer
             | Self::Connect(_)
             | Self::NotSent

@@ -50,6 +50,7 @@ struct Reading<'s> {
     carried: u64,
     answered: [u64; 6],
     refused: [u64; Reason::ALL.len()],
+    front_checks: u64,
 }
 
 impl<'s> Reading<'s> {
@@ -76,6 +77,7 @@ impl<'s> Reading<'s> {
             carried: gate.carried(),
             answered,
             refused,
+            front_checks: gate.front_checks(),
         }
     }
 }
@@ -88,7 +90,7 @@ type Single = (
     fn(&Reading<'_>) -> u64,
 );
 
-const SINGLES: [Single; 11] = [
+const SINGLES: [Single; 12] = [
     (
         "hopgate_held_total",
         "counter",
@@ -112,6 +114,12 @@ const SINGLES: [Single; 11] = [
         "counter",
         "Held requests refused by the proxy",
         |s| s.counts.evicted,
+    ),
+    (
+        "hopgate_front_checks_answered_total",
+        "counter",
+        "Health probes of balancers that were answered instead of being held",
+        |s| s.front_checks,
     ),
     ("hopgate_held_now", "gauge", "Requests held now", |s| {
         s.counts.held_now

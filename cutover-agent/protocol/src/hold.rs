@@ -281,6 +281,9 @@ pub struct ServiceStatus {
     pub gave_up: u64,
     /// Held, and refused by us: over a limit, too old, or at shutdown.
     pub evicted: u64,
+    /// Health probes of balancers that were answered instead of being held; not among the above.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub front_checks_answered: u64,
     /// The servers of both sites, where the question was for the status.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub servers: Vec<ServerStatus>,

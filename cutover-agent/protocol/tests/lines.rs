@@ -41,6 +41,7 @@ fn status() -> ServiceStatus {
         released: 4,
         gave_up: 5,
         evicted: 6,
+        front_checks_answered: 0,
         servers: Vec::new(),
     }
 }

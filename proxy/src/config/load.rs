@@ -7,12 +7,13 @@ use cutover_protocol::id::{NAME_BYTES_MAX, ServiceName};
 use rustix::process::{Resource, getrlimit};
 use toml::Table;
 
+use super::front_check;
 use super::hold;
 use super::http2::{self, Http2};
 use super::quic;
 use super::raw;
 use super::release;
-use super::route;
+use super::route::{self, OfService};
 use super::table::{Problem, Section};
 use super::tls::{self, TlsConfig};
 use super::traces;
@@ -89,6 +90,7 @@ const SERVICE_KEYS: &[&str] = &[
     "own_from",
     "release_class",
     "own_marker",
+    "front_check",
     "rate",
     "unknown_name",
     "route",
@@ -275,7 +277,18 @@ fn service(section: &Section<'_>, around: Around<'_>) -> Result<ServiceConfig, P
     let target = reference(section, "target", around.upstreams)?
         .ok_or_else(|| section.missing("target", "target = \"10.0.1.1:80\""))?;
     let hold = hold::hold(section, None)?;
-    let routes = route::routes(section, protocol, around.limits, around.upstreams, &hold)?;
+    let front_checks = front_check::front_checks(section, None)?;
+    let of_service = OfService {
+        hold: &hold,
+        front_checks: &front_checks,
+    };
+    let routes = route::routes(
+        section,
+        protocol,
+        around.limits,
+        around.upstreams,
+        of_service,
+    )?;
     Ok(ServiceConfig {
         name,
         listen,
@@ -287,6 +300,7 @@ fn service(section: &Section<'_>, around: Around<'_>) -> Result<ServiceConfig, P
         unknown_name: raw::unknown_name(section, protocol, &routes)?,
         routes,
         own_marker: own_marker(section)?,
+        front_checks,
         hold,
     })
 }

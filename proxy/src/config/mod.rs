@@ -3,6 +3,7 @@
 //! [`Config::load`] is the only way to get one. Reading and checking live in `load`, the typed view of a TOML
 //! table in `table`; nothing else in the crate knows TOML.
 
+mod front_check;
 mod hold;
 mod http2;
 mod load;
@@ -24,6 +25,7 @@ use cutover_protocol::id::{ServiceName, Site};
 use serde::{Deserialize, Serialize};
 
 use crate::forwarded::TrustedFrom;
+use crate::http::front_check::FrontChecks;
 use crate::limit::rate::RateLimit;
 use crate::route::RouteTable;
 pub use hold::HoldConfig;
@@ -174,6 +176,8 @@ pub struct ServiceConfig {
     pub hold: HoldConfig,
     /// The field, in lower case, by which a trusted peer marks what comes from the application itself.
     pub own_marker: Option<Box<str>>,
+    /// Health probes of balancers in front of us, where no route says otherwise.
+    pub(crate) front_checks: FrontChecks,
     /// How many requests it takes, before any route is looked at.
     pub(crate) rate: Option<Arc<RateLimit>>,
     /// What part of the requests needs other treatment.

@@ -26,6 +26,7 @@ const OF_REQUESTS: &[&str] = &[
     "request_headers",
     "response_headers",
     "retry_methods",
+    "front_check",
     "body_bytes_max",
     "response_ms_max",
     "between_bytes_ms_max",
@@ -80,7 +81,9 @@ pub(super) fn unknown_name(
 ) -> Result<UnknownName, Problem> {
     match protocol {
         Protocol::Http => service.refuse_useless(&["unknown_name"], "protocol = \"tcp\"")?,
-        Protocol::Tcp => service.refuse_useless(&["rate"], "protocol = \"http\"")?,
+        Protocol::Tcp => {
+            service.refuse_useless(&["rate", "front_check"], "protocol = \"http\"")?;
+        }
     }
     if routes.is_empty() {
         service.refuse_useless(&["unknown_name"], "a route with \"sni\"")?;

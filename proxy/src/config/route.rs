@@ -15,8 +15,9 @@ use super::load::{to_u64, to_usize};
 use super::raw;
 use super::table::{Problem, Section};
 use super::upstream::reference;
-use super::{HoldConfig, Limits, Protocol, UpstreamConfig, hold};
+use super::{HoldConfig, Limits, Protocol, UpstreamConfig, front_check, hold};
 use crate::forwarded::TrustedFrom;
+use crate::http::front_check::FrontChecks;
 use crate::limit::rate::{Rate, RateLimit};
 use crate::route::action::{FieldEdits, Redirect, RedirectStatus, Rewrite, may_edit};
 use crate::route::condition::{
@@ -45,6 +46,7 @@ const ROUTE_KEYS: &[&str] = &[
     "at_cut",
     "own_from",
     "release_class",
+    "front_check",
     "body_bytes_max",
     "connect_ms_max",
     "response_ms_max",
@@ -55,7 +57,7 @@ const ROUTE_KEYS: &[&str] = &[
     "tunnel_idle_ms_max",
 ];
 /// Those from here on take the place of one in `[limits]`.
-const FIRST_LIMIT: usize = 19;
+const FIRST_LIMIT: usize = 20;
 const _: () = assert!(matches!(
     ROUTE_KEYS[FIRST_LIMIT].as_bytes(),
     b"body_bytes_max"
@@ -93,13 +95,20 @@ fn inner<'t>(
     outer.section_at(key, format!("{key} of {}", outer.place()), known)
 }
 
+/// What of a service holds for its routes where they say nothing else.
+#[derive(Clone, Copy)]
+pub(super) struct OfService<'s> {
+    pub(super) hold: &'s HoldConfig,
+    pub(super) front_checks: &'s FrontChecks,
+}
+
 /// All routes of a service. `limits` are those of the proxy; a route's own take their place.
 pub(super) fn routes(
     service: &Section<'_>,
     protocol: Protocol,
     limits: &Limits,
     upstreams: &[UpstreamConfig],
-    hold: &HoldConfig,
+    of_service: OfService<'_>,
 ) -> Result<RouteTable, Problem> {
     let mut routes: Vec<Route> = Vec::new();
     let place = |index: usize, table: &Table| match table.get("name") {
@@ -108,7 +117,7 @@ pub(super) fn routes(
     };
     for section in service.sections_at("route", place, ROUTE_KEYS)? {
         raw::route_fits(&section, protocol)?;
-        let next = route(&section, limits, upstreams, hold)?;
+        let next = route(&section, limits, upstreams, of_service)?;
         if routes.iter().any(|other| other.name == next.name) {
             return Err(service.together("has two routes with the same name; give each its own"));
         }
@@ -121,7 +130,7 @@ fn route(
     section: &Section<'_>,
     limits: &Limits,
     upstreams: &[UpstreamConfig],
-    hold_of_service: &HoldConfig,
+    of_service: OfService<'_>,
 ) -> Result<Route, Problem> {
     let name = section.required_text("name", "name = \"api\"")?.to_owned();
     let redirect = redirect(section)?;
@@ -142,7 +151,8 @@ fn route(
         response_fields: edits(section, "response_headers")?,
         retry_methods: methods(section, "retry_methods")?,
         rate: rate(section)?,
-        hold: hold::hold(section, Some(hold_of_service))?,
+        hold: hold::hold(section, Some(of_service.hold))?,
+        front_checks: front_check::front_checks(section, Some(of_service.front_checks))?,
         limits: own_limits(section, limits)?,
     })
 }
@@ -190,7 +200,11 @@ fn places(section: &Section<'_>) -> Result<Vec<PlacePattern>, Problem> {
 }
 
 /// A path that has one reading only, so that a request for it is found whichever way it is read.
-fn path_text(section: &Section<'_>, key: &'static str, text: &str) -> Result<String, Problem> {
+pub(super) fn path_text(
+    section: &Section<'_>,
+    key: &'static str,
+    text: &str,
+) -> Result<String, Problem> {
     const WANTED: &str = "a path that begins with \"/\", has no \"//\", \".\", \"..\", \";\" or \"?\" in it and encodes only what it must";
     let read = Path::read(text).ok();
     let is_simple = read.is_some_and(|read| read.as_str() == text && read.loose().is_none());

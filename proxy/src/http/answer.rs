@@ -2,6 +2,7 @@
 
 use std::io::Write;
 
+use super::front_check::Green;
 use crate::error::RequestError;
 use crate::route::action::RedirectStatus;
 
@@ -21,6 +22,9 @@ pub(crate) fn write(
     after: After,
     head: bool,
 ) {
+    if let RequestError::FrontCheck(green) = error {
+        return write_green(out, green, after, head);
+    }
     let body = format!("{}: {error}\n", reason(status));
     // Writing to a vector cannot fail.
     drop(write!(
@@ -37,6 +41,32 @@ pub(crate) fn write(
     }
     if status == 405 {
         out.extend_from_slice(b"Allow: GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS\r\n");
+    }
+    if after == After::Close {
+        out.extend_from_slice(b"Connection: close\r\n");
+    }
+    out.extend_from_slice(b"\r\n");
+    if !head {
+        out.extend_from_slice(body.as_bytes());
+    }
+}
+
+/// Appends what a front check is told.
+fn write_green(out: &mut Vec<u8>, green: &Green, after: After, head: bool) {
+    let Green { status, body } = green;
+    // Writing to a vector cannot fail.
+    drop(write!(
+        out,
+        "HTTP/1.1 {status} {}\r\nCache-Control: no-store\r\n",
+        reason(*status)
+    ));
+    match (*status, body.len()) {
+        (204, _) => {}
+        (_, 0) => out.extend_from_slice(b"Content-Length: 0\r\n"),
+        (_, length) => drop(write!(
+            out,
+            "Content-Type: text/plain; charset=utf-8\r\nContent-Length: {length}\r\n"
+        )),
     }
     if after == After::Close {
         out.extend_from_slice(b"Connection: close\r\n");
@@ -86,6 +116,7 @@ pub(crate) fn write_redirect(
 
 const fn reason(status: u16) -> &'static str {
     match status {
+        200..=299 => "OK",
         400 => "Bad Request",
         405 => "Method Not Allowed",
         408 => "Request Timeout",

@@ -7,13 +7,14 @@
 use std::sync::Arc;
 use std::time::Instant;
 
+use super::front_check::{Green, Seen};
 use super::head::{Framing, HeadError, same_field};
 use super::request::{Method, Parsed, Request, RequestId, Told, class};
 use crate::config::{Limits, ServiceConfig};
 use crate::error::RequestError;
 use crate::forwarded::{AddressText, Arrived, Hop, Tracing};
 use crate::listen::client::Client;
-use crate::listen::port::{Passage, Settings};
+use crate::listen::port::{FrontCheckOf, Passage, Settings};
 use crate::route::action::{FieldEdits, RedirectStatus};
 use crate::route::template::{Id, Values, Variable};
 use crate::route::{Path, RequestView, Route, bare_host};
@@ -42,6 +43,8 @@ pub(crate) struct Decided {
     pub(crate) hop: Option<Box<Hop>>,
     /// On what terms it is held.
     pub(crate) terms: Terms,
+    /// What it is told if it would have to wait, where it is a front check.
+    pub(crate) front_check: Option<Green>,
     /// Why it is refused, if it is.
     pub(crate) refusal: Option<RequestError>,
 }
@@ -75,7 +78,11 @@ pub(crate) struct AnswerEdits<'a> {
 impl Decided {
     /// The beginning of its way upstream: to whom, and with how much patience.
     pub(crate) fn passage(&self, settings: &Settings) -> Passage {
-        passage(self.terms, self.treatment.as_deref(), settings)
+        let mut passage = passage(self.terms, self.treatment.as_deref(), settings);
+        if let Some(green) = &self.front_check {
+            passage.front_check = FrontCheckOf::Asks(green.clone());
+        }
+        passage
     }
 }
 
@@ -132,9 +139,29 @@ pub(crate) fn decide(by: Rules<'_>, parsed: &Parsed<'_, '_>, out: &mut Vec<u8>) 
     let limits = treatment
         .as_ref()
         .and_then(|treatment| treatment.route.limits.as_deref());
-    let hold = treatment
-        .as_ref()
-        .map_or(&by.service.hold, |treatment| &treatment.route.hold);
+    let terms = terms(by, parsed, &arrived, treatment.as_deref());
+    let front_check = front_check(by, parsed, &request, treatment.as_deref());
+    let body_bytes_max = limits.unwrap_or(by.limits).body_bytes_max;
+    let too_long = matches!(request.framing, Framing::Length(length) if body_bytes_max > 0 && length > body_bytes_max);
+    Decided {
+        request,
+        treatment,
+        hop,
+        terms,
+        front_check,
+        refusal: refusal.or_else(|| too_long.then_some(RequestError::BodyTooLong)),
+    }
+}
+
+/// On what terms a request is held.
+fn terms(
+    by: Rules<'_>,
+    parsed: &Parsed<'_, '_>,
+    arrived: &Arrived<'_>,
+    treatment: Option<&Treatment>,
+) -> Terms {
+    let hold = treatment.map_or(&by.service.hold, |treatment| &treatment.route.hold);
+    let marker = by.service.own_marker.as_deref();
     let is_marked = |name| {
         arrived.trusted
             && parsed
@@ -143,7 +170,7 @@ pub(crate) fn decide(by: Rules<'_>, parsed: &Parsed<'_, '_>, out: &mut Vec<u8>) 
                 .any(|field| same_field(field.name, name))
     };
     let is_own = hold.own_from.believes(by.client.address.ip()) || marker.is_some_and(is_marked);
-    let terms = Terms {
+    Terms {
         arrival: by.now,
         client: by.client.address,
         asker: if is_own {
@@ -153,16 +180,25 @@ pub(crate) fn decide(by: Rules<'_>, parsed: &Parsed<'_, '_>, out: &mut Vec<u8>) 
         },
         at_cut: hold.at_cut,
         class: hold.release_class,
-    };
-    let body_bytes_max = limits.unwrap_or(by.limits).body_bytes_max;
-    let too_long = matches!(request.framing, Framing::Length(length) if body_bytes_max > 0 && length > body_bytes_max);
-    Decided {
-        request,
-        treatment,
-        hop,
-        terms,
-        refusal: refusal.or_else(|| too_long.then_some(RequestError::BodyTooLong)),
     }
+}
+
+/// What a front check is told, if the request is one.
+fn front_check(
+    by: Rules<'_>,
+    parsed: &Parsed<'_, '_>,
+    request: &Request,
+    treatment: Option<&Treatment>,
+) -> Option<Green> {
+    let of_service = &by.service.front_checks;
+    let checks = treatment.map_or(of_service, |treatment| &treatment.route.front_checks);
+    let seen = Seen {
+        request,
+        target: parsed.path,
+        fields: parsed.fields,
+        peer: by.client.address.ip(),
+    };
+    checks.find(seen).cloned()
 }
 
 type Treated = (Request, Option<Box<Treatment>>);

@@ -7,6 +7,7 @@ pub(crate) mod connection;
 pub(crate) mod decide;
 pub(crate) mod exchange;
 pub(crate) mod fields;
+pub(crate) mod front_check;
 pub(crate) mod h2;
 pub(crate) mod h3;
 pub mod head;

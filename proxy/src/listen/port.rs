@@ -24,6 +24,7 @@ use crate::buffer::{Buffer, Buffers};
 use crate::config::{AcmeConfig, Limits, Quic, ServiceConfig, UpstreamProtocol};
 use crate::error::RequestError;
 use crate::forwarded::Tracing;
+use crate::http::front_check::Green;
 use crate::http::h2::upstream::Slot;
 use crate::http::request::RequestId;
 use crate::http::served::Served;
@@ -210,6 +211,20 @@ pub(crate) struct Passage {
     pub(crate) connect_max: Option<Duration>,
     /// The route it takes, if it takes one.
     pub(crate) route: Option<Arc<Route>>,
+    /// Whether it is a health probe of a balancer in front of us.
+    pub(crate) front_check: FrontCheckOf,
+}
+
+/// Whether a request is a front check, and whether we have answered it.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) enum FrontCheckOf {
+    /// It is a request like any other.
+    #[default]
+    No,
+    /// It is one, and told this if it would have to wait.
+    Asks(Green),
+    /// It was told so.
+    Answered,
 }
 
 impl Passage {
@@ -222,6 +237,7 @@ impl Passage {
             sites: None,
             connect_max: None,
             route: None,
+            front_check: FrontCheckOf::No,
         }
     }
 }
@@ -386,11 +402,15 @@ impl Port {
         visitor: &mut Visitor<'_>,
     ) -> Result<Ticket<'_>, RequestError> {
         let (manner, arrival) = (visitor.presence.manner(), visitor.passage.terms.arrival);
-        self.traffic
-            .note(visitor.client, manner, visitor.head, arrival);
+        // A hold would not hold it.
+        if visitor.passage.front_check == FrontCheckOf::No {
+            self.traffic
+                .note(visitor.client, manner, visitor.head, arrival);
+        }
         match self.service.gate.admit(self.worker) {
             Admission::Pass(ticket) => Ok(ticket),
             Admission::Wait => {
+                self.tell_front_check(visitor.passage)?;
                 let terms = visitor.passage.terms;
                 let gate = &self.service.gate;
                 if terms.asker == Asker::Application
@@ -442,11 +462,32 @@ impl Port {
                 }
                 Err(error) => error,
             };
+            // One that would wait again.
+            let is_check = matches!(visitor.passage.front_check, FrontCheckOf::Asks(_));
+            if is_check && (self.holds() || self.service.gate.has_opened_just_now()) {
+                self.tell_front_check(visitor.passage)?;
+            }
             let Some(parked) = ticket.wait_again(&self.service.gate, visitor.passage.terms) else {
                 return Err(error);
             };
             ticket = self.wait(parked?, visitor).await?;
             now = Instant::now();
+        }
+    }
+
+    /// Answers a front check that would have to wait, unless the proxy is going away: then the balancer had better know.
+    fn tell_front_check(&self, passage: &mut Passage) -> Result<(), RequestError> {
+        if self.closing.is_closed() {
+            return Ok(());
+        }
+        match std::mem::take(&mut passage.front_check) {
+            FrontCheckOf::Asks(green) => {
+                passage.front_check = FrontCheckOf::Answered;
+                let shard = self.service.gate.shard(self.worker);
+                shard.front_checks.fetch_add(1, Ordering::Relaxed);
+                Err(RequestError::FrontCheck(green))
+            }
+            FrontCheckOf::No | FrontCheckOf::Answered => Ok(()),
         }
     }
 

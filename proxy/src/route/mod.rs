@@ -11,6 +11,7 @@ pub(crate) mod template;
 use std::sync::Arc;
 
 use crate::config::{HoldConfig, Limits, UpstreamRef};
+use crate::http::front_check::FrontChecks;
 use crate::limit::rate::RateLimit;
 use action::{FieldEdits, Redirect, Rewrite};
 use condition::{Condition, Place};
@@ -35,6 +36,8 @@ pub(crate) struct Route {
     pub(crate) rate: Option<Arc<RateLimit>>,
     /// What a hold means for its requests.
     pub(crate) hold: HoldConfig,
+    /// Health probes of balancers in front of us.
+    pub(crate) front_checks: FrontChecks,
     /// The proxy's limits with the route's own in place; `None` where it has none.
     pub(crate) limits: Option<Box<Limits>>,
 }

@@ -17,6 +17,7 @@ fn route(name: &str) -> Route {
         retry_methods: None,
         rate: None,
         hold: HoldConfig::default(),
+        front_checks: FrontChecks::default(),
         limits: None,
     }
 }

@@ -37,6 +37,8 @@ pub(crate) struct Shard {
     pub(crate) answered: [AtomicU64; 6],
     /// What was refused, by reason.
     pub(crate) refusals: Refusals,
+    /// Front checks that were answered because they would have had to wait.
+    pub(crate) front_checks: AtomicU64,
 }
 
 /// Bounds of a gate.
@@ -366,6 +368,12 @@ impl Gate {
             .iter()
             .map(|shard| shard.in_flight.load(SeqCst))
             .sum()
+    }
+
+    /// Front checks that were answered so far.
+    pub(crate) fn front_checks(&self) -> u64 {
+        let shards = self.shards.iter();
+        shards.map(|shard| shard.front_checks.load(SeqCst)).sum()
     }
 
     /// Open upstream connections, idle ones included.

@@ -165,6 +165,7 @@ impl Service {
             released: counts.released,
             gave_up: counts.gave_up,
             evicted: counts.evicted,
+            front_checks_answered: self.gate.front_checks(),
             servers: Vec::new(),
         }
     }

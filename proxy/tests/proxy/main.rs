@@ -12,6 +12,7 @@ mod deciding;
 mod draining;
 mod endings;
 mod forwarding;
+mod front_checks;
 mod hashing;
 mod held_streams;
 mod held_upgrade;

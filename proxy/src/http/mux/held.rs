@@ -13,7 +13,7 @@ use crate::forwarded::Hop;
 use crate::http::decide::{Treatment, passage};
 use crate::http::request::{Method, Request, RequestId};
 use crate::http::served::Served;
-use crate::listen::port::Port;
+use crate::listen::port::{FrontCheckOf, Port};
 use crate::service::Parked;
 use crate::service::roll::View;
 use crate::service::terms::{Asker, Terms};
@@ -45,6 +45,7 @@ impl HeldRequest {
             || served.redirect().is_some()
             || served.request.method == Method::Connect
             || terms.asker != Asker::Client
+            || served.passage.front_check != FrontCheckOf::No
         {
             return None;
         }
