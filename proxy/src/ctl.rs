@@ -74,6 +74,9 @@ enum Verb {
         /// How long requests in flight may take to finish.
         #[arg(long, default_value = "10s", value_parser = duration)]
         drain: Duration,
+        /// How long you expect clients to wait, such as 3s: warns when somebody in front of the proxy may not.
+        #[arg(long, value_parser = duration)]
+        expect: Option<Duration>,
         /// Take over a hold that somebody else has begun.
         #[arg(long)]
         force: bool,
@@ -138,9 +141,10 @@ pub(crate) fn execute(arguments: &Arguments) -> anyhow::Result<ExitCode> {
             services,
             lease,
             drain,
+            expect,
             force,
             dry_run: None,
-        } => Gates::of(&mut client, services, *force).hold(*lease, *drain)?,
+        } => Gates::of(&mut client, services, *force).hold(*lease, *drain, *expect)?,
         Verb::Release {
             services,
             to,

@@ -33,6 +33,17 @@ pub enum Retry {
     Unsafe,
 }
 
+/// In what words a client is told.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Words {
+    /// Plain text.
+    Text,
+    /// A page that loads itself again.
+    Page,
+    /// gRPC's own.
+    Grpc,
+}
+
 /// Why a request was not forwarded, or not to its end.
 #[derive(Debug, thiserror::Error)]
 pub enum RequestError {
@@ -95,7 +106,12 @@ pub enum RequestError {
     HeldFull,
     /// The request was held for as long as it may be.
     #[error("the service did not come back in time")]
-    HeldTooLong,
+    HeldTooLong(Words),
+    /// The time that its client had given it passed while it was held.
+    #[error(
+        "the time that was given for an answer passed before the service came back; nothing was carried out"
+    )]
+    OutOfTime(Words),
     /// The request did not end before its service had to stand still.
     #[error(
         "the service is being moved and this request took too long; whether it was carried out is not known. Its number is {0}"
@@ -160,8 +176,9 @@ impl RequestError {
             | Self::ClientLeft(_)
             | Self::ClientSilent => Fault::Client,
             Self::HeldFull
-            | Self::HeldTooLong
             | Self::FrontCheck(_)
+            | Self::HeldTooLong(_)
+            | Self::OutOfTime(_)
             | Self::Cut(_)
             | Self::Shutdown
             | Self::Memory => Fault::Us,
@@ -205,8 +222,9 @@ impl RequestError {
             | Self::HeadTooLong
             | Self::HeadTimeout
             | Self::HeldFull
-            | Self::HeldTooLong
             | Self::FrontCheck(_)
+            | Self::HeldTooLong(_)
+            | Self::OutOfTime(_)
             | Self::Shutdown
             | Self::NoServer
             | Self::Connect(_)
@@ -251,9 +269,13 @@ impl RequestError {
             Self::FrontCheck(green) => Some(green.status),
             // Told in the words of TLS and of HTTP/2.
             Self::ClientLeft(_) | Self::ServerName | Self::Streams => None,
-            Self::HeldFull | Self::HeldTooLong | Self::Shutdown | Self::Memory | Self::NoServer => {
-                Some(503)
-            }
+            // The status of gRPC is another field.
+            Self::HeldTooLong(Words::Grpc) | Self::OutOfTime(Words::Grpc) => Some(200),
+            Self::HeldFull
+            | Self::HeldTooLong(_)
+            | Self::Shutdown
+            | Self::Memory
+            | Self::NoServer => Some(503),
             Self::Connect(_)
             | Self::NotSent
             | Self::NoAnswer(_)
@@ -264,7 +286,9 @@ impl RequestError {
             | Self::NoTunnel
             | Self::AnswerChunk(_)
             | Self::AnswerCut(_) => Some(502),
-            Self::UpstreamSilent | Self::TookTooLong | Self::Cut(_) => Some(504),
+            Self::UpstreamSilent | Self::TookTooLong | Self::Cut(_) | Self::OutOfTime(_) => {
+                Some(504)
+            }
         }
     }
 
@@ -285,7 +309,8 @@ impl RequestError {
             Self::BodyTooSlow | Self::ClientSilent => Reason::BodySlow,
             Self::Chunk(_) | Self::BodyLength | Self::Trailer(_) => Reason::Body,
             Self::HeldFull => Reason::HeldFull,
-            Self::HeldTooLong => Reason::HeldTooLong,
+            Self::HeldTooLong(_) => Reason::HeldTooLong,
+            Self::OutOfTime(_) => Reason::OutOfTime,
             Self::Cut(_) => Reason::Cut,
             Self::Shutdown => Reason::Shutdown,
             Self::ClientLeft(_)
@@ -306,6 +331,25 @@ impl RequestError {
         })
     }
 
+    /// In what words the client is told.
+    #[must_use]
+    pub const fn words(&self) -> Words {
+        match self {
+            Self::HeldTooLong(words) | Self::OutOfTime(words) => *words,
+            _ => Words::Text,
+        }
+    }
+
+    /// What a client of gRPC is told: UNAVAILABLE, which it may try again, or DEADLINE_EXCEEDED.
+    #[must_use]
+    pub const fn grpc_status(&self) -> Option<u8> {
+        match self {
+            Self::HeldTooLong(Words::Grpc) => Some(14),
+            Self::OutOfTime(Words::Grpc) => Some(4),
+            _ => None,
+        }
+    }
+
     /// What `Retry-After` says, where the answer has one; `by_default` is `retry_after_s`.
     #[must_use]
     pub const fn retry_after_s(&self, by_default: u64) -> Option<u64> {
@@ -321,7 +365,8 @@ impl From<Eviction> for RequestError {
     fn from(eviction: Eviction) -> Self {
         match eviction {
             Eviction::Full => Self::HeldFull,
-            Eviction::TooOld => Self::HeldTooLong,
+            Eviction::TooOld => Self::HeldTooLong(Words::Text),
+            Eviction::OutOfTime => Self::OutOfTime(Words::Text),
             Eviction::Shutdown => Self::Shutdown,
         }
     }

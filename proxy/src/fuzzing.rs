@@ -4,6 +4,7 @@
 //! Built for tests and with the feature `fuzzing` only; no part of the proxy may use it.
 
 use std::net::{Ipv4Addr, SocketAddr};
+use std::time::Duration;
 
 use cutover_protocol::hold::Order;
 
@@ -12,6 +13,7 @@ use crate::control::seen;
 use crate::forwarded::TraceParent;
 use crate::forwarded::{Arrived, TrustedFrom};
 use crate::http::chunked::{ChunkError, Chunks};
+use crate::http::deadline;
 use crate::http::head::{Framing, HeadError, Scan, Version, same_field, scan};
 use crate::http::mux::head::{BodyFollows, HeadBuilder};
 use crate::http::request::{Method, Parsed, Request, RequestId, Told, Upgrade, field_room, parse};
@@ -171,6 +173,35 @@ pub fn trace_parent(bytes: &[u8]) {
     }
 }
 
+/// A client's own deadline: whatever its value is, shortened it is of the same form, no longer than before, and the rest
+/// of the head stays as it was.
+pub fn deadline(bytes: &[u8]) {
+    // A head of ours has no line ends or blanks at the edges of its values.
+    let value = bytes.trim_ascii();
+    if value.iter().any(|byte| matches!(byte, b'\r' | b'\n')) {
+        return;
+    }
+    for name in ["grpc-timeout", "connect-timeout-ms", "request-timeout"] {
+        let begin = format!("GET / HTTP/1.1\r\nHost: h\r\n{name}: ");
+        let end = b"\r\nX-After: all\r\n\r\n";
+        let head = [begin.as_bytes(), value, end].concat();
+        let before = deadline::of(&head);
+        for passed in [Duration::ZERO, Duration::from_millis(1), Duration::MAX] {
+            let mut after = head.clone();
+            deadline::shorten(&mut after, passed);
+            assert!(after.starts_with(begin.as_bytes()) && after.ends_with(end));
+            match (before, deadline::of(&after)) {
+                (None, _) => assert_eq!(after, head),
+                (Some(before), Some(after)) => {
+                    // Of what is less than its unit one is left.
+                    assert!(after <= before.max(Duration::from_micros(1)));
+                }
+                (Some(_), None) => panic!("{} is lost", after.escape_ascii()),
+            }
+        }
+    }
+}
+
 /// The PROXY protocol: what is said of a connection does not depend on how its first bytes arrive.
 pub fn proxy_protocol(bytes: &[u8]) {
     let said = |bytes: &[u8]| match proxy_protocol::parse(bytes) {
@@ -327,7 +358,7 @@ mod tests {
 
     use super::*;
 
-    const TARGETS: [fn(&[u8]); 10] = [
+    const TARGETS: [fn(&[u8]); 11] = [
         request_head,
         response_head,
         chunks,
@@ -336,6 +367,7 @@ mod tests {
         header_list,
         route_path,
         trace_parent,
+        deadline,
         proxy_protocol,
         client_hello,
     ];

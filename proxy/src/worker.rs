@@ -240,7 +240,11 @@ impl Worker {
                 reply,
             } => {
                 let port = self.port_of(&service);
-                let part = port.map(|port| port.roll.part(most)).unwrap_or_default();
+                let part = port.map(|port| {
+                    let bound = port.settings().service.hold_bound();
+                    port.roll.part(most, bound)
+                });
+                let part = part.unwrap_or_default();
                 drop(reply.send(part));
             }
             Question::Observe {

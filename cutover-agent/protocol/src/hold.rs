@@ -13,6 +13,10 @@ use crate::id::{Epoch, Holder, Register, ServiceName, Site};
 /// Longest line of the control protocol, in bytes, in either direction.
 pub const LINE_BYTES_MAX: usize = 1 << 20;
 
+/// A stall longer than so many tenths of the shortest timeout in front of a proxy is worth a warning: predictions are
+/// not exact, and what was held is not answered all at once.
+pub const FRONT_TENTHS_MAX: u8 = 8;
+
 /// Most services of one command.
 pub const SERVICES_MAX: usize = 64;
 
@@ -263,6 +267,12 @@ pub struct ServiceStatus {
     /// The epoch at which the hold began, while the gate holds; while it is the register's, the hold is undecided.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub held_since: Option<Epoch>,
+    /// How long a request may be held, in milliseconds; shorter on some routes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hold_ms_max: Option<u64>,
+    /// The shortest timeout of what stands in front of the proxy, in milliseconds, where it is known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub front_timeout_ms: Option<u64>,
     /// Requests (or raw connections) between their admission and their last byte.
     pub in_flight: u64,
     /// Open connections to upstreams, idle ones included.
@@ -294,6 +304,27 @@ impl ServiceStatus {
     #[must_use]
     pub fn is_undecided(&self) -> bool {
         self.held_since == Some(self.register.epoch)
+    }
+
+    /// What clients would see of a stall of so many milliseconds, where they would: a line each, with what to do.
+    #[must_use]
+    pub fn stall_warnings(&self, stall_ms: u64) -> Vec<String> {
+        let service = &self.service;
+        let front = self.front_timeout_ms.filter(|front| {
+            u128::from(stall_ms) * 10 > u128::from(*front) * u128::from(FRONT_TENTHS_MAX)
+        });
+        let front = front.map(|front| {
+            format!(
+                "{service}: a stall of {stall_ms} ms passes 0.{FRONT_TENTHS_MAX} of front_timeout_ms = {front}; clients may see a timeout of what stands in front of the proxy: raise that, or make the stall shorter"
+            )
+        });
+        let bound = self.hold_ms_max.filter(|bound| stall_ms > *bound);
+        let bound = bound.map(|bound| {
+            format!(
+                "{service}: a stall of {stall_ms} ms is longer than any request is held ({bound} ms); those who came first would be refused: raise hold_ms_max, or make the stall shorter"
+            )
+        });
+        front.into_iter().chain(bound).collect()
     }
 }
 

@@ -33,6 +33,8 @@ fn status() -> ServiceStatus {
         lease_ms_left: None,
         holder: None,
         held_since: None,
+        hold_ms_max: None,
+        front_timeout_ms: None,
         in_flight: 1,
         upstream_connections: 2,
         carried: 0,
@@ -550,4 +552,22 @@ proptest! {
         prop_assert!(!line.contains('\n'));
         prop_assert_eq!(from_str::<Entry>(&line).unwrap(), entry);
     }
+}
+
+#[test]
+fn a_stall_that_comes_close_to_a_timeout_in_front_is_warned_of() {
+    let patient = ServiceStatus {
+        hold_ms_max: Some(60_000),
+        front_timeout_ms: Some(10_000),
+        ..status()
+    };
+    assert_eq!(patient.stall_warnings(8_000), Vec::<String>::new());
+    assert_eq!(
+        patient.stall_warnings(8_001),
+        [
+            "web: a stall of 8001 ms passes 0.8 of front_timeout_ms = 10000; clients may see a timeout of what stands in front of the proxy: raise that, or make the stall shorter"
+        ]
+    );
+    assert_eq!(patient.stall_warnings(60_001).len(), 2);
+    assert_eq!(status().stall_warnings(u64::MAX), Vec::<String>::new());
 }

@@ -25,7 +25,7 @@ use cutover_protocol::hop::{
 use cutover_protocol::id::{ContainerName, Epoch, Holder, HopId, ServiceName, Site};
 use cutover_protocol::plan::{Engine, Memory, Plan, Tracking};
 use cutover_protocol::tunnel::Kind;
-use cutover_protocol::wire::{Finding, Inspect, Inspected, Request, Response};
+use cutover_protocol::wire::{Finding, Inspect, Inspected, Request, Response, Severity};
 use tokio::sync::{broadcast, watch};
 
 use crate::config::IMAGES_TREE;
@@ -511,13 +511,34 @@ async fn look(
     Ok((source, findings))
 }
 
+/// Whether anybody in front of the proxy, or the proxy itself, has too little patience for the predicted stall.
+async fn stall_findings(host: &Host, plan: &Plan, stall_ms: u64) -> Vec<Finding> {
+    let Some(control) = &host.config.proxy_control else {
+        return Vec::new();
+    };
+    let (proxy, mut findings) = (Proxy::new(control), Vec::new());
+    for service in &plan.settings().services {
+        let warnings = match proxy.status(service).await {
+            Ok(status) => status.stall_warnings(stall_ms),
+            Err(error) => vec![format!(
+                "whether clients wait long enough for {service} is not known: {error}"
+            )],
+        };
+        findings.extend(warnings.into_iter().map(|message| Finding {
+            severity: Severity::Warning,
+            message,
+        }));
+    }
+    findings
+}
+
 /// Inspects both sides, compares, and predicts; changes nothing anywhere.
 ///
 /// # Errors
 /// When the target cannot be reached.
 pub async fn dry_run(host: &Host, plan: &Plan) -> Result<Checked, String> {
     let link = Link::new(&host.config, plan.settings());
-    let (source, findings) = look(host, &link, plan, act::KILL_MAX).await?;
+    let (source, mut findings) = look(host, &link, plan, act::KILL_MAX).await?;
     let measured = link.measure().await?;
     let tracking = match plan.settings().engine {
         Engine::Criu => plan.settings().memory.settle(source.tracks_dirty_pages),
@@ -533,6 +554,7 @@ pub async fn dry_run(host: &Host, plan: &Plan) -> Result<Checked, String> {
     let moved = if rounds_max == 0 { images } else { 0 };
     let costs = costs::read(&host.config.state_dir);
     let stall = predict(moved, images, &costs, &measured);
+    findings.extend(stall_findings(host, plan, stall.total_ms()).await);
     Ok(Checked {
         findings,
         stall_ms_predicted: stall.total_ms(),

@@ -89,6 +89,9 @@ const SERVICE_KEYS: &[&str] = &[
     "at_cut",
     "own_from",
     "release_class",
+    "hold_ms_max",
+    "at_limit",
+    "front_timeout_ms",
     "own_marker",
     "front_check",
     "rate",
@@ -278,17 +281,14 @@ fn service(section: &Section<'_>, around: Around<'_>) -> Result<ServiceConfig, P
         .ok_or_else(|| section.missing("target", "target = \"10.0.1.1:80\""))?;
     let hold = hold::hold(section, None)?;
     let front_checks = front_check::front_checks(section, None)?;
+    let (hold_max, front_timeout) = hold::bounds(section, around.limits.hold_max)?;
     let of_service = OfService {
+        protocol,
         hold: &hold,
+        hold_max,
         front_checks: &front_checks,
     };
-    let routes = route::routes(
-        section,
-        protocol,
-        around.limits,
-        around.upstreams,
-        of_service,
-    )?;
+    let routes = route::routes(section, of_service, around.limits, around.upstreams)?;
     Ok(ServiceConfig {
         name,
         listen,
@@ -302,6 +302,8 @@ fn service(section: &Section<'_>, around: Around<'_>) -> Result<ServiceConfig, P
         own_marker: own_marker(section)?,
         front_checks,
         hold,
+        hold_max,
+        front_timeout,
     })
 }
 

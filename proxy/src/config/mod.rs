@@ -21,6 +21,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use cutover_protocol::hold::FRONT_TENTHS_MAX;
 use cutover_protocol::id::{ServiceName, Site};
 use serde::{Deserialize, Serialize};
 
@@ -28,7 +29,7 @@ use crate::forwarded::TrustedFrom;
 use crate::http::front_check::FrontChecks;
 use crate::limit::rate::RateLimit;
 use crate::route::RouteTable;
-pub use hold::HoldConfig;
+pub use hold::{AtLimit, HoldConfig};
 pub use http2::Http2;
 pub use load::ConfigError;
 pub use quic::Quic;
@@ -174,6 +175,10 @@ pub struct ServiceConfig {
     pub(crate) trusted_from: TrustedFrom,
     /// What a hold means for its requests, where their route says nothing else.
     pub hold: HoldConfig,
+    /// How long a request may be held.
+    pub hold_max: Duration,
+    /// The shortest timeout of what stands in front of the proxy, if anything does.
+    pub front_timeout: Option<Duration>,
     /// The field, in lower case, by which a trusted peer marks what comes from the application itself.
     pub own_marker: Option<Box<str>>,
     /// Health probes of balancers in front of us, where no route says otherwise.
@@ -186,7 +191,29 @@ pub struct ServiceConfig {
     pub unknown_name: UnknownName,
 }
 
+/// Part of the time in front of us that is left for an answer of ours to be read: a twentieth.
+const FRONT_SPARE_PARTS: u32 = 20;
+/// The most that is left.
+const FRONT_SPARE_MAX: Duration = Duration::from_secs(1);
+
 impl ServiceConfig {
+    /// No request is held for longer: its bound, or just so long that somebody still reads the answer.
+    #[must_use]
+    pub fn hold_bound(&self) -> Duration {
+        let front = self.front_timeout.map(|front| {
+            let spare = (front / FRONT_SPARE_PARTS).min(FRONT_SPARE_MAX);
+            front.saturating_sub(spare)
+        });
+        front.map_or(self.hold_max, |front| front.min(self.hold_max))
+    }
+
+    /// A hold longer than this comes close to what clients see as an error of somebody in front of us.
+    #[must_use]
+    pub fn front_warning(&self) -> Option<Duration> {
+        let front = self.front_timeout?;
+        Some(front / 10 * u32::from(FRONT_TENTHS_MAX))
+    }
+
     /// Who serves at a site.
     #[must_use]
     pub const fn upstream(&self, site: Site) -> &UpstreamRef {

@@ -5,7 +5,7 @@
 
 use std::net::IpAddr;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
 use regex::{Regex, RegexBuilder};
@@ -47,6 +47,8 @@ const ROUTE_KEYS: &[&str] = &[
     "own_from",
     "release_class",
     "front_check",
+    "hold_ms_max",
+    "at_limit",
     "body_bytes_max",
     "connect_ms_max",
     "response_ms_max",
@@ -57,7 +59,7 @@ const ROUTE_KEYS: &[&str] = &[
     "tunnel_idle_ms_max",
 ];
 /// Those from here on take the place of one in `[limits]`.
-const FIRST_LIMIT: usize = 20;
+const FIRST_LIMIT: usize = 22;
 const _: () = assert!(matches!(
     ROUTE_KEYS[FIRST_LIMIT].as_bytes(),
     b"body_bytes_max"
@@ -98,17 +100,18 @@ fn inner<'t>(
 /// What of a service holds for its routes where they say nothing else.
 #[derive(Clone, Copy)]
 pub(super) struct OfService<'s> {
+    pub(super) protocol: Protocol,
     pub(super) hold: &'s HoldConfig,
+    pub(super) hold_max: Duration,
     pub(super) front_checks: &'s FrontChecks,
 }
 
 /// All routes of a service. `limits` are those of the proxy; a route's own take their place.
 pub(super) fn routes(
     service: &Section<'_>,
-    protocol: Protocol,
+    of_service: OfService<'_>,
     limits: &Limits,
     upstreams: &[UpstreamConfig],
-    of_service: OfService<'_>,
 ) -> Result<RouteTable, Problem> {
     let mut routes: Vec<Route> = Vec::new();
     let place = |index: usize, table: &Table| match table.get("name") {
@@ -116,7 +119,7 @@ pub(super) fn routes(
         _ => format!("[[service.route]] number {}", index + 1),
     };
     for section in service.sections_at("route", place, ROUTE_KEYS)? {
-        raw::route_fits(&section, protocol)?;
+        raw::route_fits(&section, of_service.protocol)?;
         let next = route(&section, limits, upstreams, of_service)?;
         if routes.iter().any(|other| other.name == next.name) {
             return Err(service.together("has two routes with the same name; give each its own"));
@@ -141,6 +144,8 @@ fn route(
             "has \"redirect\" together with \"source\", \"target\" or \"rewrite\"; a redirected request reaches nobody",
         ));
     }
+    let mut hold = hold::hold(section, Some(of_service.hold))?;
+    hold.limit = hold::limit(section, hold.at_limit, of_service.hold_max)?;
     Ok(Route {
         name,
         condition: condition(section)?,
@@ -151,7 +156,7 @@ fn route(
         response_fields: edits(section, "response_headers")?,
         retry_methods: methods(section, "retry_methods")?,
         rate: rate(section)?,
-        hold: hold::hold(section, Some(of_service.hold))?,
+        hold,
         front_checks: front_check::front_checks(section, Some(of_service.front_checks))?,
         limits: own_limits(section, limits)?,
     })

@@ -11,8 +11,7 @@ use tokio::time::{Instant, sleep_until};
 
 use super::commands::{Commander, Unknown};
 use super::seen::{FORECAST_MS_MAX, Forecast, HeldEntry, HeldTable, LimitMet, Look, Seen, Share};
-use crate::config::Limits;
-use crate::forwarded::TrustedFrom;
+use crate::config::{Limits, ServiceConfig};
 use crate::service::traffic::{Arrivals, TrafficSum};
 use crate::service::{Service, milliseconds};
 use crate::worker::Question;
@@ -128,14 +127,16 @@ impl Commander {
         undrained.retain(|entry| entry.age_ms >= duration_ms);
         let held_now = service.status().held_now;
         let snapshot = self.running.shared.load_full();
+        let Some(serving) = snapshot.serving(name) else {
+            let message = format!("{name} was taken out of the configuration meanwhile");
+            return Seen::Refused { message };
+        };
         let watched = Watched {
-            service: name.clone(),
             duration,
+            end: end.into_std(),
             held_now,
             limits: &snapshot.config.limits,
-            trusted_from: snapshot
-                .serving(name)
-                .map(|serving| &serving.config.trusted_from),
+            config: &serving.config,
         };
         Seen::Forecast(Box::new(watched.forecast(sums, undrained)))
     }
@@ -143,23 +144,24 @@ impl Commander {
 
 /// What is known beside the sums.
 struct Watched<'s> {
-    service: ServiceName,
     duration: Duration,
+    end: std::time::Instant,
     /// Held already, if the gate was not open.
     held_now: u64,
     limits: &'s Limits,
-    /// Peers that speak for many, and are not limited by their address.
-    trusted_from: Option<&'s TrustedFrom>,
+    config: &'s ServiceConfig,
 }
 
 impl Watched<'_> {
     fn forecast(self, sums: Vec<TrafficSum>, mut undrained: Vec<InFlight>) -> Forecast {
-        let mut arrived = 0;
+        let (mut arrived, mut out_of_time) = (0, 0);
         let mut all = Arrivals::default();
         let mut by_address: BTreeMap<IpAddr, u64> = BTreeMap::new();
         let mut connections: BTreeMap<IpAddr, u64> = BTreeMap::new();
         for sum in sums {
             arrived += sum.arrived;
+            let passed = |deadline: &&std::time::Instant| **deadline <= self.end;
+            out_of_time += sum.deadlines.iter().filter(passed).count() as u64;
             for client in sum.connections.keys() {
                 *connections.entry(client.ip()).or_default() += 1;
             }
@@ -178,12 +180,13 @@ impl Watched<'_> {
         undrained.truncate(super::commands::LEFT_MAX);
         Forecast {
             limits: self.limits_met(all.held + self.held_now, &connections),
-            service: self.service,
+            service: self.config.name.clone(),
             duration_ms: milliseconds(self.duration),
             arrived,
             held: all.held,
             connections: connections.values().sum(),
             head_bytes: all.head_bytes,
+            out_of_time,
             by_address: largest(by_address, ADDRESSES_MAX),
             undrained,
             undrained_count,
@@ -210,26 +213,33 @@ impl Watched<'_> {
         .map(|most| most as u64);
         let for_all = [
             met("held_max", held_max, held, None),
-            met(
-                "hold_ms_max",
-                milliseconds(limits.hold_max),
-                milliseconds(self.duration),
-                None,
-            ),
             met("connections_max", connections_max, all_connections, None),
         ];
-        let limited = |address: &IpAddr| {
-            let trusted = self.trusted_from;
-            most_of_one > 0 && !trusted.is_some_and(|trusted| trusted.believes(*address))
+        let wanted = milliseconds(self.duration);
+        let timed = |limit: &str, most: Duration, who: Option<String>| {
+            met(limit, milliseconds(most), wanted, who)
         };
+        let for_all = for_all.into_iter().chain([
+            timed("hold_ms_max", self.config.hold_max, None),
+            self.config
+                .front_warning()
+                .and_then(|most| timed("front_timeout_ms", most, None)),
+        ]);
+        let routes = self.config.routes.iter().filter_map(|route| {
+            let limit = route.hold.limit?;
+            timed("hold_ms_max", limit, Some(format!("route {}", route.name)))
+        });
+        // Those who are trusted speak for many, and are not limited by their address.
+        let limited =
+            |address: &IpAddr| most_of_one > 0 && !self.config.trusted_from.believes(*address);
         let each = connections.iter().filter(|(address, _)| limited(address));
         let each = each.filter_map(|(address, count)| {
             let who = Some(address.to_string());
             met("address_connections_max", most_of_one, *count, who)
         });
         for_all
-            .into_iter()
             .flatten()
+            .chain(routes.take(ADDRESSES_MAX))
             .chain(each.take(ADDRESSES_MAX))
             .collect()
     }
@@ -285,11 +295,11 @@ mod tests {
             sum.connections.insert(client.parse().unwrap(), one);
         }
         let watched = Watched {
-            service: "web".parse().unwrap(),
             duration: Duration::from_secs(10),
+            end: std::time::Instant::now(),
             held_now: 0,
             limits: &config.limits,
-            trusted_from: Some(&config.services[0].trusted_from),
+            config: &config.services[0],
         };
         let forecast = watched.forecast(vec![sum], Vec::new());
         assert_eq!((forecast.held, forecast.connections), (5, 5));

@@ -80,6 +80,33 @@ pub struct HeldEntry {
     pub route: Option<String>,
     /// Since its arrival, in milliseconds.
     pub age_ms: u64,
+    /// Until we answer it ourselves if the hold goes on, in milliseconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub left_ms: Option<u64>,
+    /// Why then.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ends_by: Option<EndsBy>,
+}
+
+/// What ends somebody's time among the held.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum EndsBy {
+    /// The limit of its service or its route.
+    Limit,
+    /// Its client's own deadline.
+    Deadline,
+}
+
+impl EndsBy {
+    /// As it is written.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Limit => "limit",
+            Self::Deadline => "deadline",
+        }
+    }
 }
 
 /// How many belong to one of several.
@@ -109,6 +136,10 @@ pub struct Forecast {
     pub head_bytes: u64,
     /// Client addresses with most of what would be held, ten at most.
     pub by_address: Vec<Share>,
+    /// Of those held, how many would have given up themselves by then, as they say in their heads: they would be
+    /// answered by us, and not executed.
+    #[serde(default)]
+    pub out_of_time: u64,
     /// Limits that such a hold would meet; empty if it would meet none.
     pub limits: Vec<LimitMet>,
     /// What was in flight at the end and older than the time watched: it would not have drained within it. Oldest

@@ -32,11 +32,22 @@ impl<'c> Gates<'c> {
         }
     }
 
-    pub(super) fn hold(&mut self, lease: Duration, drain: Duration) -> anyhow::Result<Answer> {
+    pub(super) fn hold(
+        &mut self,
+        lease: Duration,
+        drain: Duration,
+        expect: Option<Duration>,
+    ) -> anyhow::Result<Answer> {
         let statuses = match self.statuses()? {
             Ok(statuses) => statuses,
             Err(refused) => return Ok(refused),
         };
+        if let Some(expect) = expect {
+            let warnings = statuses
+                .iter()
+                .flat_map(|status| status.stall_warnings(milliseconds(expect)));
+            warnings.for_each(|warning| eprintln!("warning: {warning}"));
+        }
         let (lease_ms, drain_ms_max) = (milliseconds(lease), milliseconds(drain));
         let command = match one_of(&statuses) {
             Some(Expected { service, epoch }) => Command::Hold {

@@ -95,7 +95,7 @@ fn show(
 }
 
 fn code_of(forecast: &Forecast) -> ExitCode {
-    if forecast.limits.is_empty() && forecast.undrained.is_empty() {
+    if forecast.limits.is_empty() && forecast.undrained.is_empty() && forecast.out_of_time == 0 {
         ExitCode::SUCCESS
     } else {
         ExitCode::from(WOULD_COST)
@@ -120,8 +120,12 @@ fn print_entries(title: &str, entries: &[HeldEntry]) {
     println!("  {title}:");
     for entry in entries {
         let route = entry.route.as_deref().unwrap_or("-");
+        let end = match (entry.left_ms, entry.ends_by) {
+            (Some(left_ms), Some(by)) => format!(", {left_ms} ms to its {}", by.as_str()),
+            _ => String::new(),
+        };
         println!(
-            "    {:>8} ms  {}  {}  route {route}",
+            "    {:>8} ms{end}  {}  {}  route {route}",
             entry.age_ms, entry.client, entry.what
         );
     }
@@ -146,6 +150,12 @@ fn print_forecast(forecast: &Forecast) {
     );
     if !forecast.by_address.is_empty() {
         print_shares("most of them from", &forecast.by_address);
+    }
+    if forecast.out_of_time > 0 {
+        println!(
+            "  {} of them would run out of the time that they give themselves",
+            forecast.out_of_time
+        );
     }
     for met in &forecast.limits {
         let who = met

@@ -3,7 +3,7 @@
 use std::io::Write;
 
 use super::front_check::Green;
-use crate::error::RequestError;
+use crate::error::{RequestError, Words};
 use crate::route::action::RedirectStatus;
 
 /// Whether the client's connection goes on after an answer of ours.
@@ -25,15 +25,33 @@ pub(crate) fn write(
     if let RequestError::FrontCheck(green) = error {
         return write_green(out, green, after, head);
     }
-    let body = format!("{}: {error}\n", reason(status));
+    let retry_s = error.retry_after_s(retry_after_s);
+    let (kind, body) = match error.words() {
+        Words::Text => (
+            "text/plain; charset=utf-8",
+            format!("{}: {error}\n", reason(status)),
+        ),
+        Words::Page => (
+            "text/html; charset=utf-8",
+            page(retry_s.unwrap_or(retry_after_s)),
+        ),
+        Words::Grpc => ("application/grpc", String::new()),
+    };
     // Writing to a vector cannot fail.
     drop(write!(
         out,
-        "HTTP/1.1 {status} {}\r\nContent-Type: text/plain; charset=utf-8\r\nContent-Length: {}\r\nCache-Control: no-store\r\n",
+        "HTTP/1.1 {status} {}\r\nContent-Type: {kind}\r\nContent-Length: {}\r\nCache-Control: no-store\r\n",
         reason(status),
         body.len(),
     ));
-    if let Some(retry_after_s) = error.retry_after_s(retry_after_s) {
+    if let Some(code) = error.grpc_status() {
+        // An answer of trailers only: a head that ends the stream. The message has no byte that would need escaping.
+        drop(write!(
+            out,
+            "Grpc-Status: {code}\r\nGrpc-Message: {error}\r\n"
+        ));
+    }
+    if let Some(retry_after_s) = retry_s {
         drop(write!(out, "Retry-After: {retry_after_s}\r\n"));
     }
     if let RequestError::Cut(id) = error {
@@ -75,6 +93,18 @@ fn write_green(out: &mut Vec<u8>, green: &Green, after: After, head: bool) {
     if !head {
         out.extend_from_slice(body.as_bytes());
     }
+}
+
+/// A page that asks again after so many seconds, also where scripts are off.
+fn page(retry_after_s: u64) -> String {
+    let retry_after_s = retry_after_s.max(1);
+    format!(
+        "<!doctype html>\n<html lang=\"en\">\n<meta charset=\"utf-8\">\n\
+         <meta http-equiv=\"refresh\" content=\"{retry_after_s}\">\n\
+         <title>One moment</title>\n\
+         <p>This site is being moved and will be back in a moment. This page asks again by itself.</p>\n\
+         </html>\n"
+    )
 }
 
 /// The answer to a CONNECT: behind it come the tunnel's bytes.

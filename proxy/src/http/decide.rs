@@ -180,6 +180,7 @@ fn terms(
         },
         at_cut: hold.at_cut,
         class: hold.release_class,
+        end: None,
     }
 }
 

@@ -4,6 +4,7 @@ pub(crate) mod answer;
 pub(crate) mod body;
 pub mod chunked;
 pub(crate) mod connection;
+pub(crate) mod deadline;
 pub(crate) mod decide;
 pub(crate) mod exchange;
 pub(crate) mod fields;

@@ -99,7 +99,8 @@ impl Running {
         let done = compare(&before, &next);
         self.shared.store(Arc::clone(&next));
         for serving in &next.services {
-            serving.service.gate.limit(GateLimits::of(&next.config));
+            let limits = GateLimits::of(&next.config, serving.service.name());
+            serving.service.gate.limit(limits);
         }
         self.permits.set(next.config.limits.connections_max);
         self.tend(&next);

@@ -46,6 +46,8 @@ pub(crate) enum Reason {
     HeldFull,
     /// Held for too long.
     HeldTooLong,
+    /// Held until its client had no use for an answer any more.
+    OutOfTime,
     /// In flight when a drain had taken as long as it may.
     Cut,
     /// The proxy is going away.
@@ -54,7 +56,7 @@ pub(crate) enum Reason {
 
 impl Reason {
     /// All of them, in the order of their declaration.
-    pub(crate) const ALL: [Self; 21] = [
+    pub(crate) const ALL: [Self; 22] = [
         Self::Rate,
         Self::AddressConnections,
         Self::Memory,
@@ -74,6 +76,7 @@ impl Reason {
         Self::ProxyProtocol,
         Self::HeldFull,
         Self::HeldTooLong,
+        Self::OutOfTime,
         Self::Cut,
         Self::Shutdown,
     ];
@@ -101,6 +104,7 @@ impl Reason {
             Self::ProxyProtocol => "proxy_protocol",
             Self::HeldFull => "held_full",
             Self::HeldTooLong => "held_too_long",
+            Self::OutOfTime => "out_of_time",
             Self::Cut => "cut",
             Self::Shutdown => "shutdown",
         }

@@ -4,6 +4,7 @@
 pub(crate) mod bound;
 pub(crate) mod client;
 pub(crate) mod hangup;
+mod held;
 pub(crate) mod hello;
 pub(crate) mod idle;
 pub(crate) mod port;

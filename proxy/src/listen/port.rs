@@ -18,12 +18,14 @@ use tokio::time::timeout;
 
 use super::client::Client;
 use super::hangup::HangupWatch;
+use super::held;
 use super::idle::{IdleClients, IdlePlace};
 use crate::access_log::{AccessLog, Line};
 use crate::buffer::{Buffer, Buffers};
 use crate::config::{AcmeConfig, Limits, Quic, ServiceConfig, UpstreamProtocol};
 use crate::error::RequestError;
 use crate::forwarded::Tracing;
+use crate::http::deadline;
 use crate::http::front_check::Green;
 use crate::http::h2::upstream::Slot;
 use crate::http::request::RequestId;
@@ -35,7 +37,7 @@ use crate::service::pool::{NoConnection, Pool, Upstream};
 use crate::service::roll::Roll;
 use crate::service::terms::{Asker, Terms};
 use crate::service::traffic::{Manner, Traffic};
-use crate::service::{Admission, Mode, Parked, Service, Ticket};
+use crate::service::{Admission, Eviction, Mode, Parked, Service, Ticket};
 use crate::stream::Stream;
 use crate::traces::Traces;
 use crate::upstream::{Chosen, Endpoint, Outcome, PickKey, Picked, Sender, Sites};
@@ -411,6 +413,7 @@ impl Port {
             Admission::Pass(ticket) => Ok(ticket),
             Admission::Wait => {
                 self.tell_front_check(visitor.passage)?;
+                self.limit(visitor.passage, visitor.head);
                 let terms = visitor.passage.terms;
                 let gate = &self.service.gate;
                 if terms.asker == Asker::Application
@@ -430,12 +433,49 @@ impl Port {
     /// The queue takes nobody.
     pub(crate) fn park(
         &self,
-        terms: Terms,
+        passage: &mut Passage,
         manner: Manner,
         head: &[u8],
     ) -> Result<Parked, RequestError> {
-        self.traffic.note(terms.client, manner, head, terms.arrival);
-        Ok(self.service.gate.park(self.worker, terms)?)
+        let Terms {
+            client, arrival, ..
+        } = passage.terms;
+        self.traffic.note(client, manner, head, arrival);
+        self.limit(passage, head);
+        Ok(self.service.gate.park(self.worker, passage.terms)?)
+    }
+
+    /// Sets how long it may be held.
+    fn limit(&self, passage: &mut Passage, head: &[u8]) {
+        let settings = self.settings();
+        let hold = held::hold_of(&settings, passage.route.as_deref());
+        passage.terms.end = held::end_of(hold, passage.terms.arrival, head);
+    }
+
+    /// What comes of the gate's word to a request that was held for so long: a ticket, and a head that says how long its
+    /// client still waits; or the reason for its answer.
+    pub(crate) fn called<'p>(
+        &self,
+        verdict: Result<Ticket<'p>, Eviction>,
+        passage: &Passage,
+        head: &mut Vec<u8>,
+        held: Duration,
+    ) -> Result<Ticket<'p>, RequestError> {
+        let verdict = match verdict {
+            Ok(_) if held::is_too_late(passage.terms.end) => Err(Eviction::OutOfTime),
+            verdict => verdict,
+        };
+        match verdict {
+            Ok(ticket) => {
+                deadline::shorten(head, held);
+                Ok(ticket)
+            }
+            Err(why) => {
+                let settings = self.settings();
+                let hold = held::hold_of(&settings, passage.route.as_deref());
+                Err(held::refusal(hold, head, why))
+            }
+        }
     }
 
     /// Finds or makes a connection for the ticket, to a server that can be reached. Where none comes about because the
@@ -591,13 +631,16 @@ impl Port {
             self.buffers.shrink(buffer);
         }
         visitor.head.shrink_to_fit();
-        let (route, arrival) = (visitor.passage.route.clone(), visitor.passage.terms.arrival);
+        let Passage { terms, route, .. } = &*visitor.passage;
+        let (route, arrival, end) = (route.clone(), terms.arrival, terms.end);
         let _entry = self
             .roll
-            .enter(visitor.client, visitor.head, route, arrival);
+            .enter(visitor.client, visitor.head, route, arrival, end);
         let verdict = tokio::select! {
             biased;
-            verdict = parked.verdict(&self.service.gate) => verdict.map_err(RequestError::from),
+            verdict = parked.verdict(&self.service.gate) => {
+                self.called(verdict, visitor.passage, visitor.head, since.elapsed())
+            }
             reason = visitor.presence.left(&self.hangup) => Err(RequestError::ClientLeft(reason)),
         };
         visitor.passage.held += since.elapsed();

@@ -83,6 +83,11 @@ impl RouteTable {
         self.routes.is_empty()
     }
 
+    /// All of them.
+    pub(crate) fn iter(&self) -> impl Iterator<Item = &Route> {
+        self.routes.iter().map(|route| &**route)
+    }
+
     /// Routes with servers of their own, by name.
     pub(crate) fn with_servers(&self) -> impl Iterator<Item = (&str, &RouteServers)> {
         self.routes.iter().filter_map(|route| {

@@ -13,7 +13,7 @@ use proptest::prelude::*;
 
 use super::gate::{Admission, Gate, GateLimits};
 use super::queue::{Eviction, Held, Parked};
-use super::terms::Terms;
+use super::terms::{End, EndsBy, Terms};
 use super::ticket::Ticket;
 use super::word::Mode;
 use crate::config::Release;
@@ -62,6 +62,7 @@ fn limits(held_max: usize) -> GateLimits {
     GateLimits {
         held_max,
         hold_max: Duration::from_millis(1),
+        front_timeout: None,
         release: Release {
             window_first: 2,
             window_max: 4,
@@ -191,4 +192,38 @@ proptest! {
         prop_assert_eq!(gate.in_flight(), 0);
         prop_assert_eq!(gate.with_held(Held::counts).held_now, 0);
     }
+}
+
+#[test]
+fn a_release_refuses_whose_own_time_is_over_and_lets_the_others_through() {
+    let register = Register {
+        epoch: Epoch(1),
+        owner: Site::Source,
+    };
+    let gate = Arc::new(Gate::new(limits(8), WORKERS, Mode::Holding, register));
+    gate.limit(GateLimits {
+        hold_max: Duration::from_secs(60),
+        ..limits(8)
+    });
+    let late = Terms {
+        end: Some(End {
+            at: Instant::now(),
+            by: EndsBy::Deadline,
+        }),
+        ..terms()
+    };
+    let mut late = gate.park(0, late).unwrap();
+    let mut other = gate.park(0, terms()).unwrap();
+    gate.release(register);
+    let look = |parked: &mut Parked| {
+        let verdict = std::pin::pin!(parked.verdict(&gate));
+        match verdict.poll(&mut Context::from_waker(Waker::noop())) {
+            Poll::Ready(verdict) => verdict.map(drop),
+            Poll::Pending => panic!("still held"),
+        }
+    };
+    assert_eq!(look(&mut late), Err(Eviction::OutOfTime));
+    assert_eq!(look(&mut other), Ok(()));
+    let counts = gate.with_held(Held::counts);
+    assert_eq!((counts.evicted, counts.released), (1, 1));
 }

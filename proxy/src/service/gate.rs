@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use cutover_protocol::id::Register;
+use cutover_protocol::id::{Register, ServiceName};
 use tokio::sync::{Notify, watch};
 
 use super::outflow::nanoseconds;
@@ -21,7 +21,7 @@ use super::terms::Terms;
 use super::ticket::{Pass, Slot, Ticket};
 use super::window::Verdict;
 use super::word::{Mode, Word};
-use crate::config::{Config, Release};
+use crate::config::{Config, Release, ServiceConfig};
 use crate::limit::Refusals;
 
 /// Counters that belong to one worker, on cache lines of their own so that workers do not slow each other.
@@ -45,16 +45,23 @@ pub(crate) struct Shard {
 #[derive(Debug, Clone)]
 pub(crate) struct GateLimits {
     pub(crate) held_max: usize,
+    /// No request of the service is held for longer.
     pub(crate) hold_max: Duration,
+    /// The shortest timeout of what stands in front of us.
+    pub(crate) front_timeout: Option<Duration>,
     pub(crate) release: Release,
 }
 
 impl GateLimits {
     /// As a configuration has them.
-    pub(crate) fn of(config: &Config) -> Self {
+    pub(crate) fn of(config: &Config, service: &ServiceName) -> Self {
+        let mut services = config.services.iter();
+        let service = services.find(|known| known.name == *service);
+        let bound = service.map_or(config.limits.hold_max, ServiceConfig::hold_bound);
         Self {
             held_max: config.limits.held_max,
-            hold_max: config.limits.hold_max,
+            hold_max: bound,
+            front_timeout: service.and_then(|service| service.front_timeout),
             release: config.release.clone(),
         }
     }
@@ -159,8 +166,9 @@ impl Gate {
     /// The queue is full, or the proxy is shutting down; either way the request counts as evicted.
     pub(crate) fn park(self: &Arc<Self>, worker: usize, terms: Terms) -> Result<Parked, Eviction> {
         let key_time = self.since_start(terms.arrival);
+        let own_end = terms.end.map(|end| (self.since_start(end.at), end.why()));
         let mut held = self.lock();
-        let (key, receiver) = held.push(key_time, worker, terms)?;
+        let (key, receiver) = held.push(key_time, worker, terms, own_end)?;
         self.pump(&mut held);
         drop(held);
         self.keeper.notify_one();
@@ -242,6 +250,8 @@ impl Gate {
         }
         let now = Instant::now();
         let now_ns = self.since_start(now);
+        // Before anybody leaves: whose time is over is not executed any more.
+        held.evict_expired(now_ns);
         let pace = if word.mode == Mode::Open {
             Pace::AtOnce
         } else {

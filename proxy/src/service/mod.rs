@@ -107,7 +107,7 @@ impl Service {
             GateRecord::Open => (Mode::Open, None),
             GateRecord::Holding { lease_ms, .. } => (Mode::Holding, Some(lease_end(*lease_ms))),
         };
-        let limits = GateLimits::of(config);
+        let limits = GateLimits::of(config, name);
         let gate = Arc::new(Gate::new(limits, config.workers, mode, record.register));
         let told = gate.word();
         Ok(Self {
@@ -132,7 +132,10 @@ impl Service {
     /// Everything a commander may want to know.
     pub(crate) fn status(&self) -> ServiceStatus {
         let word = self.gate.word();
-        let counts = self.gate.with_held(Held::counts);
+        let (counts, hold_max, front_timeout) = self.gate.with_held(|held| {
+            let limits = held.limits();
+            (held.counts(), limits.hold_max, limits.front_timeout)
+        });
         let (in_flight, upstream_connections) = (self.gate.in_flight(), self.gate.connections());
         let gate = match word.mode {
             Mode::Open => hold::Gate::Open,
@@ -157,6 +160,8 @@ impl Service {
             lease_ms_left: lease.map(milliseconds),
             holder,
             held_since,
+            hold_ms_max: Some(milliseconds(hold_max)),
+            front_timeout_ms: front_timeout.map(milliseconds),
             in_flight,
             upstream_connections,
             carried: self.gate.carried(),

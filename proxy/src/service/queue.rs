@@ -42,8 +42,10 @@ pub(super) struct Key {
 pub(crate) enum Eviction {
     /// `held_max` were held already.
     Full,
-    /// It was held for `hold_ms_max`.
+    /// It was held for as long as its service or its route lets it.
     TooOld,
+    /// Its client has no use for an answer any more.
+    OutOfTime,
     /// The proxy is going away.
     Shutdown,
 }
@@ -60,6 +62,8 @@ pub(super) struct Grant {
 pub(super) struct Waiter {
     pub(super) worker: usize,
     pub(super) client: SocketAddr,
+    /// When it is refused, in nanoseconds since the gate was made, and why, if earlier than by the service's bound.
+    own_end: Option<(u64, Eviction)>,
     pub(super) verdict: oneshot::Sender<Result<Grant, Eviction>>,
 }
 
@@ -138,11 +142,19 @@ impl Held {
         }
     }
 
+    /// The bounds in force.
+    pub(crate) const fn limits(&self) -> &GateLimits {
+        &self.limits
+    }
+
     pub(super) fn set_limits(&mut self, limits: GateLimits) {
         self.outflow.bound(&limits.release);
         self.limits = limits;
-        let keys: Vec<Key> = self.waiting.keys().copied().collect();
-        self.expiries = keys.iter().map(|key| (self.expiry(*key), *key)).collect();
+        let ends = self.waiting.iter().map(|(key, waiter)| {
+            let (end_ns, _) = self.end_of(*key, waiter.own_end);
+            ((end_ns, key.number), *key)
+        });
+        self.expiries = ends.collect();
     }
 
     /// Counters at this instant.
@@ -168,6 +180,7 @@ impl Held {
         arrival_ns: u64,
         worker: usize,
         terms: Terms,
+        own_end: Option<(u64, Eviction)>,
     ) -> Result<(Key, oneshot::Receiver<Result<Grant, Eviction>>), Eviction> {
         self.counts.held += 1;
         if self.shut || self.waiting.len() >= self.limits.held_max {
@@ -191,10 +204,12 @@ impl Held {
         let waiter = Waiter {
             worker,
             client: terms.client,
+            own_end,
             verdict,
         };
+        let (end_ns, _) = self.end_of(key, own_end);
+        self.expiries.insert((end_ns, self.unique), key);
         self.waiting.insert(key, waiter);
-        self.expiries.insert(self.expiry(key), key);
         Ok((key, receiver))
     }
 
@@ -218,7 +233,9 @@ impl Held {
             && *expiry_ns <= now_ns
         {
             let key = *key;
-            self.evict(key, now_ns, Eviction::TooOld);
+            let own_end = self.waiting.get(&key).and_then(|waiter| waiter.own_end);
+            let (_, why) = self.end_of(key, own_end);
+            self.evict(key, now_ns, why);
         }
     }
 
@@ -247,13 +264,19 @@ impl Held {
 
     fn remove(&mut self, key: Key) -> Option<Waiter> {
         let waiter = self.waiting.remove(&key)?;
-        self.expiries.remove(&self.expiry(key));
+        let (end_ns, _) = self.end_of(key, waiter.own_end);
+        self.expiries.remove(&(end_ns, key.number));
         Some(waiter)
     }
 
-    fn expiry(&self, key: Key) -> (u64, u64) {
+    /// When it is refused, and why.
+    fn end_of(&self, key: Key, own_end: Option<(u64, Eviction)>) -> (u64, Eviction) {
         let hold_max = nanoseconds(self.limits.hold_max);
-        (key.arrival_ns.saturating_add(hold_max), key.number)
+        let end_ns = key.arrival_ns.saturating_add(hold_max);
+        match own_end {
+            Some(own @ (own_ns, _)) if own_ns <= end_ns => own,
+            _ => (end_ns, Eviction::TooOld),
+        }
     }
 
     pub(super) fn begin_hold(&mut self) {

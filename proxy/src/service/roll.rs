@@ -8,9 +8,10 @@ use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::rc::{Rc, Weak};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::milliseconds;
+use super::terms::{End, EndsBy};
 use crate::control::seen::HeldEntry;
 use crate::route::Route;
 
@@ -23,6 +24,7 @@ struct Entry {
     what: Box<[u8]>,
     route: Option<Arc<Route>>,
     since: Instant,
+    end: Option<End>,
 }
 
 /// One of the held as whoever keeps it shows it.
@@ -34,6 +36,8 @@ pub(crate) struct View<'v> {
     pub(crate) route: Option<&'v str>,
     /// Its arrival.
     pub(crate) since: Instant,
+    /// When it is answered by us, if that is earlier than by the service's bound.
+    pub(crate) end: Option<End>,
 }
 
 /// Whoever keeps several of the held himself, so that the roll need not know each.
@@ -89,12 +93,14 @@ impl Roll {
         head: &[u8],
         route: Option<Arc<Route>>,
         since: Instant,
+        end: Option<End>,
     ) -> RollEntry {
         let entry = Entry {
             client,
             what: what(head).into(),
             route,
             since,
+            end,
         };
         let number = self.next_number();
         self.entries.borrow_mut().insert(number, entry);
@@ -125,6 +131,7 @@ impl Roll {
                 head: &entry.what,
                 route: entry.route.as_ref().map(|route| route.name.as_str()),
                 since: entry.since,
+                end: entry.end,
             });
         }
         for keeper in self.keepers.borrow().values() {
@@ -134,8 +141,8 @@ impl Roll {
         }
     }
 
-    /// Sums, and the `most` who came first and last.
-    pub(crate) fn part(&self, most: usize) -> RollPart {
+    /// Sums, and the `most` who came first and last; nobody is held for longer than `bound`.
+    pub(crate) fn part(&self, most: usize, bound: Duration) -> RollPart {
         let now = Instant::now();
         let mut part = RollPart::default();
         let mut arrivals = Vec::new();
@@ -156,10 +163,10 @@ impl Roll {
         // Only now is anything copied of those who are told of.
         self.show(&mut |view| {
             if view.since <= old {
-                part.oldest.push((view.since, view.tell(now)));
+                part.oldest.push((view.since, view.tell(now, bound)));
             }
             if view.since >= new {
-                part.newest.push((view.since, view.tell(now)));
+                part.newest.push((view.since, view.tell(now, bound)));
             }
         });
         part.oldest.sort_by_key(|(since, _)| *since);
@@ -180,12 +187,22 @@ fn what(head: &[u8]) -> &[u8] {
 }
 
 impl View<'_> {
-    fn tell(&self, now: Instant) -> HeldEntry {
+    fn tell(&self, now: Instant, bound: Duration) -> HeldEntry {
+        let last = self.since.checked_add(bound).map(|at| End {
+            at,
+            by: EndsBy::Limit,
+        });
+        let end = [self.end, last]
+            .into_iter()
+            .flatten()
+            .min_by_key(|end| end.at);
         HeldEntry {
             client: self.client.to_string(),
             what: String::from_utf8_lossy(what(self.head)).into_owned(),
             route: self.route.map(ToOwned::to_owned),
             age_ms: milliseconds(now.saturating_duration_since(self.since)),
+            left_ms: end.map(|end| milliseconds(end.at.saturating_duration_since(now))),
+            ends_by: end.map(|end| end.by),
         }
     }
 }

@@ -5,6 +5,9 @@ use std::time::Instant;
 
 use cutover_protocol::hold::AtCut;
 
+use super::queue::Eviction;
+pub(crate) use crate::control::seen::EndsBy;
+
 /// Who asks, as far as it makes a difference to a hold.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) enum Asker {
@@ -39,6 +42,25 @@ pub(crate) struct Terms {
     pub(crate) at_cut: AtCut,
     /// Who leaves before it.
     pub(crate) class: ReleaseClass,
+    /// When it is answered by us if that is earlier than by the service's bound.
+    pub(crate) end: Option<End>,
+}
+
+/// The end of somebody's time among the held.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct End {
+    pub(crate) at: Instant,
+    pub(crate) by: EndsBy,
+}
+
+impl End {
+    /// What becomes of it then.
+    pub(super) const fn why(&self) -> Eviction {
+        match self.by {
+            EndsBy::Limit => Eviction::TooOld,
+            EndsBy::Deadline => Eviction::OutOfTime,
+        }
+    }
 }
 
 impl Terms {
@@ -50,6 +72,7 @@ impl Terms {
             asker: Asker::Client,
             at_cut: AtCut::Wait,
             class: ReleaseClass::Usual,
+            end: None,
         }
     }
 }

@@ -6,6 +6,8 @@ use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::time::Instant;
 
+use crate::http::deadline;
+
 /// Client connections that are told apart; more are counted as one each.
 const CONNECTIONS_MAX: usize = 200_000;
 
@@ -39,6 +41,8 @@ pub(crate) struct TrafficSum {
     pub(crate) connections: HashMap<SocketAddr, Arrivals>,
     /// Requests of connections that there was no more room to tell apart.
     pub(crate) beyond: Arrivals,
+    /// When those would have had no use for an answer any more that say so; as many as connections are told apart.
+    pub(crate) deadlines: Vec<Instant>,
 }
 
 /// What came by one connection, as far as it would be held.
@@ -73,12 +77,12 @@ impl Traffic {
     /// One more request, or raw connection, has come to the gate.
     pub(crate) fn note(&self, client: SocketAddr, manner: Manner, head: &[u8], now: Instant) {
         if self.is_counted.get() {
-            self.count(client, manner, head.len(), now);
+            self.count(client, manner, head, now);
         }
     }
 
     #[cold]
-    fn count(&self, client: SocketAddr, manner: Manner, head_bytes: usize, now: Instant) {
+    fn count(&self, client: SocketAddr, manner: Manner, head: &[u8], now: Instant) {
         let mut counting = self.counting.borrow_mut();
         let Some(Counting { until, sum }) = &mut *counting else {
             return;
@@ -89,7 +93,7 @@ impl Traffic {
             return;
         }
         sum.arrived += 1;
-        let head_bytes = u64::try_from(head_bytes).unwrap_or(u64::MAX);
+        let head_bytes = u64::try_from(head.len()).unwrap_or(u64::MAX);
         let has_room = sum.connections.len() < CONNECTIONS_MAX;
         let arrivals = match sum.connections.get_mut(&client) {
             Some(known) => known,
@@ -99,6 +103,10 @@ impl Traffic {
         if manner == Manner::InStreams || arrivals.held == 0 {
             arrivals.held += 1;
             arrivals.head_bytes += head_bytes;
+            let deadline = deadline::of(head).and_then(|after| now.checked_add(after));
+            if sum.deadlines.len() < CONNECTIONS_MAX {
+                sum.deadlines.extend(deadline);
+            }
         }
     }
 }

@@ -6,6 +6,7 @@ pub(crate) mod copy;
 mod named;
 
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::access_log::Line;
@@ -95,6 +96,7 @@ impl Raw<'_> {
             .and_then(|route| route.limits.as_deref());
         if let Some(route) = &called.route {
             passage.sites = self.settings.route_sites.get(&route.name).cloned();
+            passage.route = Some(Arc::clone(route));
             passage.connect_max = limits.map(|limits| limits.connect_max);
         }
         let idle_max = limits.unwrap_or(&self.settings.limits).tunnel_idle_max;

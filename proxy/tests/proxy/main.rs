@@ -8,6 +8,7 @@ mod balancing;
 mod client2;
 mod client3;
 mod configuration;
+mod deadlines;
 mod deciding;
 mod draining;
 mod endings;

@@ -39,7 +39,7 @@ impl HeldRequest {
         let begun = reading.begun.as_mut()?.as_mut().ok()?;
         let Begun {
             served, refusal, ..
-        } = &begun;
+        } = begun;
         let terms = served.passage.terms;
         if refusal.is_some()
             || served.redirect().is_some()
@@ -49,10 +49,10 @@ impl HeldRequest {
         {
             return None;
         }
-        let parked = match port.park(terms, Manner::InStreams, &served.head) {
+        let parked = match port.park(&mut served.passage, Manner::InStreams, &served.head) {
             Ok(parked) => parked,
             Err(error) => {
-                begun.refusal = Some(error);
+                *refusal = Some(error);
                 return None;
             }
         };
@@ -67,7 +67,7 @@ impl HeldRequest {
             treatment: served.treatment,
             hop: served.hop,
             key: key.map(Box::new),
-            terms,
+            terms: served.passage.terms,
             id: served.id,
         })
     }
@@ -109,6 +109,7 @@ impl HeldRequest {
             head: &self.head,
             route: treatment.map(|treatment| treatment.route.name.as_str()),
             since: self.terms.arrival,
+            end: self.terms.end,
         }
     }
 

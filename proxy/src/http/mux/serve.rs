@@ -295,7 +295,11 @@ impl<'f, A: AnswerSink> Forwarding<'f, A> {
                 let mut visitor = visitor(served, self.client, gone.as_mut());
                 self.port.admit(&mut visitor).await?
             }
-            Some(Waited::Called(called)) => called.ticket(&self.port.service.gate)?,
+            Some(Waited::Called(called)) => {
+                let ticket = called.ticket(&self.port.service.gate);
+                let (passage, head) = (&served.passage, &mut served.head);
+                self.port.called(ticket, passage, head, passage.held)?
+            }
             Some(Waited::Left(reason)) => return Err(RequestError::ClientLeft(reason)),
         };
         let mut may_reuse = true;
