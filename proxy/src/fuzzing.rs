@@ -6,7 +6,9 @@
 use std::net::{Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
+use aws_lc_rs::aead::quic::{AES_128, HeaderProtectionKey};
 use cutover_protocol::hold::Order;
+use ipnet::IpNet;
 
 use crate::config::Config;
 use crate::control::seen;
@@ -19,9 +21,11 @@ use crate::http::mux::head::{BodyFollows, HeadBuilder};
 use crate::http::request::{Method, Parsed, Request, RequestId, Told, Upgrade, field_room, parse};
 use crate::http::response;
 use crate::listen::client::Client;
+use crate::listen::quic::connection_id::{Addressee, ID_BYTES, PlaceCodec};
 use crate::listen::{hello, proxy_protocol};
 use crate::route::Path;
 use crate::stream::Look;
+use crate::upstream::health::database_says;
 
 /// A request head: found alike however it is cut, and what we write of it is read the same way again.
 pub fn request_head(bytes: &[u8]) {
@@ -226,6 +230,77 @@ pub fn client_hello(bytes: &[u8]) {
     }
 }
 
+/// The greeting of a database and what follows it, as a check reads them: understood or refused, and never waited for
+/// once there is nothing more to come.
+pub fn database(bytes: &[u8]) {
+    for user in [None, Some("hopgate")] {
+        let found = database_says(bytes, user);
+        let said = match found.as_ref().map(Result::as_ref) {
+            Some(Ok(version)) => version.clone(),
+            Some(Err(error)) => error.to_string(),
+            None => panic!("a check waits behind the end of {}", bytes.escape_ascii()),
+        };
+        assert!(said.len() <= 2 * bytes.len() + 200, "{said:?}");
+    }
+}
+
+/// The first packet of a datagram: only an id of ours leads it to a worker.
+pub fn packet(bytes: &[u8]) {
+    let Ok(key) = HeaderProtectionKey::new(&AES_128, &[7; 16]) else {
+        return;
+    };
+    let codec = PlaceCodec::new(key);
+    if matches!(codec.addressee(bytes), Addressee::Place(_)) {
+        assert!(bytes.len() > ID_BYTES, "{}", bytes.escape_ascii());
+    }
+}
+
+/// What a trusted peer says of its clients: X-Forwarded-For, Forwarded, or both; the first byte says which. Whatever it
+/// is, one client comes of it, and what we write is read as one head again.
+pub fn forwarded(bytes: &[u8]) {
+    let Some((which, said)) = bytes.split_first() else {
+        return;
+    };
+    let mut head = b"GET / HTTP/1.1\r\nHost: h\r\n".to_vec();
+    for (bit, name) in [
+        (1, "X-Forwarded-For"),
+        (2, "Forwarded"),
+        (4, "X-Forwarded-Proto"),
+    ] {
+        if which & bit != 0 {
+            head.extend_from_slice(name.as_bytes());
+            head.extend_from_slice(b": ");
+            head.extend_from_slice(said);
+            head.extend_from_slice(b"\r\n");
+        }
+    }
+    head.extend_from_slice(b"\r\n");
+    let Some(head) = find(&head) else { return };
+    let mut room = field_room();
+    let Ok(parsed) = parse(head, &mut room) else {
+        return;
+    };
+    let trust = TrustedFrom::new(vec![IpNet::from(std::net::IpAddr::from([127, 0, 0, 1]))]);
+    let client = Client::new(SocketAddr::from((Ipv4Addr::LOCALHOST, 1)));
+    let arrived = Arrived::by(&client, &trust);
+    let believed = arrived.client(parsed.said(), &trust);
+    assert_eq!(believed, arrived.client(parsed.said(), &trust));
+    assert!(matches!(arrived.scheme(parsed.said()), b"http" | b"https"));
+    let id = RequestId {
+        origin: 1,
+        number: 2,
+    };
+    let mut out = Vec::new();
+    parsed.write(Told::plain(&arrived, id), &mut out);
+    let written = out.escape_ascii();
+    assert_eq!(scan(&out, 0), Ok(Scan::Complete(out.len())), "{written}");
+    let mut room = field_room();
+    match parse(&out, &mut room) {
+        Ok(_) | Err(HeadError::TooManyFields) => {}
+        Err(error) => panic!("{error} in {written}"),
+    }
+}
+
 /// The head at the beginning of `bytes`, if there is one that may be read.
 fn find(bytes: &[u8]) -> Option<&[u8]> {
     let whole = scan(bytes, 0);
@@ -358,7 +433,7 @@ mod tests {
 
     use super::*;
 
-    const TARGETS: [fn(&[u8]); 11] = [
+    const TARGETS: [fn(&[u8]); 14] = [
         request_head,
         response_head,
         chunks,
@@ -370,6 +445,9 @@ mod tests {
         deadline,
         proxy_protocol,
         client_hello,
+        database,
+        packet,
+        forwarded,
     ];
 
     proptest! {
@@ -386,6 +464,7 @@ mod tests {
                      ((Host|Connection|Upgrade|Content.Length|Transfer.Encoding|X): {0,2}[0-9a-z,:\\[\\]_+-]{0,8}\r\n){0,5}\r\n",
             answer in "HTTP/1\\.[01] [0-9]{3} ?[a-z]{0,3}\r\n\
                      ((Connection|Upgrade|Content.Length|Transfer.Encoding): [0-9a-z,+-]{0,9}\r\n){0,4}\r\n",
+            clients in "[\\x01-\\x07]((for|FOR|by|proto)=\"?(\\[[0-9a-f:]{1,8}\\]|[0-9.]{1,9}|_a|unknown)(:[0-9_]{1,3})?\"?[;, ]{0,2}){0,4}",
             path in "/[a-c/.%;?\\\\2-7ef]{0,12}",
             body in "[0-9a-z]{4}([0-9a-f]{1,2}(;[a-z=]{0,3})?\r\n[a-z]{0,12}\r\n){0,4}(0\r\n([A-Z]: [a-z]?\r\n){0,2}\r\n)?",
         ) {
@@ -393,6 +472,21 @@ mod tests {
             response_head(answer.as_bytes());
             chunks(body.as_bytes());
             route_path(path.as_bytes());
+            forwarded(clients.as_bytes());
+        }
+
+        #[test]
+        fn whatever_greets_like_a_database_is_understood_or_refused(
+            version in proptest::collection::vec(any::<u8>(), 0..20),
+            answers in proptest::collection::vec((any::<u8>(), proptest::collection::vec(any::<u8>(), 0..20)), 0..6),
+        ) {
+            let mut bytes = Vec::new();
+            for (sequence, (first, rest)) in std::iter::once((10, version)).chain(answers).enumerate() {
+                bytes.push(u8::try_from(rest.len() + 1).unwrap());
+                bytes.extend([0, 0, u8::try_from(sequence).unwrap(), first]);
+                bytes.extend(rest);
+            }
+            database(&bytes);
         }
     }
 }

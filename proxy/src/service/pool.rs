@@ -25,6 +25,10 @@ use crate::upstream::{OpenConnection, Picked, ServerId, connect};
 /// A turn of a busy worker's loop takes less; what the reactor said within one is fresh.
 const TURN_MAX: Duration = Duration::from_millis(5);
 
+/// Bytes that are read of an upstream behind our end of a connection: what was on its way. One that sends more would
+/// keep a worker busy for nobody.
+const PARTING_BYTES_MAX: usize = 256 * 1024;
+
 /// One connection to an upstream.
 #[derive(Debug)]
 pub(crate) struct Upstream {
@@ -311,10 +315,17 @@ pub(crate) async fn close_politely(stream: &Stream, limit: Duration) {
     stream.finish();
     let until_closed = async {
         let mut scrap = [0; 512];
+        let mut left = PARTING_BYTES_MAX;
         loop {
             match stream.try_read(&mut scrap) {
                 Ok(0) => return,
-                Ok(_) => {}
+                // It has its time to notice that nobody reads.
+                Ok(count) if count >= left => return std::future::pending().await,
+                Ok(count) => {
+                    left -= count;
+                    // Others have their turn between two reads of what comes without a pause.
+                    tokio::task::consume_budget().await;
+                }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     if stream.readable().await.is_err() {
                         return;

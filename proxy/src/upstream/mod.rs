@@ -12,7 +12,7 @@ mod connect;
 mod directory;
 mod eject;
 mod group;
-mod health;
+pub(crate) mod health;
 mod moment;
 mod resolve;
 mod server;

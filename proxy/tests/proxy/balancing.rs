@@ -10,7 +10,7 @@ use cutover_protocol::hold::{ServerState, ServerStatus};
 use cutover_protocol::id::Site;
 
 use crate::tls::{self, Authority};
-use crate::world::{Message, Nobody, Origin, PATIENCE, Plan, Stage, World};
+use crate::world::{Message, Nobody, Origin, PATIENCE, Peer, Plan, Stage, World};
 
 /// A service whose source is a group of these servers, with one worker so that turns are exact.
 pub(crate) fn group(servers: &[String], more: &str) -> Plan {
@@ -438,5 +438,91 @@ fn servers_over_tls_serve_and_are_checked_under_the_name_of_their_group() {
         } else {
             assert_eq!(answer.status(), 503);
         }
+    }
+}
+
+#[test]
+fn servers_over_tls_are_spoken_to_in_http2() {
+    let authority = Authority::new();
+    let stage = Stage::new();
+    let inner = tls::start(
+        tls::folder(&authority, &["app.internal"]),
+        tls::ONE,
+        stage.address(),
+    );
+    let folder = tempfile::tempdir().unwrap();
+    let ca = folder.path().join("ca.pem");
+    std::fs::write(&ca, authority.pem()).unwrap();
+    let tls = format!(
+        "protocol = \"http2\"\n[upstream.tls]\nname = \"app.internal\"\nca = \"{}\"",
+        ca.display()
+    );
+    let world = group(&[inner.address().to_string()], &tls).start();
+    let (mut first, mut second) = (world.client(), world.client());
+    first.get("/1");
+    let mut upstreams = [stage.accept()].into_iter().collect::<Vec<_>>();
+    second.get("/2");
+    upstreams.push(stage.accept());
+    // Two requests under way, on one connection.
+    until_servers(&world, Site::Source, |servers| {
+        servers[0].active == 2 && servers[0].connections == 1
+    });
+    for (upstream, body) in upstreams.iter_mut().zip(["one", "two"]) {
+        upstream.message();
+        upstream.send(format!(
+            "HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\n{body}"
+        ));
+    }
+    assert_eq!(first.message().body, "one");
+    assert_eq!(second.message().body, "two");
+}
+
+/// Whoever is asked first, and the other.
+fn asked(stages: [Stage; 2]) -> (Peer, Stage) {
+    for stage in &stages {
+        stage.listener().set_nonblocking(true).unwrap();
+    }
+    let begun = Instant::now();
+    let (asked, index) = loop {
+        let mut places = stages.iter().enumerate();
+        let found =
+            places.find_map(|(index, stage)| Some((stage.listener().accept().ok()?.0, index)));
+        match found {
+            Some(found) => break found,
+            None => assert!(begun.elapsed() < PATIENCE, "nobody is asked"),
+        }
+    };
+    asked.set_nonblocking(false).unwrap();
+    let [first, second] = stages;
+    let other = if index == 0 { second } else { first };
+    other.listener().set_nonblocking(false).unwrap();
+    (Peer::of(asked), other)
+}
+
+#[test]
+fn who_has_less_to_do_gets_the_next_request() {
+    for balance in ["least_connections", "two_choices"] {
+        let stages = [Stage::new(), Stage::new()];
+        let servers = [
+            stages[0].address().to_string(),
+            stages[1].address().to_string(),
+        ];
+        let world = group(&servers, &format!("balance = \"{balance}\"")).start();
+        let mut waits = world.client();
+        waits.get("/long");
+        let (mut busy, idle) = asked(stages);
+        busy.message();
+        let mut client = world.client();
+        client.get("/0");
+        let mut upstream = idle.accept();
+        for turn in 1..6 {
+            upstream.message();
+            upstream.send("HTTP/1.1 204 No Content\r\n\r\n");
+            assert_eq!(client.message().status(), 204, "{balance}");
+            client.get(&format!("/{turn}"));
+        }
+        upstream.message();
+        busy.send("HTTP/1.1 204 No Content\r\n\r\n");
+        assert_eq!(waits.message().status(), 204);
     }
 }

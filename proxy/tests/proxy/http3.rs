@@ -172,6 +172,26 @@ fn early_hints_are_passed_on_before_the_answer() {
 }
 
 #[test]
+fn a_client_that_expects_100_continue_gets_the_upstreams() {
+    let (world, stage) = staged();
+    let mut client = world.client();
+    let request = Request::post(format!("https://{NAME}/"))
+        .header("expect", "100-continue")
+        .header("content-length", 4);
+    let mut stream = client.send(request.body(()).unwrap());
+    let mut upstream = stage.accept();
+    assert_eq!(upstream.head().field("Expect"), Some("100-continue"));
+    upstream.send("HTTP/1.1 100 Continue\r\n\r\n");
+    let interim = client.wait(stream.recv_response()).unwrap();
+    assert_eq!(interim.status(), 100);
+    client.data(&mut stream, "body");
+    client.wait(stream.finish()).unwrap();
+    assert_eq!(upstream.bytes(4), b"body");
+    upstream.send("HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok");
+    assert_eq!(client.answer(stream).text(), "ok");
+}
+
+#[test]
 fn an_upstream_that_reads_nothing_gets_its_client_no_credit() {
     const BYTES: usize = 30_000_000;
     let (world, stage) = staged();

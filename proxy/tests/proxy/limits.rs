@@ -2,7 +2,7 @@
 
 use std::io::Write;
 
-use crate::world::{Origin, Peer, Plan, Stage, World};
+use crate::world::{Origin, Peer, Plan, Stage, World, hold};
 
 fn world(origin: &Origin, limits: &str, service: &str) -> World {
     Plan::new(origin.address(), origin.address())
@@ -310,4 +310,56 @@ fn a_proxy_without_memory_to_spare_answers_503_and_recovers() {
     assert_eq!(newcomer.message().status(), 200);
     assert!(!pressed());
     assert_eq!(origin.seen(), ["GET /1", "GET /3"]);
+}
+
+#[test]
+fn a_path_of_two_readings_is_counted_as_such() {
+    let origin = Origin::new("source");
+    let route = "[[service.route]]\nname = \"admin\"\npath_prefix = \"/admin\"";
+    let world = world(&origin, "", route);
+    let answer = world.client().get("/x/../admin").message();
+    assert_eq!(answer.first_line, "HTTP/1.1 400 Bad Request");
+    assert_eq!(refused(&world, "path"), 1);
+    assert_eq!(origin.seen(), [""; 0]);
+}
+
+#[test]
+fn whoever_is_held_for_too_long_is_counted() {
+    let origin = Origin::new("source");
+    let world = world(&origin, "hold_ms_max = 50\nretry_after_s = 7", "");
+    world.hold();
+    let answer = world.client().get("/").message();
+    assert_eq!(
+        (
+            answer.status(),
+            answer.field("Retry-After"),
+            &answer.body[..]
+        ),
+        (
+            503,
+            Some("7"),
+            "Service Unavailable: the service did not come back in time\n"
+        )
+    );
+    assert_eq!(refused(&world, "held_too_long"), 1);
+    assert_eq!(origin.seen(), [""; 0]);
+}
+
+#[test]
+fn whoever_is_cut_is_counted() {
+    let stage = Stage::new();
+    let world = Plan::new(stage.address(), stage.address())
+        .table("[metrics]\nlisten = \"127.0.0.1:0\"")
+        .service("at_cut = \"cut\"")
+        .start();
+    let mut client = world.client();
+    client.get("/");
+    let mut upstream = stage.accept();
+    upstream.message();
+    let epoch = world.status().register.epoch;
+    world.control().say(&hold(epoch, 60_000, 50));
+    let answer = client.message();
+    assert_eq!(answer.first_line, "HTTP/1.1 504 Gateway Timeout");
+    assert!(answer.field("X-Request-Id").is_some());
+    assert_eq!(refused(&world, "cut"), 1);
 }

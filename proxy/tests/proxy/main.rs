@@ -39,6 +39,7 @@ mod smuggling;
 mod stage2;
 mod streams;
 mod supervisor;
+mod timeouts;
 mod tls;
 mod together;
 mod traces;

@@ -521,3 +521,44 @@ fn a_client_in_clear_is_closed_on_by_a_tls_listener() {
     }
     assert_eq!(origin.connections(), 0);
 }
+
+#[test]
+fn http2_is_agreed_on_by_alpn_and_http1_with_whoever_does_not_know_it() {
+    let authority = Authority::new();
+    let origin = Origin::new("source");
+    let world = start(folder(&authority, &["site.example"]), ONE, origin.address());
+    for (offered, agreed) in [
+        (&[&b"h2"[..], b"http/1.1"][..], Some(&b"h2"[..])),
+        (&[b"http/1.1", b"h2"], Some(b"h2")),
+        (&[b"http/1.1"], Some(b"http/1.1")),
+        (&[], None),
+    ] {
+        let mut browser = Browser::trusting(&authority);
+        let config = Arc::make_mut(&mut browser.config);
+        config.alpn_protocols = offered.iter().map(|name| name.to_vec()).collect();
+        let mut stream = browser.connect(world.address(), "site.example");
+        let is_http2 = agreed == Some(b"h2");
+        if is_http2 {
+            // SETTINGS, and GET / with the authority "h".
+            stream
+                .write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
+                .unwrap();
+            stream.write_all(&[0, 0, 0, 4, 0, 0, 0, 0, 0]).unwrap();
+            stream
+                .write_all(&[0, 0, 6, 1, 5, 0, 0, 0, 1, 0x82, 0x84, 0x87, 0x01, 1, b'h'])
+                .unwrap();
+        } else {
+            stream
+                .write_all(b"GET / HTTP/1.1\r\nHost: h\r\n\r\n")
+                .unwrap();
+        }
+        let mut answer = Vec::new();
+        while !answer.ends_with(b"source GET /") {
+            let mut byte = [0];
+            stream.read_exact(&mut byte).unwrap();
+            answer.extend(byte);
+        }
+        assert_eq!(stream.conn.alpn_protocol(), agreed);
+        assert_eq!(answer.starts_with(b"HTTP/1.1 200 OK"), !is_http2);
+    }
+}

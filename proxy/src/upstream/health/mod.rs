@@ -221,6 +221,20 @@ pub(super) fn settle(
     }
 }
 
+/// What a database says to a check, from its first byte on; for the fuzz targets.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) fn database_says(
+    bytes: &[u8],
+    user: Option<&str>,
+) -> Option<Result<String, CheckError>> {
+    let mut wire = tokio::io::join(bytes, tokio::io::sink());
+    let mut context = std::task::Context::from_waker(std::task::Waker::noop());
+    match std::pin::pin!(mysql::greet(&mut wire, user)).poll(&mut context) {
+        Poll::Ready(found) => Some(found),
+        Poll::Pending => None,
+    }
+}
+
 /// A tenth longer or shorter, so that checks of many proxies do not fall on the same moment.
 fn jittered(interval: Duration, random: u64) -> Duration {
     let spread = interval / JITTER_PARTS;
