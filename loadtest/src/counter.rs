@@ -1,6 +1,6 @@
 //! The small stateful program the lab can move: an HTTP server that remembers ids and can prove its memory is whole.
 //!
-//! It is written for checkpoints: the standard library only, one thread per connection up to a bound, one file open
+//! It is written for checkpoints: nothing but the standard library, one thread per connection up to a bound, one file open
 //! for appending. Every byte of its memory pattern is a function of seed, page and generation, so that a page that
 //! was lost, mixed up or left behind by a hop is found by `GET /check`.
 
@@ -12,6 +12,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
+
+use crate::socket;
 
 /// Bytes of a page of the pattern; the generation it was written in is at its start.
 const PAGE_BYTES: usize = 4096;
@@ -228,8 +230,12 @@ fn serve(counter: &Counter, stream: TcpStream) -> io::Result<()> {
     stream.set_nodelay(true)?;
     let mut answers = stream.try_clone()?;
     let mut requests = BufReader::new(stream);
-    while let Some((line, body, keep_alive)) = read_request(&mut requests)? {
-        let (status, text) = answer(counter, &line, &body);
+    while let Some(request) = read_request(&mut requests)? {
+        if request.line.starts_with("GET /socket ") && request.key == socket::UPGRADE_KEY {
+            return echo(&mut requests, &mut answers);
+        }
+        let (status, text) = answer(counter, &request.line, &request.body);
+        let keep_alive = request.keep_alive;
         let connection = if keep_alive { "keep-alive" } else { "close" };
         let head = format!(
             "HTTP/1.1 {status}\r\nContent-Type: text/plain\r\nConnection: {connection}\r\nContent-Length: {}\r\n\r\n",
@@ -243,6 +249,22 @@ fn serve(counter: &Counter, stream: TcpStream) -> io::Result<()> {
     Ok(())
 }
 
+/// Says back what a WebSocket client says, until it has said enough.
+fn echo(messages: &mut BufReader<TcpStream>, answers: &mut TcpStream) -> io::Result<()> {
+    let accept = socket::UPGRADE_ACCEPT;
+    write!(
+        answers,
+        "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Accept: {accept}\r\n\r\n"
+    )?;
+    loop {
+        let (kind, payload) = socket::read(messages)?;
+        socket::write(answers, socket::End::Server, kind, &payload)?;
+        if kind == socket::CLOSE {
+            return Ok(());
+        }
+    }
+}
+
 fn read_line(requests: &mut BufReader<TcpStream>) -> io::Result<String> {
     let mut line = String::new();
     requests
@@ -252,21 +274,36 @@ fn read_line(requests: &mut BufReader<TcpStream>) -> io::Result<String> {
     Ok(line.trim_end().to_owned())
 }
 
-/// One request: its first line, its body, and whether the connection stays. Nothing at the end of the connection.
-fn read_request(requests: &mut BufReader<TcpStream>) -> io::Result<Option<(String, String, bool)>> {
+/// One request, as far as anything depends on it.
+struct Request {
+    line: String,
+    body: String,
+    /// Whether the connection stays.
+    keep_alive: bool,
+    /// Of a WebSocket client; empty for others.
+    key: String,
+}
+
+/// Nothing at the end of the connection.
+fn read_request(requests: &mut BufReader<TcpStream>) -> io::Result<Option<Request>> {
     let first = read_line(requests)?;
     if first.is_empty() {
         return Ok(None);
     }
     let (mut length, mut keep_alive) = (0, !first.ends_with("HTTP/1.0"));
+    let mut key = String::new();
     loop {
-        let line = read_line(requests)?.to_ascii_lowercase();
-        match line.split_once(':') {
-            None => break,
-            Some(("content-length", value)) => length = value.trim().parse().unwrap_or(usize::MAX),
-            Some(("connection", value)) if value.trim() == "close" => keep_alive = false,
-            Some(("connection", value)) if value.trim() == "keep-alive" => keep_alive = true,
-            Some(_) => {}
+        let line = read_line(requests)?;
+        let Some((name, value)) = line.split_once(':') else {
+            break;
+        };
+        let value = value.trim();
+        match name.to_ascii_lowercase().as_str() {
+            "content-length" => length = value.parse().unwrap_or(usize::MAX),
+            "connection" if value.eq_ignore_ascii_case("close") => keep_alive = false,
+            "connection" if value.eq_ignore_ascii_case("keep-alive") => keep_alive = true,
+            "sec-websocket-key" => value.clone_into(&mut key),
+            _ => {}
         }
     }
     if length > BODY_BYTES_MAX {
@@ -277,11 +314,12 @@ fn read_request(requests: &mut BufReader<TcpStream>) -> io::Result<Option<(Strin
     }
     let mut body = vec![0; length];
     requests.read_exact(&mut body)?;
-    Ok(Some((
-        first,
-        String::from_utf8_lossy(&body).into_owned(),
+    Ok(Some(Request {
+        line: first,
+        body: String::from_utf8_lossy(&body).into_owned(),
         keep_alive,
-    )))
+        key,
+    }))
 }
 
 fn answer(counter: &Counter, line: &str, body: &str) -> (&'static str, String) {
@@ -321,7 +359,7 @@ fn answer(counter: &Counter, line: &str, body: &str) -> (&'static str, String) {
         ),
         _ => (
             "404 Not Found",
-            "only /, /add, /ids and /check\n".to_owned(),
+            "only /, /add, /ids, /check and /socket\n".to_owned(),
         ),
     }
 }

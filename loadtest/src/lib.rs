@@ -10,4 +10,5 @@ pub mod lab;
 pub mod progress;
 pub mod record;
 pub mod report;
+pub mod socket;
 pub mod verdict;

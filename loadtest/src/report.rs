@@ -87,6 +87,15 @@ pub enum Kept {
     NotApplicable,
 }
 
+/// A connection from outside that was open across the hop.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Carried {
+    /// Which, for a person.
+    pub what: String,
+    /// Its fate.
+    pub kept: Kept,
+}
+
 /// Everything about one run of the lab.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Report {
@@ -129,8 +138,8 @@ pub struct Report {
     pub memory_intact: Option<bool>,
     /// What the link gave.
     pub link: Measured,
-    /// The fate of a database session from outside that was open across the hop.
-    pub carried_connection: Kept,
+    /// The fate of connections from outside that were open across the hop.
+    pub carried_connections: Vec<Carried>,
     /// Whether a client that still goes to the source's address is served; nothing without a tunnel.
     pub late_clients_served: Option<bool>,
     /// How the source's end of the tunnel fares after the last hop, if it has one.
@@ -155,6 +164,13 @@ impl Report {
     #[must_use]
     pub fn is_green(&self) -> bool {
         self.demands_unmet.is_empty()
+    }
+
+    /// Whether every connection from outside that was open across the hop went on.
+    #[must_use]
+    pub fn all_carried(&self) -> bool {
+        let mut carried = self.carried_connections.iter();
+        carried.all(|carried| carried.kept == Kept::Survived)
     }
 
     /// The table for a person.
@@ -233,13 +249,12 @@ impl Report {
                 grouped(fare.bytes_received)
             )?;
         }
-        match self.carried_connection {
-            Kept::Survived => writeln!(
-                text,
-                "  a database session from outside went on; its open transaction committed"
-            )?,
-            Kept::Broken => writeln!(text, "  a database session from outside did not survive")?,
-            Kept::NotApplicable => {}
+        for Carried { what, kept } in &self.carried_connections {
+            let word = match kept {
+                Kept::Survived => "went on",
+                Kept::Broken | Kept::NotApplicable => "DID NOT SURVIVE",
+            };
+            writeln!(text, "  from outside: {what}: {word}")?;
         }
         if let Some(served) = self.late_clients_served {
             let word = if served { "served" } else { "NOT SERVED" };
