@@ -1,12 +1,14 @@
 //! The register of one service on disk: who may serve, and whether the gate holds.
 //!
-//! The embedded arbiter is this file. It is written to a temporary name, synced, renamed and its folder synced
-//! before a change takes effect, so a crash leaves either the old truth or the new one, and a proxy that was
-//! holding comes back holding.
+//! The embedded arbiter is this file. A new register is written to a temporary name, synced, renamed and its folder
+//! synced before it takes effect; a gate that holds or opens is one sector, overwritten and synced. So a crash leaves
+//! either the old truth or the new one, and a proxy that was holding comes back holding. Nothing that is written in
+//! place ever touches who serves.
 
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use cutover_protocol::id::{Epoch, Holder, Register, ServiceName, Site};
@@ -14,6 +16,8 @@ use serde::{Deserialize, Serialize};
 
 /// Version of the file's layout.
 const VERSION: u32 = 1;
+/// The least that disks write at once.
+const SECTOR_BYTES: usize = 512;
 
 /// What the file says.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -217,16 +221,47 @@ impl StateFile {
         })
     }
 
+    /// Two syncs replace a file; one is enough to change the gate's part of it in its place. That is safe whatever a
+    /// crash leaves of such a write: who serves is said before, in bytes that stay the same, and a gate that is neither
+    /// the old nor the new one cannot be read.
     fn write(&self, record: &Record) -> io::Result<()> {
-        let mut text = serde_json::to_vec(record)?;
-        text.push(b'\n');
+        let text = padded(serde_json::to_vec(record)?);
+        match self.with_same_register(&text) {
+            Some(file) => {
+                file.write_all_at(&text, 0)?;
+                file.sync_data()
+            }
+            None => self.replace(&text),
+        }
+    }
+
+    /// The file, if it differs from this text in nothing but the gate.
+    fn with_same_register(&self, text: &[u8]) -> Option<File> {
+        let gate = memchr::memmem::find(text, b"\"gate\":")?;
+        let there = std::fs::read(&self.path).ok()?;
+        let is_same = text.len() == SECTOR_BYTES
+            && there.len() == SECTOR_BYTES
+            && there[..gate] == text[..gate];
+        let file = is_same.then(|| File::options().write(true).open(&self.path));
+        file?.ok()
+    }
+
+    fn replace(&self, text: &[u8]) -> io::Result<()> {
         let temporary = self.path.with_extension("json.new");
         let mut file = File::create(&temporary)?;
-        file.write_all(&text)?;
+        file.write_all(text)?;
         file.sync_all()?;
         std::fs::rename(&temporary, &self.path)?;
         File::open(&self.folder)?.sync_all()
     }
+}
+
+/// With spaces behind it up to the size of a sector, so that a change of the gate is one write of one sector. Longer than
+/// that it is only ever replaced.
+fn padded(mut text: Vec<u8>) -> Vec<u8> {
+    text.resize(text.len().max(SECTOR_BYTES - 1), b' ');
+    text.push(b'\n');
+    text
 }
 
 impl Record {
@@ -262,6 +297,63 @@ mod tests {
         };
         file.store(&record).unwrap();
         assert_eq!(file.load_or_create().unwrap(), record);
+    }
+
+    fn held() -> Record {
+        Record {
+            gate: GateRecord::Holding {
+                epoch: Epoch::FIRST,
+                lease_ms: 77,
+                holder: None,
+            },
+            ..Record::first()
+        }
+    }
+
+    #[test]
+    fn a_gate_is_changed_in_its_place_and_a_register_only_by_another_file() {
+        use std::os::unix::fs::MetadataExt;
+        let folder = tempfile::tempdir().unwrap();
+        let state = StateDir::open(folder.path()).unwrap();
+        let file = state.file(&"web".parse().unwrap());
+        file.load_or_create().unwrap();
+        let inode = || std::fs::metadata(&file.path).unwrap().ino();
+        let first = inode();
+        for record in [held(), Record::first(), held()] {
+            file.store(&record).unwrap();
+            assert_eq!(file.load_or_create().unwrap(), record);
+            assert_eq!(inode(), first);
+        }
+        let mut moved = held();
+        moved.register = Register {
+            epoch: Epoch(2),
+            owner: Site::Target,
+        };
+        // While it is there its number is nobody else's.
+        let before = File::open(&file.path).unwrap();
+        file.store(&moved).unwrap();
+        assert_eq!(file.load_or_create().unwrap(), moved);
+        assert_ne!(inode(), before.metadata().unwrap().ino());
+    }
+
+    #[test]
+    fn whatever_is_left_of_a_change_of_the_gate_names_no_other_owner() {
+        let folder = tempfile::tempdir().unwrap();
+        let state = StateDir::open(folder.path()).unwrap();
+        let file = state.file(&"web".parse().unwrap());
+        let texts = [Record::first(), held()];
+        let texts = texts.map(|record| padded(serde_json::to_vec(&record).unwrap()));
+        for (old, new) in [(0, 1), (1, 0)] {
+            for torn in 0..=SECTOR_BYTES {
+                let text = [&texts[new][..torn], &texts[old][torn..]].concat();
+                std::fs::write(&file.path, text).unwrap();
+                match file.load_or_create() {
+                    Ok(record) => assert!([Record::first(), held()].contains(&record), "{torn}"),
+                    Err(StateError::Damaged { .. }) => {}
+                    Err(other) => panic!("{other}"),
+                }
+            }
+        }
     }
 
     #[test]
