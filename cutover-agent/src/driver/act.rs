@@ -9,8 +9,8 @@ use cutover_protocol::id::{ContainerName, Epoch, ServiceName};
 use cutover_protocol::plan::{Engine, Tracking};
 use cutover_protocol::wire::{Request, Response, Severity};
 
-use super::Driver;
 use super::link::SyncJob;
+use super::{Driver, patience};
 use crate::engine::Dump;
 use crate::open_files;
 use crate::report::{Moving, Progress, eta_seconds};
@@ -275,7 +275,11 @@ impl Driver {
         let stall = self.hop.predicted_stall();
         (self.report.stall_ms_predicted, self.report.stall_predicted) = (stall.total_ms(), stall);
         self.tell(Progress::Predicted { stall });
-        self.warn_of_stall(stall.total_ms()).await;
+        // The hop goes on: whether a timeout of somebody in front is worse than no hop was for preflight to ask.
+        let services = &self.header.plan.settings().services;
+        for finding in patience::findings(&self.proxy, services, stall.total_ms()).await {
+            tracing::warn!("{}", finding.message);
+        }
         let settings = self.header.plan.settings();
         let (lease_ms, drain_ms_max) = (settings.lease_ms, settings.drain_ms_max);
         let expected = |(service, epoch)| Expected { service, epoch };
@@ -290,19 +294,6 @@ impl Driver {
         held.map_err(|error| error.to_string())?;
         self.renew_leases();
         Ok(())
-    }
-
-    /// The hop goes on: whether a timeout of somebody in front is worse than no hop was for preflight to ask.
-    async fn warn_of_stall(&self, stall_ms: u64) {
-        for service in &self.header.plan.settings().services {
-            // A proxy that does not answer refuses the hold, too.
-            let Ok(status) = self.proxy.status(service).await else {
-                continue;
-            };
-            for warning in status.stall_warnings(stall_ms) {
-                tracing::warn!("{warning}");
-            }
-        }
     }
 
     async fn checkpoint(&mut self) -> Result<(), String> {

@@ -9,6 +9,7 @@ pub mod journal;
 mod lease;
 mod link;
 mod memory;
+mod patience;
 mod register;
 mod throttle;
 mod tunnel;
@@ -25,7 +26,7 @@ use cutover_protocol::hop::{
 use cutover_protocol::id::{ContainerName, Epoch, Holder, HopId, ServiceName, Site};
 use cutover_protocol::plan::{Engine, Memory, Plan, Tracking};
 use cutover_protocol::tunnel::Kind;
-use cutover_protocol::wire::{Finding, Inspect, Inspected, Request, Response, Severity};
+use cutover_protocol::wire::{Finding, Inspect, Inspected, Request, Response};
 use tokio::sync::{broadcast, watch};
 
 use crate::config::IMAGES_TREE;
@@ -511,27 +512,6 @@ async fn look(
     Ok((source, findings))
 }
 
-/// Whether anybody in front of the proxy, or the proxy itself, has too little patience for the predicted stall.
-async fn stall_findings(host: &Host, plan: &Plan, stall_ms: u64) -> Vec<Finding> {
-    let Some(control) = &host.config.proxy_control else {
-        return Vec::new();
-    };
-    let (proxy, mut findings) = (Proxy::new(control), Vec::new());
-    for service in &plan.settings().services {
-        let warnings = match proxy.status(service).await {
-            Ok(status) => status.stall_warnings(stall_ms),
-            Err(error) => vec![format!(
-                "whether clients wait long enough for {service} is not known: {error}"
-            )],
-        };
-        findings.extend(warnings.into_iter().map(|message| Finding {
-            severity: Severity::Warning,
-            message,
-        }));
-    }
-    findings
-}
-
 /// Inspects both sides, compares, and predicts; changes nothing anywhere.
 ///
 /// # Errors
@@ -554,7 +534,10 @@ pub async fn dry_run(host: &Host, plan: &Plan) -> Result<Checked, String> {
     let moved = if rounds_max == 0 { images } else { 0 };
     let costs = costs::read(&host.config.state_dir);
     let stall = predict(moved, images, &costs, &measured);
-    findings.extend(stall_findings(host, plan, stall.total_ms()).await);
+    if let Some(control) = &host.config.proxy_control {
+        let (proxy, services) = (Proxy::new(control), &plan.settings().services);
+        findings.extend(patience::findings(&proxy, services, stall.total_ms()).await);
+    }
     Ok(Checked {
         findings,
         stall_ms_predicted: stall.total_ms(),
