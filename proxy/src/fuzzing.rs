@@ -433,29 +433,151 @@ mod tests {
 
     use super::*;
 
-    const TARGETS: [fn(&[u8]); 14] = [
-        request_head,
-        response_head,
-        chunks,
-        config,
-        command,
-        header_list,
-        route_path,
-        trace_parent,
-        deadline,
-        proxy_protocol,
-        client_hello,
-        database,
-        packet,
-        forwarded,
+    type Target = (&'static str, fn(&[u8]));
+
+    const TARGETS: [Target; 14] = [
+        ("request_head", request_head),
+        ("response_head", response_head),
+        ("chunks", chunks),
+        ("config", config),
+        ("command", command),
+        ("header_list", header_list),
+        ("route_path", route_path),
+        ("trace_parent", trace_parent),
+        ("deadline", deadline),
+        ("proxy_protocol", proxy_protocol),
+        ("client_hello", client_hello),
+        ("database", database),
+        ("packet", packet),
+        ("forwarded", forwarded),
     ];
+
+    /// Where no seeds have been written: something that each target understands.
+    const SEEDS: [&[u8]; 12] = [
+        b"GET /a?b HTTP/1.1\r\nHost: h\r\nContent-Length: 3\r\nConnection: close, x\r\n\r\nabc",
+        b"POST http://h:80/ HTTP/1.1\r\nHost: h:80\r\nTransfer-Encoding: chunked\r\nTE: trailers\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nConnection: upgrade\r\nUpgrade: x\r\n\r\n",
+        b"abcd5;x=\"y\"\r\nhello\r\n0\r\nTrailer: v\r\n\r\n",
+        b"\x01:method\0GET\xff:scheme\0http\xff:authority\0h\xff:path\0/\xffcookie\0a=b\xffx\0y",
+        b"/a/%2e%2e/b;c//d\\e/./",
+        b"00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01",
+        b"PROXY TCP4 192.0.2.7 10.0.0.1 40000 80\r\nGET / HTTP/1.1\r\n",
+        b"\r\n\r\n\0\r\nQUIT\n\x21\x11\0\x0c\xc0\0\x02\x07\x0a\0\0\x01\x9c\x40\0\x50",
+        b"\x0b\0\0\0\x0a5.5.5-10.6\0\x07\0\0\x02\0\0\0\x02\0\0\0",
+        b"\x07for=\"[2001:db8::1]:80\";by=_a, for=192.0.2.1",
+        b"{\"command\":\"hold\",\"service\":\"web\",\"epoch\":1,\"lease_ms\":1,\"drain_ms_max\":1}",
+    ];
+
+    /// What readers look for.
+    const WORDS: [&[u8]; 16] = [
+        b"\r\n",
+        b"\n",
+        b"\0",
+        b"\xff",
+        b":",
+        b" ",
+        b"\t",
+        b"%2e",
+        b"..",
+        b"0\r\n\r\n",
+        b"chunked",
+        b"Content-Length: ",
+        b"Transfer-Encoding: ",
+        b"HTTP/1.1",
+        b"\"",
+        b"99999999999999999999",
+    ];
+
+    /// Splitmix64: the same mutations for the same seed.
+    struct Random(u64);
+
+    impl Random {
+        fn below(&mut self, bound: usize) -> usize {
+            self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+            let mut bits = self.0;
+            bits = (bits ^ (bits >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+            bits = (bits ^ (bits >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+            usize::try_from((bits ^ (bits >> 31)) % bound.max(1) as u64).unwrap()
+        }
+
+        fn byte(&mut self) -> u8 {
+            u8::try_from(self.below(256)).unwrap()
+        }
+
+        /// A few changes to one seed, some of them taken from another.
+        fn mutate(&mut self, seeds: &[Vec<u8>]) -> Vec<u8> {
+            let mut bytes = seeds[self.below(seeds.len())].clone();
+            for _ in 0..=self.below(6) {
+                let at = self.below(bytes.len() + 1);
+                let upto = (at + 1 + self.below(8)).min(bytes.len());
+                match self.below(7) {
+                    0 if at < bytes.len() => bytes[at] = self.byte(),
+                    1 if at < bytes.len() => bytes[at] ^= 1 << self.below(8),
+                    2 => bytes.insert(at, self.byte()),
+                    3 => drop(bytes.drain(at.min(upto)..upto)),
+                    4 => {
+                        let again = bytes[at.min(upto)..upto].to_vec();
+                        bytes.splice(at..at, again);
+                    }
+                    5 => {
+                        let word = WORDS[self.below(WORDS.len())];
+                        bytes.splice(at..at, word.iter().copied());
+                    }
+                    _ => {
+                        let other = &seeds[self.below(seeds.len())];
+                        let from = self.below(other.len() + 1);
+                        bytes.truncate(at);
+                        bytes.extend_from_slice(&other[from..]);
+                    }
+                }
+                bytes.truncate(4096);
+            }
+            bytes
+        }
+    }
+
+    /// Those of `fuzz/corpus`, where they have been written, and ours.
+    fn seeds(target: &str) -> Vec<Vec<u8>> {
+        let corpus = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../fuzz/corpus");
+        let files = std::fs::read_dir(corpus.join(target)).into_iter().flatten();
+        let written = files.filter_map(|file| std::fs::read(file.unwrap().path()).ok());
+        written.chain(SEEDS.map(<[u8]>::to_vec)).collect()
+    }
+
+    /// So many mutations for each target.
+    fn try_mutations(count: usize, seed: u64) {
+        for (name, target) in TARGETS {
+            let seeds = seeds(name);
+            let mut random = Random(seed);
+            for _ in 0..count {
+                target(&random.mutate(&seeds));
+            }
+        }
+    }
+
+    #[test]
+    fn no_target_breaks_its_rules_over_mutations_of_what_it_understands() {
+        try_mutations(300, 1);
+    }
+
+    /// `HOPGATE_MUTATIONS=10000000 cargo test --release -p hopgate-proxy --lib -- --ignored mutations`
+    #[test]
+    #[ignore = "as long as one likes"]
+    fn no_target_breaks_its_rules_over_any_number_of_mutations() {
+        let number = |name, otherwise| {
+            let text = std::env::var(name).ok();
+            text.map_or(otherwise, |text| text.parse().unwrap())
+        };
+        let count = number("HOPGATE_MUTATIONS", 100_000);
+        try_mutations(usize::try_from(count).unwrap(), number("HOPGATE_SEED", 2));
+    }
 
     proptest! {
         #[test]
         fn no_target_breaks_its_rules_over_arbitrary_bytes(
             bytes in proptest::collection::vec(any::<u8>(), 0..200)
         ) {
-            TARGETS.iter().for_each(|target| target(&bytes));
+            TARGETS.iter().for_each(|(_, target)| target(&bytes));
         }
 
         #[test]

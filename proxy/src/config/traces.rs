@@ -7,7 +7,7 @@ pub(super) const KEYS: &[&str] = &["endpoint", "service_name"];
 /// Where spans of requests go, and under whose name.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TracesConfig {
-    /// The URL that a collector takes spans at: OTLP over HTTP, in clear.
+    /// The URL that a collector takes spans at: OTLP over HTTP, in clear or through TLS by the authorities of the system.
     pub endpoint: Box<str>,
     /// The `service.name` of all spans.
     pub service_name: Box<str>,
@@ -21,11 +21,13 @@ pub(super) fn traces(section: &Section<'_>) -> Result<TracesConfig, Problem> {
     }
     let endpoint =
         section.required_text("endpoint", "endpoint = \"http://127.0.0.1:4318/v1/traces\"")?;
-    let rest = endpoint.strip_prefix("http://").unwrap_or_default();
+    let rest = ["https://", "http://"]
+        .iter()
+        .find_map(|scheme| endpoint.strip_prefix(scheme))
+        .unwrap_or_default();
     let is_whole = !rest.is_empty() && !rest.starts_with('/');
     if !is_whole || !rest.bytes().all(|byte| byte.is_ascii_graphic()) {
-        const WANTED: &str =
-            "a URL that begins with http://; a collector on this host may speak TLS to others";
+        const WANTED: &str = "a URL that begins with http:// or https://";
         return Err(section.bad_text("endpoint", endpoint, WANTED));
     }
     Ok(TracesConfig {

@@ -15,17 +15,26 @@ fn a_build_without_spans_refuses_to_be_asked_for_them() {
 
 #[cfg(feature = "otel")]
 mod exported {
+    use std::io::{Read, Write};
+    use std::net::{SocketAddr, TcpListener};
+    use std::sync::Arc;
+    use std::sync::mpsc::{Receiver, sync_channel};
     use std::thread;
 
     use http::Request;
+    use rustls::pki_types::pem::PemObject;
+    use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+    use rustls::{ServerConfig, ServerConnection, StreamOwned};
 
     use crate::client2::Client2;
+    use crate::process::Running;
+    use crate::tls::Authority;
     use crate::world::{Message, Nobody, PATIENCE, Peer, Plan, Stage, World};
 
     const TRACE: &str = "4bf92f3577b34da6a3ce929d0e0e4736";
     const OK: &str = "HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n";
 
-    fn world(stage: &Stage, collector: std::net::SocketAddr) -> World {
+    fn world(stage: &Stage, collector: SocketAddr) -> World {
         Plan::new(stage.address(), stage.address())
             .table(&format!(
                 "[traces]\nendpoint = \"http://{collector}/v1/traces\"\nservice_name = \"edge\""
@@ -153,5 +162,78 @@ mod exported {
         assert_eq!(client.message().status(), 503);
         drop(client);
         world.proxy.take().unwrap().stop(PATIENCE);
+    }
+
+    /// A collector behind TLS; what it is told comes out at the other end.
+    fn secure_collector(authority: &Authority) -> (SocketAddr, Receiver<Vec<u8>>) {
+        let (chain, key) = authority.signs(&["127.0.0.1"]);
+        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+        let config = ServerConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_no_client_auth()
+            .with_single_cert(
+                vec![CertificateDer::from_pem_slice(chain.as_bytes()).unwrap()],
+                PrivateKeyDer::from_pem_slice(key.as_bytes()).unwrap(),
+            )
+            .unwrap();
+        let config = Arc::new(config);
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let (told, heard) = sync_channel(8);
+        thread::spawn(move || {
+            for socket in listener.incoming() {
+                let session = ServerConnection::new(Arc::clone(&config)).unwrap();
+                let mut stream = StreamOwned::new(session, socket.unwrap());
+                let (mut said, mut bytes) = (Vec::new(), [0; 4096]);
+                // All of it, as soon as nothing of a trace is missing; or why there is nothing.
+                let ended = loop {
+                    match stream.read(&mut bytes) {
+                        Ok(0) => break Vec::new(),
+                        Ok(count) => said.extend_from_slice(&bytes[..count]),
+                        Err(error) => break error.to_string().into_bytes(),
+                    }
+                    if holds(&said, "service.name") && holds(&said, "hopgate.epoch") {
+                        break said;
+                    }
+                };
+                stream.write_all(OK.as_bytes()).ok();
+                if told.send(ended).is_err() {
+                    return;
+                }
+            }
+        });
+        (address, heard)
+    }
+
+    #[test]
+    fn a_collector_behind_tls_is_verified_by_the_authorities_of_the_system() {
+        let (authority, other) = (Authority::new(), Authority::new());
+        for (trusted, is_told) in [(&authority, true), (&other, false)] {
+            let stage = Stage::new();
+            let (collector, heard) = secure_collector(&authority);
+            let folder = tempfile::tempdir().unwrap();
+            let ca = folder.path().join("ca.pem");
+            std::fs::write(&ca, trusted.pem()).unwrap();
+            Plan::new(stage.address(), stage.address())
+                .table(&format!(
+                    "[traces]\nendpoint = \"https://{collector}/v1/traces\""
+                ))
+                .write(&folder);
+            let ca = ca.display().to_string();
+            let running = Running::start_among(&folder, &[("SSL_CERT_FILE", &ca)]);
+            let mut client = Peer::connect(running.address);
+            client.get("/seen");
+            answer(&stage);
+            assert_eq!(client.message().status(), 503);
+            let said = heard.recv_timeout(PATIENCE).unwrap();
+            assert_eq!(
+                holds(&said, "POST /v1/traces"),
+                is_told,
+                "{}",
+                said.escape_ascii()
+            );
+            assert_eq!(holds(&said, "/seen"), is_told);
+        }
     }
 }
