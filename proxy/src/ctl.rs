@@ -10,8 +10,8 @@ use std::time::Duration;
 
 use clap::{Args, Subcommand};
 use cutover_protocol::hold::{
-    Answer, AtCut, CheckStatus, Command, Gate, InFlight, InFlightPhase, ServerState, ServerStatus,
-    ServiceStatus,
+    Answer, AtCut, BudgetStatus, CheckStatus, Command, Gate, InFlight, InFlightPhase, ServerState,
+    ServerStatus, ServiceStatus, Tier,
 };
 use cutover_protocol::id::{ServiceName, Site};
 use hopgate_proxy::control::client::ControlClient;
@@ -260,7 +260,29 @@ fn print_service(status: &ServiceStatus) {
     if status.front_checks_answered > 0 {
         println!("  front checks answered {}", status.front_checks_answered);
     }
+    if let Some(budget) = &status.budget {
+        print_budget(status.held_now, budget);
+    }
     status.servers.iter().for_each(print_server);
+}
+
+fn print_budget(held_now: u64, budget: &BudgetStatus) {
+    let of = |most: u64| match most {
+        0 => String::new(),
+        most => format!(" of {most}"),
+    };
+    let tier = match budget.tier {
+        Tier::Park => "room for more",
+        Tier::StopReading => "reading no more of clients",
+        Tier::StopAccepting => "accepting no more clients",
+        Tier::Refuse => "full",
+    };
+    println!(
+        "  budget: {held_now} of {} requests, {}{} bytes: {tier}",
+        budget.held_max,
+        budget.held_bytes,
+        of(budget.held_bytes_max)
+    );
 }
 
 fn print_server(server: &ServerStatus) {

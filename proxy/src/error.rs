@@ -104,6 +104,9 @@ pub enum RequestError {
     /// The service holds as many requests as it may.
     #[error("too many requests are waiting for this service")]
     HeldFull,
+    /// As many requests of the client's address are held as may be.
+    #[error("too many requests of your address are waiting for this service")]
+    HeldOfAddress,
     /// The request was held for as long as it may be.
     #[error("the service did not come back in time")]
     HeldTooLong(Words),
@@ -176,6 +179,7 @@ impl RequestError {
             | Self::ClientLeft(_)
             | Self::ClientSilent => Fault::Client,
             Self::HeldFull
+            | Self::HeldOfAddress
             | Self::FrontCheck(_)
             | Self::HeldTooLong(_)
             | Self::OutOfTime(_)
@@ -222,6 +226,7 @@ impl RequestError {
             | Self::HeadTooLong
             | Self::HeadTimeout
             | Self::HeldFull
+            | Self::HeldOfAddress
             | Self::FrontCheck(_)
             | Self::HeldTooLong(_)
             | Self::OutOfTime(_)
@@ -272,6 +277,7 @@ impl RequestError {
             // The status of gRPC is another field.
             Self::HeldTooLong(Words::Grpc) | Self::OutOfTime(Words::Grpc) => Some(200),
             Self::HeldFull
+            | Self::HeldOfAddress
             | Self::HeldTooLong(_)
             | Self::Shutdown
             | Self::Memory
@@ -311,6 +317,7 @@ impl RequestError {
             Self::HeldFull => Reason::HeldFull,
             Self::HeldTooLong(_) => Reason::HeldTooLong,
             Self::OutOfTime(_) => Reason::OutOfTime,
+            Self::HeldOfAddress => Reason::HeldOfAddress,
             Self::Cut(_) => Reason::Cut,
             Self::Shutdown => Reason::Shutdown,
             Self::ClientLeft(_)
@@ -367,6 +374,7 @@ impl From<Eviction> for RequestError {
             Eviction::Full => Self::HeldFull,
             Eviction::TooOld => Self::HeldTooLong(Words::Text),
             Eviction::OutOfTime => Self::OutOfTime(Words::Text),
+            Eviction::FullOfAddress => Self::HeldOfAddress,
             Eviction::Shutdown => Self::Shutdown,
         }
     }

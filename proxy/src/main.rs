@@ -9,7 +9,7 @@ use std::process::ExitCode;
 use anyhow::Context;
 use clap::{Parser, Subcommand};
 use hopgate_proxy::Proxy;
-use hopgate_proxy::config::{Config, ListenAddress};
+use hopgate_proxy::config::{Config, ListenAddress, Machine};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 
@@ -142,10 +142,15 @@ fn say_ready(proxy: &Proxy, config: &Config) {
             tracing::info!(service = %service.name, %address, ?gate, epoch = %register.epoch, owner = %register.owner, "serving");
         }
     }
+    let machine = Machine::look();
     tracing::info!(
         workers = config.workers,
         connections_max = config.limits.connections_max,
         held_max = config.limits.held_max,
+        held_bytes_max = config.limits.held_bytes_max,
+        held_per_address_max = config.limits.held_per_address_max,
+        open_files = machine.open_files,
+        memory_free_bytes = machine.memory_bytes,
         control = %config.control.display(),
         "ready"
     );

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use cutover_protocol::hold::Tier;
 use cutover_protocol::id::Site;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
@@ -20,6 +21,7 @@ use crate::life::facts::Facts;
 use crate::limit::Reason;
 use crate::listen::bound::Bound;
 use crate::listen::quic::router::Counts;
+use crate::service::budget::TIERS;
 use crate::service::{HOLD_BUCKETS_MS, HeldCounts, HoldTimes, Mode, Service, Word};
 use crate::snapshot::{Shared, Snapshot};
 use crate::tls::count;
@@ -48,6 +50,9 @@ struct Reading<'s> {
     in_flight: u64,
     connections: u64,
     carried: u64,
+    tier: Tier,
+    /// How often each tier was entered.
+    entered: [u64; TIERS.len()],
     answered: [u64; 6],
     refused: [u64; Reason::ALL.len()],
     front_checks: u64,
@@ -75,6 +80,8 @@ impl<'s> Reading<'s> {
             in_flight: gate.in_flight(),
             connections: gate.connections(),
             carried: gate.carried(),
+            tier: gate.budget.tier(),
+            entered: gate.budget.entered(),
             answered,
             refused,
             front_checks: gate.front_checks(),
@@ -90,7 +97,7 @@ type Single = (
     fn(&Reading<'_>) -> u64,
 );
 
-const SINGLES: [Single; 12] = [
+const SINGLES: [Single; 14] = [
     (
         "hopgate_held_total",
         "counter",
@@ -124,6 +131,18 @@ const SINGLES: [Single; 12] = [
     ("hopgate_held_now", "gauge", "Requests held now", |s| {
         s.counts.held_now
     }),
+    (
+        "hopgate_held_bytes",
+        "gauge",
+        "Memory that the held keep, by our own count",
+        |s| s.counts.bytes_now,
+    ),
+    (
+        "hopgate_budget_tier",
+        "gauge",
+        "0 room for more, 1 reading no more of clients, 2 accepting no more of them, 3 full",
+        |s| s.tier as u64,
+    ),
     (
         "hopgate_in_flight",
         "gauge",
@@ -266,6 +285,7 @@ fn write(
             )?;
         }
     }
+    write_tiers(out, readings)?;
     write_refused(out, readings)?;
     write_hold_times(out, readings)?;
     if let Some(log) = access_log {
@@ -305,6 +325,25 @@ fn write_ledger(out: &mut String, (entered, dropped): (u64, u64)) -> std::fmt::R
             out,
             "# HELP {name} {help}.\n# TYPE {name} counter\n{name} {count}"
         )?;
+    }
+    Ok(())
+}
+
+fn write_tiers(out: &mut String, readings: &[Reading<'_>]) -> std::fmt::Result {
+    let name = "hopgate_budget_tier_entered_total";
+    writeln!(
+        out,
+        "# HELP {name} How often the budget of the held was used so far that a tier began.\n# TYPE {name} counter"
+    )?;
+    for reading in readings {
+        let labels = ["park", "stop_reading", "stop_accepting", "refuse"];
+        for (tier, count) in labels.iter().zip(reading.entered).skip(1) {
+            let service = reading.name;
+            writeln!(
+                out,
+                "{name}{{service=\"{service}\",tier=\"{tier}\"}} {count}"
+            )?;
+        }
     }
     Ok(())
 }

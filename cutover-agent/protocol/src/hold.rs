@@ -249,6 +249,36 @@ pub enum Gate {
     Releasing,
 }
 
+/// What is done because of how full the budget of the held is. Each tier does what those before it do, too.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Tier {
+    /// There is room: requests are held.
+    #[default]
+    Park,
+    /// No more is read of clients that are connected, and none of their streams is taken up.
+    StopReading,
+    /// No more clients are accepted: they wait in the kernel.
+    StopAccepting,
+    /// Whoever comes through none the less is refused.
+    Refuse,
+}
+
+/// How full the budget of the held is. A bound of zero is none.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BudgetStatus {
+    /// What is done because of that.
+    pub tier: Tier,
+    /// Most that may be held.
+    pub held_max: u64,
+    /// Memory that the held keep, by our own count.
+    pub held_bytes: u64,
+    /// Most that they may keep.
+    pub held_bytes_max: u64,
+    /// Most that may be held of one client address.
+    pub held_per_address_max: u64,
+}
+
 /// One service as the proxy sees it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct ServiceStatus {
@@ -294,6 +324,9 @@ pub struct ServiceStatus {
     /// Health probes of balancers that were answered instead of being held; not among the above.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub front_checks_answered: u64,
+    /// How full the budget of the held is, where the proxy says so.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub budget: Option<BudgetStatus>,
     /// The servers of both sites, where the question was for the status.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub servers: Vec<ServerStatus>,

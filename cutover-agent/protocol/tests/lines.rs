@@ -44,6 +44,7 @@ fn status() -> ServiceStatus {
         gave_up: 5,
         evicted: 6,
         front_checks_answered: 0,
+        budget: None,
         servers: Vec::new(),
     }
 }

@@ -11,6 +11,7 @@ use super::load::{MS_MAX, milliseconds_or, to_u64};
 use super::route::networks;
 use super::table::{Problem, Section};
 use crate::forwarded::TrustedFrom;
+use crate::service::budget::WhenFull;
 use crate::service::terms::ReleaseClass;
 
 /// What a hold means for a request.
@@ -26,6 +27,8 @@ pub struct HoldConfig {
     pub at_limit: AtLimit,
     /// Who of the held leave before it.
     pub(crate) release_class: ReleaseClass,
+    /// What becomes of it when the budget of the held is used.
+    pub(crate) when_full: WhenFull,
 }
 
 /// What a request gets that has been held for as long as it may.
@@ -109,11 +112,20 @@ pub(super) fn hold(
             return Err(section.bad_text("at_limit", other, wanted));
         }
     };
+    let when_full = match section.text("when_full")? {
+        None => before.map_or(WhenFull::Wait, |before| before.when_full),
+        Some("wait") => WhenFull::Wait,
+        Some("refuse") => WhenFull::Refuse,
+        Some(other) => {
+            return Err(section.bad_text("when_full", other, "\"wait\" or \"refuse\""));
+        }
+    };
     Ok(HoldConfig {
         at_cut,
         own_from,
         limit: None,
         at_limit,
         release_class,
+        when_full,
     })
 }

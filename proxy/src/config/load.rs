@@ -4,12 +4,12 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use cutover_protocol::id::{NAME_BYTES_MAX, ServiceName};
-use rustix::process::{Resource, getrlimit};
 use toml::Table;
 
 use super::front_check;
 use super::hold;
 use super::http2::{self, Http2};
+use super::machine::Machine;
 use super::quic;
 use super::raw;
 use super::release;
@@ -19,9 +19,10 @@ use super::tls::{self, TlsConfig};
 use super::traces;
 use super::upstream::{RESOLVER_KEYS, reference, resolver, upstreams};
 use super::{
-    Config, Limits, ListenAddress, ListenConfig, LogConfig, LogFormat, LogTarget, Protocol,
-    ServiceConfig, UpstreamConfig,
+    Config, DoorWhenFull, Limits, ListenAddress, ListenConfig, LogConfig, LogFormat, LogTarget,
+    Protocol, ServiceConfig, UpstreamConfig,
 };
+use crate::http::front_check::FrontChecks;
 
 /// A configuration that cannot be used: which file, and what is wrong with it.
 #[derive(Debug, thiserror::Error)]
@@ -57,6 +58,8 @@ const LIMITS_KEYS: &[&str] = &[
     "memory_bytes_max",
     "memory_percent_max",
     "held_max",
+    "held_bytes_max",
+    "held_per_address_max",
     "hold_ms_max",
     "retry_after_s",
     "head_bytes_max",
@@ -92,16 +95,21 @@ const SERVICE_KEYS: &[&str] = &[
     "hold_ms_max",
     "at_limit",
     "front_timeout_ms",
+    "when_full",
     "own_marker",
     "front_check",
     "rate",
     "unknown_name",
     "route",
 ];
-const LISTEN_KEYS: &[&str] = &["address", "tls", "http3", "proxy_protocol_from"];
+const LISTEN_KEYS: &[&str] = &[
+    "address",
+    "tls",
+    "http3",
+    "proxy_protocol_from",
+    "when_full",
+];
 
-/// Files the process needs for itself: listeners, epolls, control and metrics clients, logs, libraries.
-const FILES_RESERVED: u64 = 200;
 /// Longest time a limit may name: a week, in milliseconds.
 pub(super) const MS_MAX: i64 = 7 * 24 * 3600 * 1000;
 
@@ -154,6 +162,10 @@ impl Config {
         let limits = limits(
             root.section("limits", LIMITS_KEYS)?,
             http2::http2(root.section("http2", http2::KEYS)?)?,
+            table
+                .get("service")
+                .and_then(|all| all.as_array())
+                .map_or(1, Vec::len),
         )?;
         let quic = quic::quic(root.section("quic", quic::KEYS)?)?;
         let release = release::release(root.section("release", release::KEYS)?)?;
@@ -268,7 +280,8 @@ fn service(section: &Section<'_>, around: Around<'_>) -> Result<ServiceConfig, P
             "1 to 64 letters, digits, '-', '_' or '.', starting with a letter or digit",
         )
     })?;
-    let listen = listeners(section, around.folder, around.profiles)?;
+    let front_checks = front_check::front_checks(section, None)?;
+    let listen = listeners(section, around.folder, around.profiles, &front_checks)?;
     let protocol = match section.text("protocol")? {
         None | Some("http") => Protocol::Http,
         Some("tcp") => Protocol::Tcp,
@@ -280,7 +293,6 @@ fn service(section: &Section<'_>, around: Around<'_>) -> Result<ServiceConfig, P
     let target = reference(section, "target", around.upstreams)?
         .ok_or_else(|| section.missing("target", "target = \"10.0.1.1:80\""))?;
     let hold = hold::hold(section, None)?;
-    let front_checks = front_check::front_checks(section, None)?;
     let (hold_max, front_timeout) = hold::bounds(section, around.limits.hold_max)?;
     let of_service = OfService {
         protocol,
@@ -321,6 +333,7 @@ fn listeners(
     section: &Section<'_>,
     folder: &Path,
     profiles: &[TlsConfig],
+    checks: &FrontChecks,
 ) -> Result<Vec<ListenConfig>, Problem> {
     const EXAMPLE: &str = "listen = \"0.0.0.0:8080\"";
     if section.holds_text("listen") {
@@ -331,9 +344,11 @@ fn listeners(
             tls: None,
             proxy_protocol_from: crate::forwarded::TrustedFrom::default(),
             http3: false,
+            when_full: door_when_full(checks, false),
         }]);
     }
     let mut listeners = Vec::new();
+    let mut said = Vec::new();
     let place = |index: usize, _: &Table| format!("listener {} of {}", index + 1, section.place());
     for listener in section.sections_at("listen", place, LISTEN_KEYS)? {
         let text = listener.required_text("address", "address = \"0.0.0.0:8080\"")?;
@@ -352,12 +367,37 @@ fn listeners(
             tls,
             proxy_protocol_from: route::networks(&listener, "proxy_protocol_from")?,
             http3,
+            when_full: DoorWhenFull::Stop,
         });
+        said.push(listener_when_full(&listener)?);
+    }
+    let otherwise = door_when_full(checks, said.contains(&Some(DoorWhenFull::GoOn)));
+    for (listener, said) in listeners.iter_mut().zip(said) {
+        listener.when_full = said.unwrap_or(otherwise);
     }
     if listeners.is_empty() {
         return Err(section.missing("listen", EXAMPLE));
     }
     Ok(listeners)
+}
+
+/// Of a listener that does not say it itself. A balancer that finds no door any more takes all clients away, so doors
+/// stay open for its probes, unless they have one of their own.
+fn door_when_full(checks: &FrontChecks, have_their_own: bool) -> DoorWhenFull {
+    if checks.is_empty() || have_their_own {
+        DoorWhenFull::Stop
+    } else {
+        DoorWhenFull::GoOn
+    }
+}
+
+fn listener_when_full(listener: &Section<'_>) -> Result<Option<DoorWhenFull>, Problem> {
+    match listener.text("when_full")? {
+        None => Ok(None),
+        Some("stop") => Ok(Some(DoorWhenFull::Stop)),
+        Some("go_on") => Ok(Some(DoorWhenFull::GoOn)),
+        Some(other) => Err(listener.bad_text("when_full", other, "\"stop\" or \"go_on\"")),
+    }
 }
 
 fn listen_address(
@@ -379,7 +419,8 @@ fn listen_address(
     })
 }
 
-fn limits(section: Option<Section<'_>>, http2: Http2) -> Result<Limits, Problem> {
+/// Of a configuration with so many services.
+fn limits(section: Option<Section<'_>>, http2: Http2, services: usize) -> Result<Limits, Problem> {
     let empty = Table::new();
     let section = match section {
         Some(section) => section,
@@ -397,14 +438,30 @@ fn limits(section: Option<Section<'_>>, http2: Http2) -> Result<Limits, Problem>
             .whole(key, 0..=i64::MAX)
             .map(|n| n.map_or(default, to_u64))
     };
+    let machine = Machine::look();
+    let connections_max = count("connections_max", 1, 10_000_000, machine.connections_max())?;
+    if section.has("connections_max") && connections_max as u64 > machine.connections_limit() {
+        return Err(section.more_than_files(
+            "connections_max",
+            connections_max,
+            machine.open_files,
+        ));
+    }
+    let held_bytes_max = bytes("held_bytes_max", machine.held_bytes_max(services))?;
+    let held_default = Machine::held_max(match held_bytes_max {
+        0 => machine.held_bytes_max(services),
+        most => most,
+    });
     Ok(Limits {
-        connections_max: count("connections_max", 1, 10_000_000, connections_default())?,
+        connections_max,
         address_connections_max: count("address_connections_max", 0, 10_000_000, 0)?,
         memory_bytes_max: bytes("memory_bytes_max", 0)?,
         memory_percent_max: section
             .whole("memory_percent_max", 0..=100)?
             .map_or(90, to_u64),
-        held_max: count("held_max", 0, 10_000_000, 10_000)?,
+        held_max: count("held_max", 0, 10_000_000, held_default)?,
+        held_bytes_max,
+        held_per_address_max: count("held_per_address_max", 0, 10_000_000, 0)?,
         hold_max: ms("hold_ms_max", 60_000)?,
         retry_after_s: section
             .whole("retry_after_s", 0..=86_400)?
@@ -457,14 +514,6 @@ pub(super) fn optional_ms(
 ) -> Result<Option<Duration>, Problem> {
     let number = section.whole(key, 0..=MS_MAX)?.map(i64::unsigned_abs);
     Ok(number.filter(|ms| *ms > 0).map(Duration::from_millis))
-}
-
-/// A client connection may need a second file for its upstream, so half of what the process may open.
-fn connections_default() -> usize {
-    let files = getrlimit(Resource::Nofile).current.unwrap_or(1 << 20);
-    usize::try_from(files.saturating_sub(FILES_RESERVED) / 2)
-        .unwrap_or(usize::MAX)
-        .max(16)
 }
 
 /// Numbers below zero are refused where they are read.

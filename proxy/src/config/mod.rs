@@ -7,6 +7,7 @@ mod front_check;
 mod hold;
 mod http2;
 mod load;
+mod machine;
 mod quic;
 mod raw;
 mod release;
@@ -32,6 +33,7 @@ use crate::route::RouteTable;
 pub use hold::{AtLimit, HoldConfig};
 pub use http2::Http2;
 pub use load::ConfigError;
+pub use machine::Machine;
 pub use quic::Quic;
 pub use raw::UnknownName;
 pub use release::Release;
@@ -156,6 +158,18 @@ pub struct ListenConfig {
     pub tls: Option<Box<str>>,
     /// Whether HTTP/3 is spoken as well, on the UDP port of the same number.
     pub http3: bool,
+    /// What it does when the budget of the held is used.
+    pub when_full: DoorWhenFull,
+}
+
+/// What a listener does when the budget of the held is used.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum DoorWhenFull {
+    /// It stops reading, then accepting.
+    #[default]
+    Stop,
+    /// It goes on with both: for health probes that come by a listener of their own.
+    GoOn,
 }
 
 /// One service: its listeners, a gate and two upstreams.
@@ -235,8 +249,12 @@ pub struct Limits {
     pub memory_bytes_max: u64,
     /// The same, in hundredths of the control group's limit, for the whole group; zero for no such limit.
     pub memory_percent_max: u64,
-    /// Requests held at once, per service; one more is refused with 503.
+    /// Requests held at once, per service.
     pub held_max: usize,
+    /// Memory of the held, per service, in bytes by our own count; zero for no limit of its own.
+    pub held_bytes_max: u64,
+    /// Held of one client address (IPv4) or /64 network (IPv6), per service; zero for no limit.
+    pub held_per_address_max: usize,
     /// How long a request may be held before it is refused with 503.
     pub hold_max: Duration,
     /// What `Retry-After` says in every 503, in seconds.

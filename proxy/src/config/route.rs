@@ -49,6 +49,7 @@ const ROUTE_KEYS: &[&str] = &[
     "front_check",
     "hold_ms_max",
     "at_limit",
+    "when_full",
     "body_bytes_max",
     "connect_ms_max",
     "response_ms_max",
@@ -59,7 +60,7 @@ const ROUTE_KEYS: &[&str] = &[
     "tunnel_idle_ms_max",
 ];
 /// Those from here on take the place of one in `[limits]`.
-const FIRST_LIMIT: usize = 22;
+const FIRST_LIMIT: usize = 23;
 const _: () = assert!(matches!(
     ROUTE_KEYS[FIRST_LIMIT].as_bytes(),
     b"body_bytes_max"

@@ -8,6 +8,8 @@ use std::ops::RangeInclusive;
 
 use toml::{Table, Value};
 
+use super::machine::FILES_RESERVED;
+
 /// What is wrong with a configuration file, for a person.
 #[derive(Debug, thiserror::Error)]
 pub enum Problem {
@@ -67,6 +69,23 @@ pub enum Problem {
         least: i64,
         /// Upper bound.
         most: i64,
+    },
+    /// A number of connections for which the process cannot open enough files.
+    #[error(
+        "\"{key}\" in {place} is {wanted}, but this process may open only {open_files} files, and needs \
+         {reserved} for itself; raise the limit (LimitNOFILE=, ulimit -n), or leave the key out"
+    )]
+    Files {
+        /// The table.
+        place: String,
+        /// The key.
+        key: &'static str,
+        /// The value.
+        wanted: usize,
+        /// Files that may be open.
+        open_files: u64,
+        /// Those of them that are not for clients.
+        reserved: u64,
     },
     /// A text that means nothing here.
     #[error("\"{key}\" in {place} is \"{found}\", but must be {wanted}")]
@@ -282,6 +301,22 @@ impl<'t> Section<'t> {
     }
 
     /// The problem of keys that exclude or need each other.
+    /// A number that needs more open files than there may be.
+    pub(super) fn more_than_files(
+        &self,
+        key: &'static str,
+        wanted: usize,
+        open_files: u64,
+    ) -> Problem {
+        Problem::Files {
+            key,
+            place: self.place.clone(),
+            wanted,
+            open_files,
+            reserved: FILES_RESERVED,
+        }
+    }
+
     pub(super) fn together(&self, what: &'static str) -> Problem {
         Problem::Together {
             place: self.place.clone(),

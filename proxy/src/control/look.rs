@@ -5,15 +5,16 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
-use cutover_protocol::hold::{InFlight, LINE_BYTES_MAX};
+use cutover_protocol::hold::{InFlight, LINE_BYTES_MAX, Tier};
 use cutover_protocol::id::ServiceName;
 use tokio::time::{Instant, sleep_until};
 
 use super::commands::{Commander, Unknown};
 use super::seen::{FORECAST_MS_MAX, Forecast, HeldEntry, HeldTable, LimitMet, Look, Seen, Share};
 use crate::config::{Limits, ServiceConfig};
+use crate::service::budget::{BudgetLimits, Keep, Usage};
 use crate::service::traffic::{Arrivals, TrafficSum};
-use crate::service::{Service, milliseconds};
+use crate::service::{Held, Service, milliseconds};
 use crate::worker::Question;
 
 /// Rows of each list of the held.
@@ -125,7 +126,7 @@ impl Commander {
         let sums = sums.await;
         let mut undrained = self.in_flight(&service).await;
         undrained.retain(|entry| entry.age_ms >= duration_ms);
-        let held_now = service.status().held_now;
+        let held_now = service.gate.with_held(Held::usage);
         let snapshot = self.running.shared.load_full();
         let Some(serving) = snapshot.serving(name) else {
             let message = format!("{name} was taken out of the configuration meanwhile");
@@ -135,6 +136,7 @@ impl Commander {
             duration,
             end: end.into_std(),
             held_now,
+            budget: service.gate.with_held(Held::budget),
             limits: &snapshot.config.limits,
             config: &serving.config,
         };
@@ -147,7 +149,8 @@ struct Watched<'s> {
     duration: Duration,
     end: std::time::Instant,
     /// Held already, if the gate was not open.
-    held_now: u64,
+    held_now: Usage,
+    budget: BudgetLimits,
     limits: &'s Limits,
     config: &'s ServiceConfig,
 }
@@ -178,8 +181,14 @@ impl Watched<'_> {
         }
         let undrained_count = undrained.len() as u64;
         undrained.truncate(super::commands::LEFT_MAX);
+        let usage = Usage {
+            count: all.held + self.held_now.count,
+            bytes: all.held * u64::from(Keep::Clear.bytes()) + all.head_bytes + self.held_now.bytes,
+        };
         Forecast {
-            limits: self.limits_met(all.held + self.held_now, &connections),
+            limits: self.limits_met(usage, &by_address, &connections),
+            held_bytes: usage.bytes,
+            tier: self.budget.judge(Tier::Park, usage),
             service: self.config.name.clone(),
             duration_ms: milliseconds(self.duration),
             arrived,
@@ -194,7 +203,12 @@ impl Watched<'_> {
     }
 
     /// Connections that end while requests are answered stay while they are held.
-    fn limits_met(&self, held: u64, connections: &BTreeMap<IpAddr, u64>) -> Vec<LimitMet> {
+    fn limits_met(
+        &self,
+        usage: Usage,
+        held: &BTreeMap<IpAddr, u64>,
+        connections: &BTreeMap<IpAddr, u64>,
+    ) -> Vec<LimitMet> {
         let limits = self.limits;
         let met = |limit: &str, most: u64, wanted: u64, who: Option<String>| {
             (wanted > most).then(|| LimitMet {
@@ -205,14 +219,14 @@ impl Watched<'_> {
             })
         };
         let all_connections = connections.values().sum();
-        let [held_max, connections_max, most_of_one] = [
-            limits.held_max,
-            limits.connections_max,
-            limits.address_connections_max,
-        ]
-        .map(|most| most as u64);
+        let connections_max = limits.connections_max as u64;
+        let bytes_max = match self.budget.held_bytes_max {
+            0 => u64::MAX,
+            most => most,
+        };
         let for_all = [
-            met("held_max", held_max, held, None),
+            met("held_max", self.budget.held_max, usage.count, None),
+            met("held_bytes_max", bytes_max, usage.bytes, None),
             met("connections_max", connections_max, all_connections, None),
         ];
         let wanted = milliseconds(self.duration);
@@ -230,17 +244,24 @@ impl Watched<'_> {
             timed("hold_ms_max", limit, Some(format!("route {}", route.name)))
         });
         // Those who are trusted speak for many, and are not limited by their address.
-        let limited =
-            |address: &IpAddr| most_of_one > 0 && !self.config.trusted_from.believes(*address);
-        let each = connections.iter().filter(|(address, _)| limited(address));
-        let each = each.filter_map(|(address, count)| {
-            let who = Some(address.to_string());
-            met("address_connections_max", most_of_one, *count, who)
-        });
+        let each = |limit: &'static str, most: u64, counts: &BTreeMap<IpAddr, u64>| {
+            let one = counts
+                .iter()
+                .filter(|(address, _)| most > 0 && !self.config.trusted_from.believes(**address));
+            let met = one
+                .filter_map(|(address, count)| met(limit, most, *count, Some(address.to_string())));
+            met.take(ADDRESSES_MAX).collect::<Vec<_>>()
+        };
+        let most_of_one = limits.address_connections_max as u64;
         for_all
             .flatten()
             .chain(routes.take(ADDRESSES_MAX))
-            .chain(each.take(ADDRESSES_MAX))
+            .chain(each("address_connections_max", most_of_one, connections))
+            .chain(each(
+                "held_per_address_max",
+                self.budget.held_per_address_max,
+                held,
+            ))
             .collect()
     }
 }
@@ -264,6 +285,7 @@ mod tests {
 
     use super::*;
     use crate::config::Config;
+    use crate::service::GateLimits;
 
     #[test]
     fn the_largest_come_first_and_equal_ones_by_name() {
@@ -297,7 +319,8 @@ mod tests {
         let watched = Watched {
             duration: Duration::from_secs(10),
             end: std::time::Instant::now(),
-            held_now: 0,
+            held_now: Usage::default(),
+            budget: GateLimits::of(&config, &config.services[0].name).budget,
             limits: &config.limits,
             config: &config.services[0],
         };

@@ -1,7 +1,7 @@
 //! What a person may look at while things happen: who is held, what a hold would cost, what goes on. Nothing here
 //! changes anything. The words come by the control socket, a JSON line each way; `watch` is answered with many.
 
-use cutover_protocol::hold::{Gate, InFlight};
+use cutover_protocol::hold::{Gate, InFlight, Tier};
 use cutover_protocol::id::{Register, ServiceName};
 use serde::{Deserialize, Serialize};
 
@@ -140,6 +140,12 @@ pub struct Forecast {
     /// answered by us, and not executed.
     #[serde(default)]
     pub out_of_time: u64,
+    /// Memory that they would keep, by our own count; of connections whose protocol is not known, in clear.
+    #[serde(default)]
+    pub held_bytes: u64,
+    /// What the budget of the held would make of that.
+    #[serde(default)]
+    pub tier: Tier,
     /// Limits that such a hold would meet; empty if it would meet none.
     pub limits: Vec<LimitMet>,
     /// What was in flight at the end and older than the time watched: it would not have drained within it. Oldest

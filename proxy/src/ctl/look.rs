@@ -5,6 +5,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::bail;
+use cutover_protocol::hold::Tier;
 use cutover_protocol::id::ServiceName;
 use hopgate_proxy::control::client::ControlClient;
 use hopgate_proxy::control::seen::{Forecast, HeldEntry, HeldTable, Look, Seen, Share};
@@ -148,6 +149,13 @@ fn print_forecast(forecast: &Forecast) {
         "  {} arrived by {} connections; {} would be held, with {} bytes of heads",
         forecast.arrived, forecast.connections, forecast.held, forecast.head_bytes
     );
+    let tier = match forecast.tier {
+        Tier::Park => "there is room for them",
+        Tier::StopReading => "no more would be read of clients",
+        Tier::StopAccepting => "no more clients would be accepted",
+        Tier::Refuse => "the last of them would be refused",
+    };
+    println!("  with all they keep {} bytes: {tier}", forecast.held_bytes);
     if !forecast.by_address.is_empty() {
         print_shares("most of them from", &forecast.by_address);
     }

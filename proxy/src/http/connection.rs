@@ -59,9 +59,14 @@ pub(crate) fn serve(visit: &Visit) -> impl Future<Output = Ended> {
     };
     connection.read_at_once();
     async move {
-        while connection.next_request_begins().await {
+        loop {
             // On the heap for as long as it lasts: an idle connection is its task, and should be small.
-            match Box::pin(connection.next_request()).await {
+            let next = match connection.next_request_begins().await {
+                Begins::Request => Box::pin(connection.next_request(None)).await,
+                Begins::Unread => Box::pin(connection.next_request_unread()).await,
+                Begins::Never => break,
+            };
+            match next {
                 Next::Request => {}
                 Next::Close => break,
                 Next::Http2 => {
@@ -83,6 +88,17 @@ enum Next {
     Close,
     /// What began was no request, but the preface of HTTP/2.
     Http2,
+}
+
+/// What comes of the wait for a request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Begins {
+    /// Its first bytes.
+    Request,
+    /// They are there, and are not to be read yet.
+    Unread,
+    /// None will come.
+    Never,
 }
 
 /// What becomes of a connection after an answer.
@@ -122,9 +138,9 @@ impl<'c> Connection<'c> {
         self.visit.port.buffers.give_empty(&mut self.buffer);
     }
 
-    /// Waits, without a buffer, for the first bytes of a request. False when there is none to come. While the service
-    /// is held, nobody is idle: a client whose time is over then has it once more.
-    fn next_request_begins(&mut self) -> impl Future<Output = bool> {
+    /// Waits, without a buffer, for the first bytes of a request. While the service is held, nobody is idle: a client
+    /// whose time is over then has it once more. The first request of a connection is read in any case.
+    fn next_request_begins(&mut self) -> impl Future<Output = Begins> {
         let mut place = None;
         poll_fn(move |context| self.poll_begins(&mut place, context))
     }
@@ -133,12 +149,20 @@ impl<'c> Connection<'c> {
         &mut self,
         place: &mut Option<IdlePlace<'c>>,
         context: &mut Context<'_>,
-    ) -> Poll<bool> {
-        let Visit { port, stream, .. } = self.visit;
+    ) -> Poll<Begins> {
+        let Visit {
+            port,
+            stream,
+            client,
+            ..
+        } = self.visit;
         while self.buffer.is_empty() {
+            if !self.is_new && !port.reads(client) && stream.has_unread() {
+                return Poll::Ready(Begins::Unread);
+            }
             port.buffers.grow(&mut self.buffer);
             match stream.try_read(self.buffer.room()) {
-                Ok(0) => return Poll::Ready(false),
+                Ok(0) => return Poll::Ready(Begins::Never),
                 Ok(count) => self.buffer.advance(count),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     port.buffers.give_empty(&mut self.buffer);
@@ -147,29 +171,49 @@ impl<'c> Connection<'c> {
                         *place = port.closing.enter_idle(idle_max);
                     }
                     let Some(held) = place else {
-                        return Poll::Ready(false);
+                        return Poll::Ready(Begins::Never);
                     };
                     // An error is found again by the read.
                     if stream.poll_readable(context).is_pending() {
                         ready!(held.poll_over(context));
                         if !port.holds() || port.closing.is_closed() {
-                            return Poll::Ready(false);
+                            return Poll::Ready(Begins::Never);
                         }
                         *place = None;
                     }
                 }
-                Err(_) => return Poll::Ready(false),
+                Err(_) => return Poll::Ready(Begins::Never),
             }
         }
         self.settings = port.settings();
-        Poll::Ready(true)
+        Poll::Ready(Begins::Request)
     }
 
-    /// Serves a request whose first bytes are there.
-    async fn next_request(&mut self) -> Next {
+    /// Waits until the first bytes of a request may be read, which came now, or its client leaves.
+    async fn next_request_unread(&mut self) -> Next {
+        let Visit { port, stream, .. } = self.visit;
+        let since = Instant::now();
+        tokio::select! {
+            biased;
+            _ = port.hangup.left(stream) => return Next::Close,
+            () = port.closing.over() => {}
+            () = port.service.gate.budget.reads_again() => {}
+        }
+        // Whatever the budget has become meanwhile: it has waited, and is the next to be held or refused.
+        let was_new = std::mem::replace(&mut self.is_new, true);
+        let begins = self.next_request_begins().await;
+        self.is_new = was_new;
+        match begins {
+            Begins::Request => self.next_request(Some(since)).await,
+            Begins::Unread | Begins::Never => Next::Close,
+        }
+    }
+
+    /// Serves a request whose first bytes are there, and came just now or at another time.
+    async fn next_request(&mut self, came: Option<Instant>) -> Next {
         let then = match self.read_head().await {
             Ok(end) if self.turns_to_http2(end) => return Next::Http2,
-            Ok(end) => self.serve_request(end).await,
+            Ok(end) => self.serve_request(end, came).await,
             Err(error) => self.refuse(&error).await,
         };
         match then {
@@ -292,9 +336,9 @@ impl<'c> Connection<'c> {
         );
     }
 
-    async fn serve_request(&mut self, end: usize) -> Then {
+    async fn serve_request(&mut self, end: usize, came: Option<Instant>) -> Then {
         let id = self.visit.port.next_id();
-        let arrival = Instant::now();
+        let arrival = came.unwrap_or_else(Instant::now);
         let mut head = self.visit.port.buffers.take_output();
         let decided = match self.decide(end, id, arrival, &mut head) {
             Ok(decided) => decided,

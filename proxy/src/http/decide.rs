@@ -18,7 +18,7 @@ use crate::listen::port::{FrontCheckOf, Passage, Settings};
 use crate::route::action::{FieldEdits, RedirectStatus};
 use crate::route::template::{Id, Values, Variable};
 use crate::route::{Path, RequestView, Route, bare_host};
-use crate::service::terms::{Asker, Terms};
+use crate::service::terms::{Asker, Terms, Weight};
 
 /// By what a request is judged.
 #[derive(Clone, Copy)]
@@ -181,6 +181,10 @@ fn terms(
         at_cut: hold.at_cut,
         class: hold.release_class,
         end: None,
+        weight: Weight {
+            when_full: hold.when_full,
+            ..Weight::default()
+        },
     }
 }
 

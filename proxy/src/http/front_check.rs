@@ -19,6 +19,13 @@ const PASSED_ON: [&str; 3] = ["forwarded", "x-forwarded-for", "via"];
 #[derive(Debug, Clone, Default)]
 pub(crate) struct FrontChecks(Arc<[FrontCheck]>);
 
+impl FrontChecks {
+    /// Whether there are none.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+}
+
 /// One kind of front check: every condition that is there is met.
 #[derive(Debug)]
 pub(crate) struct FrontCheck {

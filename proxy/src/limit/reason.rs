@@ -44,6 +44,8 @@ pub(crate) enum Reason {
     ProxyProtocol,
     /// Too many are held.
     HeldFull,
+    /// Too many of one address are held.
+    HeldOfAddress,
     /// Held for too long.
     HeldTooLong,
     /// Held until its client had no use for an answer any more.
@@ -56,7 +58,7 @@ pub(crate) enum Reason {
 
 impl Reason {
     /// All of them, in the order of their declaration.
-    pub(crate) const ALL: [Self; 22] = [
+    pub(crate) const ALL: [Self; 23] = [
         Self::Rate,
         Self::AddressConnections,
         Self::Memory,
@@ -75,6 +77,7 @@ impl Reason {
         Self::Handshakes,
         Self::ProxyProtocol,
         Self::HeldFull,
+        Self::HeldOfAddress,
         Self::HeldTooLong,
         Self::OutOfTime,
         Self::Cut,
@@ -103,6 +106,7 @@ impl Reason {
             Self::Handshakes => "handshakes",
             Self::ProxyProtocol => "proxy_protocol",
             Self::HeldFull => "held_full",
+            Self::HeldOfAddress => "held_of_address",
             Self::HeldTooLong => "held_too_long",
             Self::OutOfTime => "out_of_time",
             Self::Cut => "cut",

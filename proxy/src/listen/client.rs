@@ -3,6 +3,7 @@
 use std::net::{Ipv4Addr, SocketAddr};
 use std::rc::Rc;
 
+use crate::config::DoorWhenFull;
 use crate::forwarded::AddressText;
 use crate::tls;
 use crate::tls::stream::Agreed;
@@ -31,6 +32,8 @@ pub(crate) struct Client {
     /// Its address; loopback with port zero where it came by a unix socket.
     pub(crate) address: SocketAddr,
     pub(crate) scheme: Scheme,
+    /// What its listener does when the budget of the held is used.
+    pub(crate) when_full: DoorWhenFull,
     /// What its handshake told, if that is more than nothing.
     told: Option<Rc<Told>>,
     /// The address without its port, as it is forwarded.
@@ -50,6 +53,7 @@ impl Client {
         Self {
             address,
             scheme: Scheme::Http,
+            when_full: DoorWhenFull::Stop,
             shown: AddressText::of(address.ip()),
             told: None,
         }

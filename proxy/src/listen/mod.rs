@@ -29,7 +29,7 @@ use tokio::time::timeout;
 
 use crate::acme;
 use crate::buffer::Buffer;
-use crate::config::{ListenConfig, Protocol};
+use crate::config::{DoorWhenFull, ListenConfig, Protocol};
 use crate::http::connection::{self, Ended};
 use crate::http::h2;
 use crate::limit::Reason;
@@ -139,7 +139,7 @@ pub(crate) async fn serve(
         let next = tokio::select! {
             biased;
             manner = listening.ended() => break manner,
-            next = next_client(&port, &listener, &permits) => next,
+            next = next_client(&port, &listening, &listener, &permits) => next,
         };
         match next {
             Ok((accepted, permit)) => start(&port, &listening, accepted, permit, &mut connections),
@@ -195,6 +195,7 @@ async fn empty(
 /// Nothing is taken off the kernel's queue until it returns.
 async fn next_client(
     port: &Port,
+    listening: &Listening,
     listener: &AsyncFd<OwnedFd>,
     permits: &Arc<Semaphore>,
 ) -> io::Result<(Accepted, OwnedSemaphorePermit)> {
@@ -202,6 +203,10 @@ async fn next_client(
         let mut ready = listener.readable().await?;
         // Short of memory, clients wait in the kernel.
         port.settings().guards.memory.relaxed().await;
+        // As they do when as much is held as may be.
+        if listening.door().config.when_full == DoorWhenFull::Stop {
+            port.service.gate.budget.accepts_again().await;
+        }
         let permit = Arc::clone(permits)
             .acquire_owned()
             .await
@@ -245,14 +250,16 @@ fn start(
     permit: OwnedSemaphorePermit,
     connections: &mut JoinSet<()>,
 ) {
+    let door = listening.door();
+    let mut client = address.map_or_else(Client::local, Client::new);
+    client.when_full = door.config.when_full;
     let visit = Visit {
         port: Rc::clone(port),
         stream: Stream::Plain(Socket::new(socket)),
-        client: address.map_or_else(Client::local, Client::new),
+        client,
         seat: None,
         permit,
     };
-    let door = listening.door();
     if door.is_plain_to(&visit.client) {
         if let Some(visit) = visit.sit_down() {
             connections.spawn_local(visit.serve());
@@ -297,6 +304,7 @@ impl Visit {
         };
         if door.believes(&self.client) {
             self.client = introduced(&self.port, &socket, self.client).await?;
+            self.client.when_full = door.config.when_full;
         }
         // Seated before hands are shaken: that is the dear part.
         let seat = seat_or_count(&self.port, &self.client).ok()?;

@@ -22,7 +22,9 @@ use super::held;
 use super::idle::{IdleClients, IdlePlace};
 use crate::access_log::{AccessLog, Line};
 use crate::buffer::{Buffer, Buffers};
-use crate::config::{AcmeConfig, Limits, Quic, ServiceConfig, UpstreamProtocol};
+use crate::config::{
+    AcmeConfig, DoorWhenFull, Limits, Protocol, Quic, ServiceConfig, UpstreamProtocol,
+};
 use crate::error::RequestError;
 use crate::forwarded::Tracing;
 use crate::http::deadline;
@@ -32,10 +34,11 @@ use crate::http::request::RequestId;
 use crate::http::served::Served;
 use crate::limit::{Guards, Reason};
 use crate::route::Route;
+use crate::service::budget::Keep;
 use crate::service::inflight::InFlightTable;
 use crate::service::pool::{NoConnection, Pool, Upstream};
 use crate::service::roll::Roll;
-use crate::service::terms::{Asker, Terms};
+use crate::service::terms::{Asker, OfAddress, Terms, Weight};
 use crate::service::traffic::{Manner, Traffic};
 use crate::service::{Admission, Eviction, Mode, Parked, Service, Ticket};
 use crate::stream::Stream;
@@ -164,6 +167,12 @@ impl Closing {
     /// Keeps the deadlines of idle clients, for ever.
     pub(crate) async fn keep_idle(&self) {
         self.idle.keep().await;
+    }
+
+    /// Completes once closed, and who is idle has had his time.
+    pub(crate) async fn over(&self) {
+        self.closed().await;
+        tokio::time::sleep(self.idle_grace.get().unwrap_or_default()).await;
     }
 
     /// Completes once closed.
@@ -398,6 +407,12 @@ impl Port {
         self.service.gate.word().mode != Mode::Open
     }
 
+    /// Whether more is to be read of this client, or taken up of its streams: not so when the budget of the held is
+    /// nearly used.
+    pub(crate) fn reads(&self, client: &Client) -> bool {
+        client.when_full == DoorWhenFull::GoOn || self.service.gate.budget.reads()
+    }
+
     /// Passes an open gate, or waits at a closed one.
     pub(crate) async fn admit(
         &self,
@@ -414,7 +429,7 @@ impl Port {
             Admission::Wait => {
                 self.tell_front_check(visitor.passage)?;
                 self.limit(visitor.passage, visitor.head);
-                let terms = visitor.passage.terms;
+                let terms = self.weighed(visitor);
                 let gate = &self.service.gate;
                 if terms.asker == Asker::Application
                     && let Admission::Pass(ticket) = gate.admit_own(self.worker)
@@ -442,6 +457,7 @@ impl Port {
         } = passage.terms;
         self.traffic.note(client, manner, head, arrival);
         self.limit(passage, head);
+        passage.terms.weight = self.weight(passage.terms, Keep::Stream2, head.len());
         Ok(self.service.gate.park(self.worker, passage.terms)?)
     }
 
@@ -478,6 +494,41 @@ impl Port {
         }
     }
 
+    /// The visitor's terms, with what it would take of the budget.
+    fn weighed(&self, visitor: &mut Visitor<'_>) -> Terms {
+        let keep = match &visitor.presence {
+            Presence::Stream(_) => Keep::Stream3,
+            Presence::Connection(_) if self.settings().service.protocol == Protocol::Tcp => {
+                Keep::Raw
+            }
+            Presence::Connection(Stream::Tls(_)) => Keep::Tls,
+            Presence::Connection(Stream::Plain(_)) => Keep::Clear,
+        };
+        let read = visitor
+            .buffer
+            .as_ref()
+            .map_or(0, |buffer| buffer.filled().len());
+        let terms = visitor.passage.terms;
+        visitor.passage.terms.weight = self.weight(terms, keep, visitor.head.len() + read);
+        visitor.passage.terms
+    }
+
+    fn weight(&self, terms: Terms, keep: Keep, bytes: usize) -> Weight {
+        let address = terms.client.ip();
+        let is_one =
+            terms.client.port() != 0 && !self.settings().service.trusted_from.believes(address);
+        let bytes = u32::try_from(bytes).unwrap_or(u32::MAX);
+        Weight {
+            bytes: keep.bytes().saturating_add(bytes),
+            of_address: if is_one {
+                OfAddress::One
+            } else {
+                OfAddress::Many
+            },
+            ..terms.weight
+        }
+    }
+
     /// Finds or makes a connection for the ticket, to a server that can be reached. Where none comes about because the
     /// gate has closed, or has only just opened, the request is held again: nothing of it has left us.
     pub(crate) async fn connect<'p>(
@@ -507,7 +558,8 @@ impl Port {
             if is_check && (self.holds() || self.service.gate.has_opened_just_now()) {
                 self.tell_front_check(visitor.passage)?;
             }
-            let Some(parked) = ticket.wait_again(&self.service.gate, visitor.passage.terms) else {
+            let terms = self.weighed(visitor);
+            let Some(parked) = ticket.wait_again(&self.service.gate, terms) else {
                 return Err(error);
             };
             ticket = self.wait(parked?, visitor).await?;

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use cutover_protocol::id::{Epoch, Register, Site};
 use proptest::prelude::*;
 
+use super::budget::{BudgetLimits, WhenFull};
 use super::gate::{Admission, Gate, GateLimits};
 use super::queue::{Eviction, Held, Parked};
 use super::terms::{End, EndsBy, Terms};
@@ -60,7 +61,12 @@ fn step() -> impl Strategy<Value = Step> {
 
 fn limits(held_max: usize) -> GateLimits {
     GateLimits {
-        held_max,
+        budget: BudgetLimits {
+            held_max: held_max as u64,
+            held_bytes_max: 0,
+            held_per_address_max: 0,
+            when_full: WhenFull::Wait,
+        },
         hold_max: Duration::from_millis(1),
         front_timeout: None,
         release: Release {

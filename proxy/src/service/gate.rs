@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 use cutover_protocol::id::{Register, ServiceName};
 use tokio::sync::{Notify, watch};
 
+use super::budget::{Budget, BudgetLimits};
 use super::outflow::nanoseconds;
 use super::queue::{Eviction, Grant, Held, Key, Pace, Parked};
 use super::terms::Terms;
@@ -44,7 +45,7 @@ pub(crate) struct Shard {
 /// Bounds of a gate.
 #[derive(Debug, Clone)]
 pub(crate) struct GateLimits {
-    pub(crate) held_max: usize,
+    pub(crate) budget: BudgetLimits,
     /// No request of the service is held for longer.
     pub(crate) hold_max: Duration,
     /// The shortest timeout of what stands in front of us.
@@ -55,11 +56,18 @@ pub(crate) struct GateLimits {
 impl GateLimits {
     /// As a configuration has them.
     pub(crate) fn of(config: &Config, service: &ServiceName) -> Self {
+        let limits = &config.limits;
         let mut services = config.services.iter();
         let service = services.find(|known| known.name == *service);
-        let bound = service.map_or(config.limits.hold_max, ServiceConfig::hold_bound);
+        let bound = service.map_or(limits.hold_max, ServiceConfig::hold_bound);
+        let when_full = service.map(|service| service.hold.when_full);
         Self {
-            held_max: config.limits.held_max,
+            budget: BudgetLimits {
+                held_max: limits.held_max as u64,
+                held_bytes_max: limits.held_bytes_max,
+                held_per_address_max: limits.held_per_address_max as u64,
+                when_full: when_full.unwrap_or_default(),
+            },
             hold_max: bound,
             front_timeout: service.and_then(|service| service.front_timeout),
             release: config.release.clone(),
@@ -92,6 +100,8 @@ pub(crate) struct Gate {
     word: AtomicU64,
     shards: Box<[Shard]>,
     held: Mutex<Held>,
+    /// How full the queue is, for whoever may read or accept.
+    pub(crate) budget: Budget,
     started: Instant,
     changed: watch::Sender<Word>,
     /// Fires when a ticket or an upstream connection ends while the gate is closed.
@@ -109,6 +119,7 @@ impl Gate {
             word: AtomicU64::new(word.pack()),
             shards: (0..workers.max(1)).map(|_| Shard::default()).collect(),
             held: Mutex::new(Held::new(limits)),
+            budget: Budget::default(),
             started: Instant::now(),
             changed: watch::Sender::new(word),
             quieter: Notify::new(),
@@ -240,10 +251,27 @@ impl Gate {
         self.counted.notify_waiters();
     }
 
+    /// One who waits keeps so much more.
+    pub(super) fn grew(&self, key: Key, bytes: u32) {
+        let mut held = self.lock();
+        held.grew(key, bytes);
+        self.weigh(&held);
+    }
+
+    /// Lets go of whoever may go, and sees how full the queue is then.
+    fn pump(&self, held: &mut Held) {
+        self.let_through(held);
+        self.weigh(held);
+    }
+
+    fn weigh(&self, held: &Held) {
+        self.budget.set(held.tier(self.budget.tier()));
+    }
+
     /// Lets through as many as the window allows, and opens the gate behind the last. Runs under the lock, which
     /// is what makes the change of mode and the queue one step. Somebody may have found the gate closed and join
     /// the queue just after it opened: an open gate lets them through at once.
-    fn pump(&self, held: &mut Held) {
+    fn let_through(&self, held: &mut Held) {
         let word = self.word();
         if word.mode == Mode::Holding {
             return;
@@ -333,7 +361,10 @@ impl Gate {
 
     /// Sets other bounds, also for those who are held already.
     pub(crate) fn limit(&self, limits: GateLimits) {
-        self.lock().set_limits(limits);
+        let mut held = self.lock();
+        held.set_limits(limits);
+        self.weigh(&held);
+        drop(held);
         self.keeper.notify_one();
     }
 
@@ -341,6 +372,7 @@ impl Gate {
     pub(crate) fn shut(&self) {
         let mut held = self.lock();
         held.shut(self.since_start(Instant::now()));
+        self.weigh(&held);
         drop(held);
         self.counted.notify_waiters();
     }

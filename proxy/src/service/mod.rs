@@ -6,6 +6,7 @@
 
 #[cfg(test)]
 mod balance;
+pub(crate) mod budget;
 mod gate;
 pub(crate) mod inflight;
 mod keeper;
@@ -25,7 +26,7 @@ mod word;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use cutover_protocol::hold::{self, Claim, Refusal, ServiceStatus};
+use cutover_protocol::hold::{self, BudgetStatus, Claim, Refusal, ServiceStatus};
 use cutover_protocol::id::{Epoch, Register, ServiceName};
 
 use crate::config::Config;
@@ -132,10 +133,11 @@ impl Service {
     /// Everything a commander may want to know.
     pub(crate) fn status(&self) -> ServiceStatus {
         let word = self.gate.word();
-        let (counts, hold_max, front_timeout) = self.gate.with_held(|held| {
-            let limits = held.limits();
-            (held.counts(), limits.hold_max, limits.front_timeout)
-        });
+        let (counts, limits) = self
+            .gate
+            .with_held(|held| (held.counts(), held.limits().clone()));
+        let (budget, hold_max, front_timeout) =
+            (limits.budget, limits.hold_max, limits.front_timeout);
         let (in_flight, upstream_connections) = (self.gate.in_flight(), self.gate.connections());
         let gate = match word.mode {
             Mode::Open => hold::Gate::Open,
@@ -171,6 +173,13 @@ impl Service {
             gave_up: counts.gave_up,
             evicted: counts.evicted,
             front_checks_answered: self.gate.front_checks(),
+            budget: Some(BudgetStatus {
+                tier: self.gate.budget.tier(),
+                held_max: budget.held_max,
+                held_bytes: counts.bytes_now,
+                held_bytes_max: budget.held_bytes_max,
+                held_per_address_max: budget.held_per_address_max,
+            }),
             servers: Vec::new(),
         }
     }

@@ -4,21 +4,25 @@
 //! anybody can see: `held = released + gave_up + evicted + held_now`. A request that comes back after a connect
 //! error is held, and counted, a second time.
 
-use std::collections::BTreeMap;
+use std::collections::hash_map::Entry;
+use std::collections::{BTreeMap, HashMap};
 use std::net::{IpAddr, SocketAddr};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use std::time::Instant;
 
+use cutover_protocol::hold::Tier;
 use cutover_protocol::id::Register;
 use tokio::sync::oneshot;
 
+use super::budget::{BudgetLimits, Usage, WhenFull};
 use super::gate::{Gate, GateLimits};
 use super::outflow::{Outflow, nanoseconds};
-use super::terms::{ReleaseClass, Terms};
+use super::terms::{OfAddress, ReleaseClass, Terms, Weight};
 use super::ticket::{Pass, Slot, Ticket};
 use super::window::Verdict;
+use crate::limit::address::AddressKey;
 
 /// Upper bounds of the hold-time histogram, in milliseconds.
 pub(crate) const HOLD_BUCKETS_MS: [u64; 12] = [
@@ -40,8 +44,10 @@ pub(super) struct Key {
 /// Why a held request was refused by us.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Eviction {
-    /// `held_max` were held already.
+    /// The budget is used.
     Full,
+    /// As much of it as one address may use.
+    FullOfAddress,
     /// It was held for as long as its service or its route lets it.
     TooOld,
     /// Its client has no use for an answer any more.
@@ -64,6 +70,7 @@ pub(super) struct Waiter {
     pub(super) client: SocketAddr,
     /// When it is refused, in nanoseconds since the gate was made, and why, if earlier than by the service's bound.
     own_end: Option<(u64, Eviction)>,
+    pub(super) weight: Weight,
     pub(super) verdict: oneshot::Sender<Result<Grant, Eviction>>,
 }
 
@@ -84,6 +91,8 @@ pub(crate) struct HeldCounts {
     pub(crate) gave_up: u64,
     pub(crate) evicted: u64,
     pub(crate) held_now: u64,
+    /// Memory that those keep, by our own count.
+    pub(crate) bytes_now: u64,
 }
 
 /// How long the held were held: cumulative as Prometheus wants it only when written out.
@@ -108,6 +117,10 @@ pub(crate) struct Held {
     waiting: BTreeMap<Key, Waiter>,
     /// The same by when they have waited for as long as they may.
     expiries: BTreeMap<(u64, u64), Key>,
+    /// Of all that wait.
+    bytes: u64,
+    /// How many wait of each address, where that is limited.
+    addresses: HashMap<AddressKey, u64>,
     unique: u64,
     counts: HeldCounts,
     times: HoldTimes,
@@ -128,6 +141,8 @@ impl Held {
         Self {
             waiting: BTreeMap::new(),
             expiries: BTreeMap::new(),
+            bytes: 0,
+            addresses: HashMap::new(),
             unique: 0,
             counts: HeldCounts::default(),
             times: HoldTimes::default(),
@@ -147,6 +162,11 @@ impl Held {
         &self.limits
     }
 
+    /// The budget in force.
+    pub(crate) const fn budget(&self) -> BudgetLimits {
+        self.limits.budget
+    }
+
     pub(super) fn set_limits(&mut self, limits: GateLimits) {
         self.outflow.bound(&limits.release);
         self.limits = limits;
@@ -155,12 +175,84 @@ impl Held {
             ((end_ns, key.number), *key)
         });
         self.expiries = ends.collect();
+        self.addresses.clear();
+        if self.limits.budget.held_per_address_max > 0 {
+            for waiter in self.waiting.values() {
+                count_address(&mut self.addresses, waiter);
+            }
+        }
+    }
+
+    /// What is held.
+    pub(crate) fn usage(&self) -> Usage {
+        Usage {
+            count: self.waiting.len() as u64,
+            bytes: self.bytes,
+        }
+    }
+
+    /// The tier after this one.
+    pub(super) fn tier(&self, before: Tier) -> Tier {
+        self.limits.budget.judge(before, self.usage())
+    }
+
+    /// One who waits keeps more than it did.
+    pub(super) fn grew(&mut self, key: Key, bytes: u32) {
+        if let Some(waiter) = self.waiting.get_mut(&key) {
+            waiter.weight.bytes = waiter.weight.bytes.saturating_add(bytes);
+            self.bytes += u64::from(bytes);
+        }
+    }
+
+    /// Why there is no room for one more, if there is none.
+    fn is_full(&self, terms: &Terms) -> Option<Eviction> {
+        let budget = &self.limits.budget;
+        let (usage, weight) = (self.usage(), terms.weight);
+        let yields = weight.when_full == WhenFull::Refuse
+            && budget.judge(Tier::Park, usage) >= Tier::StopReading;
+        if self.shut {
+            Some(Eviction::Shutdown)
+        } else if yields || !budget.has_room(usage, u64::from(weight.bytes)) {
+            Some(Eviction::Full)
+        } else if budget.held_per_address_max > 0 && weight.of_address == OfAddress::One {
+            let key = AddressKey::of(terms.client.ip());
+            let held = self.addresses.get(&key).copied().unwrap_or(0);
+            (held >= budget.held_per_address_max).then_some(Eviction::FullOfAddress)
+        } else {
+            None
+        }
+    }
+
+    fn insert(&mut self, key: Key, waiter: Waiter) {
+        self.bytes += u64::from(waiter.weight.bytes);
+        if self.limits.budget.held_per_address_max > 0 {
+            count_address(&mut self.addresses, &waiter);
+        }
+        self.waiting.insert(key, waiter);
+    }
+
+    fn remove(&mut self, key: Key) -> Option<Waiter> {
+        let waiter = self.waiting.remove(&key)?;
+        let (end_ns, _) = self.end_of(key, waiter.own_end);
+        self.expiries.remove(&(end_ns, key.number));
+        self.bytes -= u64::from(waiter.weight.bytes);
+        let address = AddressKey::of(waiter.client.ip());
+        if waiter.weight.of_address == OfAddress::One
+            && let Entry::Occupied(mut entry) = self.addresses.entry(address)
+        {
+            *entry.get_mut() -= 1;
+            if *entry.get() == 0 {
+                entry.remove();
+            }
+        }
+        Some(waiter)
     }
 
     /// Counters at this instant.
     pub(crate) fn counts(&self) -> HeldCounts {
         HeldCounts {
             held_now: self.waiting.len() as u64,
+            bytes_now: self.bytes,
             ..self.counts
         }
     }
@@ -183,14 +275,10 @@ impl Held {
         own_end: Option<(u64, Eviction)>,
     ) -> Result<(Key, oneshot::Receiver<Result<Grant, Eviction>>), Eviction> {
         self.counts.held += 1;
-        if self.shut || self.waiting.len() >= self.limits.held_max {
+        if let Some(why) = self.is_full(&terms) {
             self.counts.evicted += 1;
             self.record(0);
-            return Err(if self.shut {
-                Eviction::Shutdown
-            } else {
-                Eviction::Full
-            });
+            return Err(why);
         }
         self.unique += 1;
         let is_newcomer = arrival_ns >= self.released_ns;
@@ -205,11 +293,12 @@ impl Held {
             worker,
             client: terms.client,
             own_end,
+            weight: terms.weight,
             verdict,
         };
         let (end_ns, _) = self.end_of(key, own_end);
         self.expiries.insert((end_ns, self.unique), key);
-        self.waiting.insert(key, waiter);
+        self.insert(key, waiter);
         Ok((key, receiver))
     }
 
@@ -260,13 +349,6 @@ impl Held {
             // A client that left in this very moment gets no answer; it was evicted first.
             drop(waiter.verdict.send(Err(why)));
         }
-    }
-
-    fn remove(&mut self, key: Key) -> Option<Waiter> {
-        let waiter = self.waiting.remove(&key)?;
-        let (end_ns, _) = self.end_of(key, waiter.own_end);
-        self.expiries.remove(&(end_ns, key.number));
-        Some(waiter)
     }
 
     /// When it is refused, and why.
@@ -379,6 +461,13 @@ impl Held {
     }
 }
 
+fn count_address(addresses: &mut HashMap<AddressKey, u64>, waiter: &Waiter) {
+    if waiter.weight.of_address == OfAddress::One {
+        let key = AddressKey::of(waiter.client.ip());
+        *addresses.entry(key).or_default() += 1;
+    }
+}
+
 /// A place in the queue. Dropped before its verdict, it counts as given up.
 #[derive(Debug)]
 pub(crate) struct Parked {
@@ -415,6 +504,12 @@ impl Parked {
     pub(crate) async fn verdict<'g>(&mut self, gate: &'g Gate) -> Result<Ticket<'g>, Eviction> {
         let called = std::future::poll_fn(|context| self.poll_called(context)).await;
         called.ticket(gate)
+    }
+
+    /// So many bytes more are kept of it than it joined with.
+    pub(crate) fn grew(&self, bytes: usize) {
+        self.gate
+            .grew(self.key, u32::try_from(bytes).unwrap_or(u32::MAX));
     }
 
     /// The same for whoever watches over several places. Not to be polled again once it is ready.

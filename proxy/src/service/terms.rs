@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use cutover_protocol::hold::AtCut;
 
+use super::budget::WhenFull;
 use super::queue::Eviction;
 pub(crate) use crate::control::seen::EndsBy;
 
@@ -30,6 +31,27 @@ pub(crate) enum ReleaseClass {
     Last,
 }
 
+/// What something takes of the budget while it is held.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Weight {
+    /// Bytes of memory, its head and what else was read of it included.
+    pub(crate) bytes: u32,
+    /// Whether it counts as one of its client's address.
+    pub(crate) of_address: OfAddress,
+    /// What becomes of it when there is little room left.
+    pub(crate) when_full: WhenFull,
+}
+
+/// Whether somebody's address stands for one client.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) enum OfAddress {
+    /// It stands for many, or for none.
+    #[default]
+    Many,
+    /// It does.
+    One,
+}
+
 /// On what terms something is held, drained and released.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Terms {
@@ -42,6 +64,8 @@ pub(crate) struct Terms {
     pub(crate) at_cut: AtCut,
     /// Who leaves before it.
     pub(crate) class: ReleaseClass,
+    /// What it takes of the budget.
+    pub(crate) weight: Weight,
     /// When it is answered by us if that is earlier than by the service's bound.
     pub(crate) end: Option<End>,
 }
@@ -73,6 +97,11 @@ impl Terms {
             at_cut: AtCut::Wait,
             class: ReleaseClass::Usual,
             end: None,
+            weight: Weight {
+                bytes: 0,
+                of_address: OfAddress::Many,
+                when_full: WhenFull::Wait,
+            },
         }
     }
 }

@@ -17,7 +17,7 @@ use crate::ledger::{self, Why, time_now};
 use crate::listen::client::Client;
 use crate::listen::port::{Connected, Link, Passage, Port, Presence, Settings, Visitor};
 use crate::service::inflight::{Course, Entry, Progress};
-use crate::service::terms::{Asker, Terms};
+use crate::service::terms::{Asker, Terms, Weight};
 use crate::stream::{self, Stream};
 use crate::upstream::Outcome;
 use named::Called;
@@ -84,6 +84,10 @@ impl Raw<'_> {
             },
             at_cut: hold.at_cut,
             class: hold.release_class,
+            weight: Weight {
+                when_full: hold.when_full,
+                ..terms.weight
+            },
             ..terms
         }
     }

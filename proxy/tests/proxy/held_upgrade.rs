@@ -5,7 +5,7 @@ use std::io::Write as _;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use cutover_protocol::hold::{Answer, Claim, Command, Gate, Order, Refusal, ServiceStatus};
+use cutover_protocol::hold::{Answer, Claim, Command, Gate, Order, Refusal, ServiceStatus, Tier};
 use cutover_protocol::id::{Epoch, Site};
 use hopgate_proxy::control::words::{ProcessAnswer, ProcessCommand, ProcessStatus};
 use quinn::TransportConfig;
@@ -118,6 +118,29 @@ fn whoever_is_held_stays_so_across_an_upgrade_and_goes_where_the_new_gate_opens_
     assert_eq!(source.seen(), ["GET /before"]);
     assert_eq!(target.seen().len(), 5);
     done(Control::connect(&folder).order(&order(hold(Epoch(2), 60_000, 20_000))));
+}
+
+#[test]
+fn who_waits_in_the_kernel_when_the_binary_is_upgraded_is_held_by_the_new_process() {
+    let (source, target) = (Origin::new("source"), Origin::new("target"));
+    let folder = tempfile::tempdir().unwrap();
+    Plan::new(source.address(), target.address())
+        .limits("held_max = 1")
+        .write(&folder);
+    let running = Running::start(&folder);
+    done(Control::connect(&folder).order(&order(hold(Epoch(1), 60_000, 20_000))));
+    let mut held = Peer::connect(running.address);
+    held.get("/held");
+    let status = until_held(&folder, 1);
+    assert_eq!(status.budget.unwrap().tier, Tier::Refuse);
+    let mut queued = Peer::connect(running.address);
+    queued.get("/queued");
+    assert_eq!(ctl(&folder, &["upgrade"]).0, Some(0));
+    // Its budget is its own, and it finds the client in the sockets that it got.
+    until_held(&folder, 1);
+    move_to_target(&folder);
+    assert_eq!(held.message().body, "target GET /held");
+    assert_eq!(queued.message().body, "target GET /queued");
 }
 
 #[test]

@@ -280,6 +280,7 @@ fn one_more_than_may_be_held_is_refused_at_once() {
     let (source, target) = (Origin::new("source"), Origin::new("target"));
     let world = Plan::new(source.address(), target.address())
         .limits("held_max = 1\nretry_after_s = 7")
+        .service("when_full = \"refuse\"")
         .start();
     world.hold();
     let mut held = world.client();

@@ -299,7 +299,7 @@ fn a_dry_run_from_the_command_line_says_what_would_not_suffice() {
     let output = ctl(&["hold", "web", "--dry-run", "60ms"]);
     assert_eq!(output.status.code(), Some(3), "{output:?}");
     let expected = "web: a hold of 0.06 s, had it begun 0.06 s ago:\n  \
-                    0 arrived by 0 connections; 0 would be held, with 0 bytes of heads\n  \
+                    0 arrived by 0 connections; 0 would be held, with 0 bytes of heads\n  with all they keep 0 bytes: there is room for them\n  \
                     hold_ms_max = 50 would not suffice: 60 wanted\n";
     assert_eq!(text(&output.stdout), expected);
     let output = ctl(&["hold", "web", "--dry-run", "10ms", "--json"]);

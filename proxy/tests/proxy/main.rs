@@ -5,6 +5,7 @@
 mod acme;
 mod authority;
 mod balancing;
+mod budget;
 mod client2;
 mod client3;
 mod configuration;

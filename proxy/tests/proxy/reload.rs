@@ -200,6 +200,11 @@ fn a_hold_its_register_and_its_held_survive_a_reload() {
         "workers = 2",
         "workers = 2\n[limits]\nheld_max = 1\n",
     ));
+    reloaded(reload_with(
+        &world,
+        "name = \"web\"",
+        "name = \"web\"\nwhen_full = \"refuse\"",
+    ));
     let status = world.status();
     assert_eq!(
         (status.gate, status.register.epoch),

@@ -158,6 +158,7 @@ fn a_held_connect_reaches_only_the_target_of_its_route() {
     world.hold();
     let mut client = world.client();
     client.send("CONNECT db.example.org:5432 HTTP/1.1\r\nHost: db.example.org:5432\r\n\r\nearly");
+    world.until_held(1);
     let mut client2 = Client2::connect(world.address());
     let stream = connect2(&mut client2, "db.example.org:5432");
     let mut leaves = world.client();

@@ -65,6 +65,16 @@ impl Control {
         }
     }
 
+    /// Memory that the held of all services keep, by the proxy's own count.
+    ///
+    /// # Errors
+    /// When the proxy does not answer.
+    pub fn held_bytes(&self) -> Result<u64> {
+        let services = self.status()?;
+        let budgets = services.iter().filter_map(|service| service.budget);
+        Ok(budgets.map(|budget| budget.held_bytes).sum())
+    }
+
     /// All services.
     ///
     /// # Errors

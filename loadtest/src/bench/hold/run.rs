@@ -36,6 +36,8 @@ const CAPACITY_WORK_US: u64 = 20_000;
 const CAPACITY_STREAMS: usize = 100;
 /// The last answer may come so much later than the capacity allows.
 const CAPACITY_SLACK: f64 = 1.15;
+/// What the proxy counts for the held may be so far from what it has grown by, as a share of that.
+const COUNT_OFF_MAX: f64 = 0.25;
 /// Client processes that share 100,000 streams.
 const STREAMS_PROCESSES: usize = 4;
 const STREAMS_MANY: usize = 50_000;
@@ -276,6 +278,10 @@ fn one(scene: &Scene<'_>, kind: Kind, streams: usize, bytes_max: u32) -> Result<
         let what = "memory of a held request";
         marks.push(Mark::at_most(what, row.bytes_per_held, most, "bytes"));
     }
+    let share = outcome.counted_per_held.zip(row.bytes_per_held);
+    let off = share.map(|(counted, grown)| (counted / grown - 1.0).abs());
+    let what = "the proxy's own count, off by";
+    marks.push(Mark::at_most(what, off, COUNT_OFF_MAX, "of it"));
     Ok(Played {
         marks,
         rows: vec![row],

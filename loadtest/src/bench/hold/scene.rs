@@ -71,6 +71,8 @@ pub struct Outcome {
     pub tally: Tally,
     /// Growth of the proxy's memory for each held request.
     pub bytes_per_held: Option<f64>,
+    /// The same by the proxy's own count.
+    pub counted_per_held: Option<f64>,
     /// Most requests the target had at once, from the release on.
     pub peak: usize,
     /// What went wrong, as clients saw it.
@@ -169,7 +171,7 @@ impl Scene<'_> {
         self.pause(Duration::from_millis(STEADY_MS))?;
         stage.control.hold()?;
         let holding_since = Instant::now();
-        let held_bytes = self.fill(stage, cast, &mut crowd)?;
+        let (held_bytes, counted_bytes) = self.fill(stage, cast, &mut crowd)?.unzip();
         self.now("standing still");
         self.pause(self.freeze.saturating_sub(holding_since.elapsed()))?;
         let released = release(stage)?;
@@ -197,17 +199,20 @@ impl Scene<'_> {
         Ok(Outcome {
             tally,
             bytes_per_held: held_bytes,
+            counted_per_held: counted_bytes,
             peak,
             faults,
         })
     }
 
-    /// Fills the held queue, and says how much memory one request of the last wave took.
-    fn fill(&self, stage: &Stage, cast: &Cast, crowd: &mut Crowd) -> Result<Option<f64>> {
+    /// Fills the held queue, and says how much memory one request of the last wave took: by the kernel's word, and by
+    /// the proxy's.
+    fn fill(&self, stage: &Stage, cast: &Cast, crowd: &mut Crowd) -> Result<Option<(f64, f64)>> {
         let steady: usize = cast.steady.iter().map(|group| group.connections).sum();
         let count = |wave| -> usize { cast.waves.iter().map(|group| group.requests(wave)).sum() };
         self.until_held(stage, steady)?;
-        let before = stage.resident_bytes();
+        let now = || Ok::<_, LabError>((stage.resident_bytes(), stage.control.held_bytes()?));
+        let before = now()?;
         if cast.coming == Coming::Held {
             self.now("clients connect to a service that is held");
             crowd.run("connect", self.patience())?;
@@ -218,9 +223,10 @@ impl Scene<'_> {
             return Ok(None);
         }
         self.pause(Duration::from_millis(SETTLE_MS))?;
-        let with_first = stage.resident_bytes();
-        let growth = |before: u64, after: u64, count: usize| {
-            (count > 0).then(|| after.saturating_sub(before) as f64 / count as f64)
+        let with_first = now()?;
+        let growth = |before: (u64, u64), after: (u64, u64), count: usize| {
+            let each = |before: u64, after: u64| after.saturating_sub(before) as f64 / count as f64;
+            (count > 0).then(|| (each(before.0, after.0), each(before.1, after.1)))
         };
         if more == 0 {
             return Ok(growth(before, with_first, first));
@@ -230,7 +236,7 @@ impl Scene<'_> {
             return Ok(None);
         }
         self.pause(Duration::from_millis(SETTLE_MS))?;
-        Ok(growth(with_first, stage.resident_bytes(), more))
+        Ok(growth(with_first, now()?, more))
     }
 }
 

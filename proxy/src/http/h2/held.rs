@@ -85,6 +85,7 @@ impl HeldStream {
         while let Poll::Ready(Some(Ok(data))) = self.receive.poll_data(context) {
             self.early.reserve_exact(data.len());
             self.early.extend_from_slice(&data);
+            self.request.grew(data.len());
         }
         self.respond.poll_reset(context).map(|reset| {
             Waited::Left(match reset {

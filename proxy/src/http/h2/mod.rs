@@ -109,6 +109,14 @@ struct Shared {
 }
 
 impl Shared {
+    fn taking(&self) -> Taking {
+        if self.port.reads(&self.client) {
+            Taking::On
+        } else {
+            Taking::Stopped
+        }
+    }
+
     /// Counts why the `h2` crate has ended the connection, if it was the client's doing.
     fn ended(&self, error: &h2::Error) {
         let Self { port, client, .. } = self;
@@ -139,6 +147,16 @@ enum Happened {
     Accepted(Accepted),
     /// A stream is held no longer.
     Over(Box<HeldStream>, Waited),
+    /// No more streams are taken up, as of now.
+    Stopped,
+}
+
+/// Whether new streams are taken up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Taking {
+    On,
+    /// Not before there is room in the budget of the held.
+    Stopped,
 }
 
 /// A new stream, if the connection has not ended.
@@ -149,23 +167,31 @@ impl Session {
     async fn run(&mut self, idle_max: Duration) -> Result<(), h2::Error> {
         let shared = Rc::clone(&self.shared);
         let mut idle = std::pin::pin!(shared.active.idle(idle_max, || shared.port.holds()));
+        let budget = &shared.port.service.gate.budget;
         loop {
+            let taking = shared.taking();
             tokio::select! {
                 biased;
-                happened = poll_fn(|context| self.poll_happens(context)) => match happened {
+                happened = poll_fn(|context| self.poll_happens(taking, context)) => match happened {
                     Happened::Accepted(Some(Ok((request, respond)))) => self.start(request, respond),
                     Happened::Accepted(Some(Err(error))) => return Err(error),
                     Happened::Accepted(None) => return Ok(()),
                     Happened::Over(stream, waited) => self.resume(*stream, waited),
+                    Happened::Stopped => {}
                 },
                 () = shared.port.closing.closed(), if !self.closing => self.go_away(),
                 () = &mut idle, if !self.closing => self.go_away(),
+                () = budget.reads_again(), if taking == Taking::Stopped => {}
             }
         }
     }
 
-    fn poll_happens(&mut self, context: &mut Context<'_>) -> Poll<Happened> {
-        if let Poll::Ready(accepted) = self.poll_accept(context) {
+    fn poll_happens(&mut self, taking: Taking, context: &mut Context<'_>) -> Poll<Happened> {
+        // Whoever waits for the budget has to know that he does.
+        if taking == Taking::On && self.shared.taking() == Taking::Stopped {
+            return Poll::Ready(Happened::Stopped);
+        }
+        if let Poll::Ready(accepted) = self.poll_accept(taking, context) {
             return Poll::Ready(Happened::Accepted(accepted));
         }
         if let Poll::Ready((stream, waited)) = self.held.poll_over(self.sips.has_news(), context) {
@@ -175,8 +201,19 @@ impl Session {
         Poll::Pending
     }
 
-    /// Reads on only when all streams that have come are accepted, while the service is held.
-    fn poll_accept(&mut self, context: &mut Context<'_>) -> Poll<Accepted> {
+    /// Reads on only when all streams that have come are accepted, while the service is held; accepts none while its
+    /// budget is nearly used, but sees to all else that a connection needs.
+    fn poll_accept(&mut self, taking: Taking, context: &mut Context<'_>) -> Poll<Accepted> {
+        if taking == Taking::Stopped {
+            self.sips.allow(Thirst::Endless);
+            return self
+                .connection
+                .poll_closed(context)
+                .map(|closed| match closed {
+                    Ok(()) => None,
+                    Err(error) => Some(Err(error)),
+                });
+        }
         if !self.shared.port.holds() {
             self.sips.allow(Thirst::Endless);
             return self.connection.poll_accept(context);

@@ -13,7 +13,7 @@ use std::rc::Rc;
 use bytes::Bytes;
 use h3::error::{Code, ConnectionError, LocalError};
 use h3::server::{Connection, RequestResolver};
-use tokio::task::JoinSet;
+use tokio::task::{JoinSet, yield_now};
 use tokio::time::timeout;
 
 use super::mux::active::Active;
@@ -73,17 +73,28 @@ impl Session {
         let active = Rc::clone(&self.active);
         let idle_max = port.settings().limits.client_idle_max;
         let mut idle = std::pin::pin!(active.idle(idle_max, || port.holds()));
+        let budget = &port.service.gate.budget;
         loop {
             tokio::select! {
                 biased;
-                accepted = self.http.accept() => match accepted? {
+                // Streams wait: quinn gives no credit for more than it has told of.
+                () = budget.reads_again(), if !budget.reads() => {}
+                // Nobody else would notice.
+                _ = self.connection.closed(), if !budget.reads() => return Ok(()),
+                accepted = self.http.accept(), if budget.reads() => match accepted? {
                     Some(resolver) if self.is_flood() => {
                         drop(resolver);
                         port.count_reason(Reason::Flood);
                         self.connection.close(EXCESSIVE_LOAD, b"");
                         return Ok(());
                     }
-                    Some(resolver) => self.start(resolver),
+                    Some(resolver) => {
+                        self.start(resolver);
+                        // It takes its place among the held before the next is taken up.
+                        if port.holds() {
+                            yield_now().await;
+                        }
+                    }
                     None => return Ok(()),
                 },
                 ended = self.streams.join_next(), if self.closing => if ended.is_none() {

@@ -77,6 +77,11 @@ impl HeldRequest {
         self.parked.poll_called(context).map(Waited::Called)
     }
 
+    /// So many bytes of its body are kept.
+    pub(crate) fn grew(&self, bytes: usize) {
+        self.parked.grew(bytes);
+    }
+
     /// As it goes on.
     pub(crate) fn resume(self, port: &Port, waited: Waited) -> Reading {
         let mut passage = passage(self.terms, self.treatment.as_deref(), &port.settings());

@@ -171,6 +171,7 @@ pub(crate) async fn serve(
     };
     let server = acceptor.terms.now()?;
     let endpoint = open(&listener, sockets, inbox, port.worker, &server)?;
+    let budget = &port.service.gate.budget;
     loop {
         // Forgets the connections that have ended.
         while acceptor.connections.try_join_next().is_some() {}
@@ -183,7 +184,9 @@ pub(crate) async fn serve(
                 }
                 break;
             }
-            incoming = endpoint.accept() => match incoming {
+            // Who knocks meanwhile asks again by himself, as QUIC has it.
+            () = budget.accepts_again(), if !budget.accepts() => {}
+            incoming = endpoint.accept(), if budget.accepts() => match incoming {
                 Some(incoming) => acceptor.take(incoming).await,
                 None => break,
             },
