@@ -56,6 +56,7 @@ struct Reading<'s> {
     answered: [u64; 6],
     refused: [u64; Reason::ALL.len()],
     front_checks: u64,
+    waited: u64,
 }
 
 impl<'s> Reading<'s> {
@@ -85,6 +86,7 @@ impl<'s> Reading<'s> {
             answered,
             refused,
             front_checks: gate.front_checks(),
+            waited: gate.waited(),
         }
     }
 }
@@ -97,7 +99,7 @@ type Single = (
     fn(&Reading<'_>) -> u64,
 );
 
-const SINGLES: [Single; 14] = [
+const SINGLES: [Single; 15] = [
     (
         "hopgate_held_total",
         "counter",
@@ -121,6 +123,12 @@ const SINGLES: [Single; 14] = [
         "counter",
         "Held requests refused by the proxy",
         |s| s.counts.evicted,
+    ),
+    (
+        "hopgate_connections_waited_total",
+        "counter",
+        "Connections that waited because there were connections_max already",
+        |s| s.waited,
     ),
     (
         "hopgate_front_checks_answered_total",

@@ -207,12 +207,18 @@ async fn next_client(
         if listening.door().config.when_full == DoorWhenFull::Stop {
             port.service.gate.budget.accepts_again().await;
         }
+        let waits = permits.available_permits() == 0;
         let permit = Arc::clone(permits)
             .acquire_owned()
             .await
             .map_err(io::Error::other)?;
         match accept(listener.get_ref())? {
-            Some(accepted) => return Ok((accepted, permit)),
+            Some(accepted) => {
+                if waits {
+                    port.count_waited();
+                }
+                return Ok((accepted, permit));
+            }
             None => ready.clear_ready(),
         }
     }

@@ -732,6 +732,12 @@ impl Port {
         }
     }
 
+    /// Counts a connection that had to wait for another one's end.
+    pub(crate) fn count_waited(&self) {
+        let shard = self.service.gate.shard(self.worker);
+        shard.waited.fetch_add(1, Ordering::Relaxed);
+    }
+
     /// Counts somebody who was refused.
     pub(crate) fn count_reason(&self, reason: Reason) {
         let shard = self.service.gate.shard(self.worker);

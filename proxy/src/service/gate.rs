@@ -40,6 +40,8 @@ pub(crate) struct Shard {
     pub(crate) refusals: Refusals,
     /// Front checks that were answered because they would have had to wait.
     pub(crate) front_checks: AtomicU64,
+    /// Connections that waited because there were as many as may be.
+    pub(crate) waited: AtomicU64,
 }
 
 /// Bounds of a gate.
@@ -410,6 +412,12 @@ impl Gate {
             .iter()
             .map(|shard| shard.in_flight.load(SeqCst))
             .sum()
+    }
+
+    /// Connections so far that waited because there were as many as may be.
+    pub(crate) fn waited(&self) -> u64 {
+        let shards = self.shards.iter();
+        shards.map(|shard| shard.waited.load(SeqCst)).sum()
     }
 
     /// Front checks that were answered so far.

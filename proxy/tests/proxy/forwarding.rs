@@ -457,14 +457,21 @@ fn more_clients_than_allowed_wait_for_one_to_leave() {
     let origin = Origin::new("source");
     let world = Plan::new(origin.address(), origin.address())
         .limits("connections_max = 1")
+        .table("[metrics]\nlisten = \"127.0.0.1:0\"")
         .start();
+    let waited = |count| {
+        let line = format!("hopgate_connections_waited_total{{service=\"web\"}} {count}\n");
+        world.metrics().contains(&line)
+    };
     let mut first = world.client();
     assert_eq!(first.get("/first").message().status(), 200);
     let mut second = world.client();
     second.get("/second");
     assert_eq!(first.get("/first").message().status(), 200);
+    assert!(waited(0));
     drop(first);
     assert_eq!(second.message().status(), 200);
+    assert!(waited(1));
     assert_eq!(origin.seen(), ["GET /first", "GET /first", "GET /second"]);
 }
 

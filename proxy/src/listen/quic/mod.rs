@@ -331,6 +331,9 @@ impl Acceptor {
             return;
         }
         let port = Rc::clone(&self.port);
+        if self.permits.available_permits() == 0 {
+            port.count_waited();
+        }
         let permit = tokio::select! {
             biased;
             permit = Arc::clone(&self.permits).acquire_owned() => permit,
