@@ -6,6 +6,7 @@
 mod access_log;
 mod acme;
 mod buffer;
+mod clock;
 pub mod config;
 pub mod control;
 pub mod error;

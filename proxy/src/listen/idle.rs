@@ -11,6 +11,8 @@ use std::time::Duration;
 use tokio::sync::Notify;
 use tokio::time::{Instant, sleep_until};
 
+use crate::clock;
+
 /// No place.
 const NONE: u32 = u32::MAX;
 /// In place of the one before: the keeper has taken it off the list, and its client has to go.
@@ -63,7 +65,7 @@ pub(crate) struct IdlePlace<'i> {
 impl IdleClients {
     /// Enters a client that has to go after `idle_max`.
     pub(crate) fn enter(&self, idle_max: Duration) -> IdlePlace<'_> {
-        let deadline = Instant::now() + idle_max;
+        let deadline = clock::end_of(idle_max).into();
         let index = self.list.borrow_mut().insert(deadline);
         if self.next_look.get().is_none_or(|next| deadline < next) {
             self.next_look.set(Some(deadline));
@@ -239,7 +241,7 @@ mod tests {
     fn each_client_goes_at_its_own_deadline_in_whatever_order_they_came() {
         let clients = IdleClients::default();
         let places = [3, 1, 2].map(|seconds| clients.enter(SECOND * seconds));
-        let later = Instant::now() + SECOND * 2;
+        let later = Instant::now() + SECOND * 5 / 2;
         let next = clients.list.borrow_mut().expire(later);
         assert!(next > Some(later));
         let over = |place: &IdlePlace<'_>| {

@@ -17,6 +17,7 @@ use tokio::time::timeout;
 use super::shared::Sessions;
 use super::ticket::Standing;
 use super::{Gate, Mode, Service, Ticket, Word};
+use crate::clock;
 use crate::http::h2::upstream::Slot;
 use crate::listen::port::{Current, Link};
 use crate::stream::{Hearsay, Stream};
@@ -177,7 +178,7 @@ impl Pool {
         let kept = idle.get_mut(&server)?;
         while let Some(Idle { upstream, since }) = kept.pop() {
             self.idle_count.set(self.idle_count.get() - 1);
-            let age = since.elapsed();
+            let age = clock::recently().saturating_duration_since(since);
             if age < idle_max && upstream.register == ticket.register() && upstream.is_silent(age) {
                 return Some(upstream);
             }
@@ -230,7 +231,7 @@ impl Pool {
             let mut idle = self.idle.borrow_mut();
             idle.entry(upstream.server).or_default().push(Idle {
                 upstream,
-                since: Instant::now(),
+                since: clock::recently(),
             });
         }
     }

@@ -15,9 +15,10 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::time::timeout;
+use tokio::time::{timeout, timeout_at};
 
 use crate::buffer::{Buffer, Buffers};
+use crate::clock;
 use crate::tls::stream::{Mark, TlsStream};
 
 pub(crate) use socket::{Hearsay, Look, Socket};
@@ -280,7 +281,7 @@ pub(crate) async fn read(
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                 buffers.give_empty(buffer);
-                timeout(silence, stream.readable())
+                timeout_at(clock::end_of(silence).into(), stream.readable())
                     .await
                     .map_err(|_| io::ErrorKind::TimedOut)??;
             }
@@ -320,8 +321,8 @@ pub(crate) async fn write_all(
                 IoSlice::advance_slices(&mut slices, count);
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                let writable = timeout(silence, poll_fn(|context| stream.poll_writable(context)));
-                let writable = writable
+                let writable = poll_fn(|context| stream.poll_writable(context));
+                let writable = timeout_at(clock::end_of(silence).into(), writable)
                     .await
                     .unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()));
                 writable.map_err(|source| failed(written, source))?;
