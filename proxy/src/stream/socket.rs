@@ -217,7 +217,23 @@ impl Socket {
 
     /// Writes as much of the slices as the kernel takes. `WouldBlock` when it takes nothing.
     pub(crate) fn try_write(&self, slices: &[IoSlice<'_>]) -> io::Result<usize> {
-        send(&self.fd, slices)
+        self.try_with_room(|fd| send(fd, slices))
+    }
+
+    /// Runs an operation that writes; its `WouldBlock` means that the socket has no room.
+    pub(crate) fn try_with_room<T>(
+        &self,
+        operation: impl FnOnce(&OwnedFd) -> io::Result<T>,
+    ) -> io::Result<T> {
+        let done = operation(&self.fd);
+        let is_full = matches!(&done, Err(error) if error.kind() == io::ErrorKind::WouldBlock);
+        if let Some(watch) = self.watch.get().filter(|_| is_full) {
+            // The reactor may have heard of room that is used up now. Room that comes later makes a new edge.
+            drop(watch.try_io(Interest::WRITABLE, |_| {
+                Err::<(), _>(io::ErrorKind::WouldBlock.into())
+            }));
+        }
+        done
     }
 
     /// Completes when a read may bring something: bytes, the end, or an error.
@@ -240,26 +256,9 @@ impl Socket {
 
     /// Completes when the kernel may take bytes again. Only worth calling after a `WouldBlock`.
     pub(crate) fn poll_writable(&self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let watch = self.watch()?;
-        loop {
-            let mut guard = ready!(watch.poll_write_ready(context))?;
-            // The reactor may have heard of room that is long used up: zero bytes ask the kernel without writing.
-            let has_room = {
-                let mut asked = [rustix::event::PollFd::new(
-                    &self.fd,
-                    rustix::event::PollFlags::OUT,
-                )];
-                let no_wait = rustix::time::Timespec {
-                    tv_sec: 0,
-                    tv_nsec: 0,
-                };
-                rustix::event::poll(&mut asked, Some(&no_wait))? > 0
-            };
-            if has_room {
-                return Poll::Ready(Ok(()));
-            }
-            guard.clear_ready();
-        }
+        let guard = ready!(self.watch()?.poll_write_ready(context))?;
+        drop(guard);
+        Poll::Ready(Ok(()))
     }
 
     /// Tells the peer that nothing more will come.

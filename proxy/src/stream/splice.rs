@@ -8,16 +8,21 @@ use std::cell::{Cell, RefCell};
 use std::future::poll_fn;
 use std::io;
 use std::os::fd::OwnedFd;
+use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use rustix::pipe::{PipeFlags, SpliceFlags, fcntl_setpipe_size, pipe_with, splice};
-use tokio::time::timeout;
+use tokio::time::timeout_at;
 
-use super::Socket;
+use super::{Hearsay, Socket};
+use crate::clock;
 
 /// Bytes a pipe is asked to hold. The kernel lets every user have 1 MiB pipes, but only 64 MiB of pipes in all
 /// (pipe(7)); a pipe that stays smaller works as well.
 const PIPE_BYTES: usize = 512 * 1024;
+/// Most bytes that are moved at once, so that others have their turn. A pipe holds more than it was asked for: a place
+/// for a page has room for a whole fragment of what the network brought, 32 KiB of it.
+const LOAD_BYTES_MAX: usize = 4 * 1024 * 1024;
 /// Pipes a worker keeps for later.
 const SPARE_MAX: usize = 32;
 
@@ -31,6 +36,15 @@ pub(crate) struct Pipes {
 struct Pipe {
     reader: OwnedFd,
     writer: OwnedFd,
+}
+
+/// Bytes on their way through a pipe.
+#[derive(Debug)]
+pub(crate) struct Load {
+    pipe: Pipe,
+    left: usize,
+    /// The sender failed after these bytes.
+    failed: Option<io::Error>,
 }
 
 /// Which end of a splice failed, and how.
@@ -72,6 +86,38 @@ impl Pipes {
         }
     }
 
+    /// Takes what the sender has now, at most `most` bytes, into a pipe. `None` when the sender has finished,
+    /// `WouldBlock` when nothing is known to be there.
+    pub(crate) fn load(&self, from: &Socket, most: usize) -> Result<Option<Load>, SpliceError> {
+        let pipe = self.take()?;
+        match fill(&pipe, from, most.min(LOAD_BYTES_MAX)) {
+            Ok(0) => {
+                self.give(pipe);
+                Ok(None)
+            }
+            Ok(left) => Ok(Some(Load {
+                pipe,
+                left,
+                failed: None,
+            })),
+            Err(error) => {
+                self.give(pipe);
+                Err(SpliceError::Read(error))
+            }
+        }
+    }
+
+    /// Keeps the pipe of a load that has been delivered for the next one, and closes any other.
+    ///
+    /// # Errors
+    /// The sender's, if it failed meanwhile.
+    pub(crate) fn unload(&self, load: Load) -> io::Result<()> {
+        if load.left == 0 {
+            self.give(load.pipe);
+        }
+        load.failed.map_or(Ok(()), Err)
+    }
+
     /// Moves what the sender has, at most `most` bytes, waiting for it and for the receiver. Zero means that the
     /// sender has finished.
     ///
@@ -84,62 +130,87 @@ impl Pipes {
         most: u64,
         silence: Silence<'_>,
     ) -> Result<u64, SpliceError> {
-        let most = usize::try_from(most).unwrap_or(usize::MAX).min(PIPE_BYTES);
-        let (pipe, count) = loop {
-            let pipe = self.take()?;
-            match fill(&pipe, from, most) {
-                Ok(0) => {
-                    self.give(pipe);
-                    return Ok(0);
-                }
-                Ok(count) => break (pipe, count),
-                Err(error) => {
-                    self.give(pipe);
-                    if error.kind() != io::ErrorKind::WouldBlock {
-                        return Err(SpliceError::Read(error));
-                    }
-                }
+        let most = usize::try_from(most).unwrap_or(usize::MAX);
+        let mut load = loop {
+            match self.load(from, most) {
+                Ok(Some(load)) => break load,
+                Ok(None) => return Ok(0),
+                Err(SpliceError::Read(error)) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(error) => return Err(error),
             }
             let began = silence.waited.map(|waited| (waited, Instant::now()));
-            let readable = timeout(silence.read, poll_fn(|context| from.poll_readable(context)));
-            let readable = timed(readable.await);
+            let readable = within(silence.read, |context| from.poll_readable(context)).await;
             if let Some((waited, began)) = began {
                 waited.set(waited.get() + began.elapsed());
             }
             readable.map_err(SpliceError::Read)?;
         };
-        let mut left = count;
-        while left > 0 {
-            match empty(&pipe, to, left) {
-                Ok(written) => left -= written.min(left),
+        let mut count = load.left;
+        while load.left > 0 {
+            match load.deliver(to) {
+                Ok(_) => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    let writable =
-                        timeout(silence.write, poll_fn(|context| to.poll_writable(context)));
-                    timed(writable.await).map_err(SpliceError::Write)?;
+                    count += load.top_up(from, most - count);
+                    let writable = within(silence.write, |context| to.poll_writable(context)).await;
+                    writable.map_err(SpliceError::Write)?;
                 }
                 Err(error) => return Err(SpliceError::Write(error)),
             }
         }
-        self.give(pipe);
+        self.unload(load).map_err(SpliceError::Read)?;
         tokio::task::consume_budget().await;
         Ok(count as u64)
     }
 }
 
-fn timed(waited: Result<io::Result<()>, tokio::time::error::Elapsed>) -> io::Result<()> {
+impl Load {
+    /// Bytes that are still in the pipe.
+    pub(crate) const fn left(&self) -> usize {
+        self.left
+    }
+
+    /// While the receiver takes nothing: adds what the sender has and the pipe has room for, at most `most` bytes, so
+    /// that the sender need not stop as well. Says how many that were.
+    pub(crate) fn top_up(&mut self, from: &Socket, most: usize) -> usize {
+        if most == 0 || self.failed.is_some() || from.hearsay() != Hearsay::Readable {
+            return 0;
+        }
+        match splice_now(from, &self.pipe.writer, most.min(LOAD_BYTES_MAX)) {
+            Ok(count) => {
+                self.left += count;
+                return count;
+            }
+            // It may mean the pipe, so the reactor is told nothing.
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            // The socket says it once.
+            Err(error) => self.failed = Some(error),
+        }
+        0
+    }
+
+    /// Hands over as much as the receiver takes without waiting; `WouldBlock` when that is nothing.
+    pub(crate) fn deliver(&mut self, to: &Socket) -> io::Result<usize> {
+        let count = to.try_with_room(|socket| splice_now(&self.pipe.reader, socket, self.left))?;
+        if count == 0 {
+            return Err(io::ErrorKind::WriteZero.into());
+        }
+        self.left -= count.min(self.left);
+        Ok(count)
+    }
+}
+
+/// Waits for as long as `limit`.
+async fn within(
+    limit: Duration,
+    poll: impl FnMut(&mut Context<'_>) -> Poll<io::Result<()>>,
+) -> io::Result<()> {
+    let waited = timeout_at(clock::end_of(limit).into(), poll_fn(poll)).await;
     waited.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
 }
 
 /// The pipe is empty, so "would block" can only mean the socket.
 fn fill(pipe: &Pipe, from: &Socket, most: usize) -> io::Result<usize> {
     from.try_with_readable(|socket| splice_now(socket, &pipe.writer, most))
-}
-
-fn empty(pipe: &Pipe, to: &Socket, left: usize) -> io::Result<usize> {
-    match splice_now(&pipe.reader, to, left)? {
-        0 => Err(io::ErrorKind::WriteZero.into()),
-        count => Ok(count),
-    }
 }
 
 fn splice_now(
