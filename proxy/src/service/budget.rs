@@ -178,10 +178,10 @@ impl Keep {
     pub(crate) const fn bytes(self) -> u32 {
         match self {
             Self::Clear => 4_600,
-            Self::Tls => 14_600,
+            Self::Tls => 7_700,
             Self::Stream2 => 1_400,
-            Self::Stream3 => 8_000,
-            Self::Raw => 3_000,
+            Self::Stream3 => 6_500,
+            Self::Raw => 5_000,
         }
     }
 }
