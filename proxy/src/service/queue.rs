@@ -7,6 +7,7 @@
 use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, HashMap};
 use std::net::{IpAddr, SocketAddr};
+use std::ops::Bound;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
@@ -115,8 +116,8 @@ pub(super) enum Pace {
 #[derive(Debug)]
 pub(crate) struct Held {
     waiting: BTreeMap<Key, Waiter>,
-    /// The same by when they have waited for as long as they may.
-    expiries: BTreeMap<(u64, u64), Key>,
+    /// Those of them with an end of their own, by that.
+    own_ends: BTreeMap<(u64, u64), Key>,
     /// Of all that wait.
     bytes: u64,
     /// How many wait of each address, where that is limited.
@@ -140,7 +141,7 @@ impl Held {
     pub(super) fn new(limits: GateLimits) -> Self {
         Self {
             waiting: BTreeMap::new(),
-            expiries: BTreeMap::new(),
+            own_ends: BTreeMap::new(),
             bytes: 0,
             addresses: HashMap::new(),
             unique: 0,
@@ -170,11 +171,6 @@ impl Held {
     pub(super) fn set_limits(&mut self, limits: GateLimits) {
         self.outflow.bound(&limits.release);
         self.limits = limits;
-        let ends = self.waiting.iter().map(|(key, waiter)| {
-            let (end_ns, _) = self.end_of(*key, waiter.own_end);
-            ((end_ns, key.number), *key)
-        });
-        self.expiries = ends.collect();
         self.addresses.clear();
         if self.limits.budget.held_per_address_max > 0 {
             for waiter in self.waiting.values() {
@@ -233,8 +229,9 @@ impl Held {
 
     fn remove(&mut self, key: Key) -> Option<Waiter> {
         let waiter = self.waiting.remove(&key)?;
-        let (end_ns, _) = self.end_of(key, waiter.own_end);
-        self.expiries.remove(&(end_ns, key.number));
+        if let Some((end_ns, _)) = waiter.own_end {
+            self.own_ends.remove(&(end_ns, key.number));
+        }
         self.bytes -= u64::from(waiter.weight.bytes);
         let address = AddressKey::of(waiter.client.ip());
         if waiter.weight.of_address == OfAddress::One
@@ -296,8 +293,9 @@ impl Held {
             weight: terms.weight,
             verdict,
         };
-        let (end_ns, _) = self.end_of(key, own_end);
-        self.expiries.insert((end_ns, self.unique), key);
+        if let Some((end_ns, _)) = own_end {
+            self.own_ends.insert((end_ns, key.number), key);
+        }
         self.insert(key, waiter);
         Ok((key, receiver))
     }
@@ -318,20 +316,48 @@ impl Held {
 
     /// Refuses whoever has waited for as long as it may.
     pub(super) fn evict_expired(&mut self, now_ns: u64) {
-        while let Some(((expiry_ns, _), key)) = self.expiries.first_key_value()
-            && *expiry_ns <= now_ns
+        while let Some((end_ns, key, why)) = self.next_expiry()
+            && end_ns <= now_ns
         {
-            let key = *key;
-            let own_end = self.waiting.get(&key).and_then(|waiter| waiter.own_end);
-            let (_, why) = self.end_of(key, own_end);
             self.evict(key, now_ns, why);
         }
     }
 
     /// When the next one has.
     pub(super) fn next_expiry_ns(&self) -> Option<u64> {
-        let first = self.expiries.first_key_value();
-        first.map(|((expiry_ns, _), _)| *expiry_ns)
+        self.next_expiry().map(|(end_ns, ..)| end_ns)
+    }
+
+    /// Who is refused next if nothing else happens: when, and why.
+    fn next_expiry(&self) -> Option<(u64, Key, Eviction)> {
+        let own = self.own_ends.first_key_value();
+        let own = own.and_then(|((end_ns, _), key)| {
+            let (_, why) = self.waiting.get(key)?.own_end?;
+            Some((*end_ns, *key, why))
+        });
+        let hold_max = nanoseconds(self.limits.hold_max);
+        let by_bound = self.oldest_of_each_class().map(|key| {
+            let end_ns = key.arrival_ns.saturating_add(hold_max);
+            (end_ns, key, Eviction::TooOld)
+        });
+        let all = own.into_iter().chain(by_bound);
+        all.min_by_key(|(end_ns, ..)| *end_ns)
+    }
+
+    /// Within a class, and between two releases, they are in the order of their arrival: few have to be looked at.
+    fn oldest_of_each_class(&self) -> impl Iterator<Item = Key> {
+        let first = self.waiting.first_key_value().map(|(key, _)| *key);
+        std::iter::successors(first, |key| {
+            let last = Key {
+                arrival_ns: u64::MAX,
+                number: u64::MAX,
+                ..*key
+            };
+            let mut behind = self
+                .waiting
+                .range((Bound::Excluded(last), Bound::Unbounded));
+            behind.next().map(|(key, _)| *key)
+        })
     }
 
     pub(super) fn shut(&mut self, now_ns: u64) {
@@ -348,16 +374,6 @@ impl Held {
             self.record(now_ns.saturating_sub(key.arrival_ns));
             // A client that left in this very moment gets no answer; it was evicted first.
             drop(waiter.verdict.send(Err(why)));
-        }
-    }
-
-    /// When it is refused, and why.
-    fn end_of(&self, key: Key, own_end: Option<(u64, Eviction)>) -> (u64, Eviction) {
-        let hold_max = nanoseconds(self.limits.hold_max);
-        let end_ns = key.arrival_ns.saturating_add(hold_max);
-        match own_end {
-            Some(own @ (own_ns, _)) if own_ns <= end_ns => own,
-            _ => (end_ns, Eviction::TooOld),
         }
     }
 
