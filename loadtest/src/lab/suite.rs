@@ -190,21 +190,11 @@ pub fn run(
             return Err(LabError::Interrupted);
         }
         progress.say(format!("end to end: {}", case.name));
-        let outcome = place::run(&case.wish, folders, progress);
-        let outcome = outcome
-            .map_err(|error| error.to_string())
-            .and_then(|report| {
-                println!("{}", report.table());
-                if report.is_green() {
-                    (case.shows)(&report)?;
-                    if case.wish.engine == Engine::Criu {
-                        faithful = Some(report);
-                    }
-                    Ok(())
-                } else {
-                    Err(report.demands_unmet.join("; "))
-                }
-            });
+        let outcome = hop(&case, folders, progress).map(|report| {
+            if case.wish.engine == Engine::Criu {
+                faithful = Some(report);
+            }
+        });
         count(case.name, outcome);
     }
     if wanted(BAD_INPUT) {
@@ -234,6 +224,17 @@ pub fn run(
     say_left_out(faithful, progress);
     println!("{passed} passed, {failed} failed");
     Ok(failed == 0 && passed > 0)
+}
+
+/// One case, and why it is not what it should be.
+fn hop(case: &Case, folders: &Folders, progress: &Progress) -> std::result::Result<Report, String> {
+    let report = place::run(&case.wish, folders, progress).map_err(|error| error.to_string())?;
+    println!("{}", report.table());
+    if !report.is_green() {
+        return Err(report.demands_unmet.join("; "));
+    }
+    (case.shows)(&report)?;
+    Ok(report)
 }
 
 fn say_left_out(faithful: Option<Report>, progress: &Progress) {

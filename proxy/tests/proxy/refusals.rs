@@ -264,7 +264,7 @@ fn an_idle_client_is_let_go() {
 #[test]
 fn nobody_is_idle_while_the_service_is_held() {
     let (source, target) = (Origin::new("source"), Origin::new("target"));
-    let plan = || Plan::new(source.address(), target.address()).limits("client_idle_ms_max = 50");
+    let plan = || Plan::new(source.address(), target.address()).limits("client_idle_ms_max = 1000");
     let (world, other) = (plan().start(), plan().start());
     let mut client = world.client();
     assert_eq!(client.get("/").message().status(), 200);

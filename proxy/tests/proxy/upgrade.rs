@@ -204,7 +204,10 @@ fn a_tunnel_outlives_the_upgrade_and_is_named_when_it_is_cut() {
 fn a_quic_connection_stays_with_the_old_process_and_the_next_meets_the_new_one() {
     let stage = Stage::new();
     let folder = tempfile::tempdir().unwrap();
-    let certificate = Plan::new(stage.address(), stage.address()).write_http3(&folder);
+    // The end of the old process may take longer than upstream connections are kept by default.
+    let certificate = Plan::new(stage.address(), stage.address())
+        .limits("upstream_idle_ms_max = 60000")
+        .write_http3(&folder);
     let mut running = Running::start(&folder);
     let connect = || Client3::connect(running.address, &certificate, TransportConfig::default());
     let mut before = connect().unwrap();

@@ -124,7 +124,13 @@ impl Plan {
 
     pub(crate) fn start_in(self, folder: TempDir) -> World {
         let path = self.write(&folder);
-        let proxy = Proxy::start(&Config::load(&path).unwrap()).unwrap();
+        let config = Config::load(&path).unwrap();
+        // The kernel gives a port for TCP; QUIC wants the same one of UDP, which another test may have.
+        let started = (0..20).map(|_| Proxy::start(&config)).find(|started| {
+            let error = started.as_ref().err().map(ToString::to_string);
+            error.is_none_or(|error| !error.contains("in use"))
+        });
+        let proxy = started.unwrap().unwrap();
         World {
             proxy: Some(proxy),
             folder,
