@@ -7,10 +7,11 @@
 //! of what was answered would be that of the fast ones: the slow ones are still there when a round ends.) `floor` is
 //! the least but one of the last sixteen rounds; the least may be luck.
 //!
-//! - *Doubling*: each answer adds one, so a round doubles the window, until latency is twice the floor or anything
-//!   fails. This is TCP's slow start (Jacobson 1988). What it has seen of latencies is forgotten then, and the first
-//!   floor of the next stage is that of a round at a quarter of the window.
-//! - *Steady*: at the end of a round, `window = window · g + √window` with `g = 2 · floor / latency`, at least a half
+//! - *Doubling*: each answer adds one, so a round doubles the window, until latency is more than `bearable` or anything
+//!   fails. Bearable is twice the floor, or five milliseconds above it where that is more. This is TCP's slow start
+//!   (Jacobson 1988). What it has seen of latencies is forgotten then, and the first floor of the next stage is that of
+//!   a round at a quarter of the window.
+//! - *Steady*: at the end of a round, `window = window · g + √window` with `g = bearable / latency`, at least a half
 //!   and at most one. Near the floor that is an additive step; above it the window shrinks in proportion to the queue
 //!   that has built up at the owner. It is the gradient of TCP Vegas (Brakmo and Peterson 1995) in the form that
 //!   Netflix' concurrency limits have (`Gradient2`, 2018), with the square root as the room for a queue: at a capacity
@@ -18,7 +19,7 @@
 //! - Every eighth round only a quarter of the window goes, to see how fast the owner is without the queue that we make
 //!   there: otherwise the floor would creep up with it. BBR looks for its shortest round trip in the same way (Cardwell
 //!   et al. 2016).
-//! - As long as the window is as wide as it may be and latency stays below twice the floor, nothing is looked for, and
+//! - As long as the window is as wide as it may be and latency stays bearable, nothing is looked for, and
 //!   the floor stays what it was: an owner whose bound is known is not left idle to measure it.
 //! - More than a tenth of a round failed: the window is halved. A connect error halves it at once (multiplicative
 //!   decrease is what lets many proxies before one owner converge: Chiu and Jain 1989).
@@ -37,6 +38,9 @@ const FIRST_ROUND_ANSWERS_MIN: u32 = 8;
 /// Latency may be so many times the floor before the window shrinks: the mean of 64 requests of a real site is off by
 /// a fifth, and the least of sixteen such means by a third.
 const TOLERANCE: f64 = 2.0;
+/// And so many nanoseconds above the floor in any case: a queue that lasts for less than five milliseconds hurts nobody
+/// (the target of CoDel, Nichols and Jacobson 2012), and at an owner that answers within one, twice the floor is noise.
+const QUEUE_NS: f64 = 5e6;
 /// Most that one round shrinks the window by.
 const GRADIENT_MIN: f64 = 0.5;
 /// Rounds that the floor is taken from.
@@ -216,8 +220,14 @@ impl Window {
         }
     }
 
+    /// The latency up to which the owner is taken to bear what it gets.
+    fn bearable(&self) -> f64 {
+        let floor = self.floor();
+        (floor * TOLERANCE).max(floor + QUEUE_NS)
+    }
+
     fn has_left_floor(&self) -> bool {
-        self.latency() > self.floor() * TOLERANCE
+        self.latency() > self.bearable()
     }
 
     /// As wide as it may be, and the owner bears it as it did: there is nothing to find out.
@@ -239,7 +249,7 @@ impl Window {
             self.size = size;
             return self.begin_round(width);
         }
-        let gradient = (TOLERANCE * self.floor() / latency.max(1.0)).clamp(GRADIENT_MIN, 1.0);
+        let gradient = (self.bearable() / latency.max(1.0)).clamp(GRADIENT_MIN, 1.0);
         if gradient < 1.0 && self.stage == Stage::Doubling {
             self.be_steady();
             return self.look_aside(width);
