@@ -34,9 +34,18 @@ const BUSY_PAUSE: Duration = Duration::from_millis(20);
 pub struct Session {
     door: Door,
     current: Mutex<Connection>,
-    /// Held by whoever takes the session up again.
-    reviving: tokio::sync::Mutex<()>,
+    /// Held by whoever takes the session up again; tells whether that was tried for long enough, in vain.
+    reviving: tokio::sync::Mutex<Patience>,
     pub(crate) sender: Sender,
+}
+
+/// How long a broken session is tried to be taken up again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Patience {
+    /// As long as its timeouts say.
+    Whole,
+    /// Just once: whoever undoes a hop asks for many things, and must not wait for each of them as long.
+    Spent,
 }
 
 /// Where a session leads, and how to get in.
@@ -96,7 +105,7 @@ pub async fn connect(
     Ok(Session {
         door,
         current: Mutex::new(connection),
-        reviving: tokio::sync::Mutex::new(()),
+        reviving: tokio::sync::Mutex::new(Patience::Whole),
         sender: Sender::default(),
     })
 }
@@ -258,13 +267,13 @@ impl Session {
         self.current.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes the session up again if its connections broke, within `resume_within` of its timeouts. Nothing that was
-    /// under way is repeated by this.
+    /// Takes the session up again if its connections broke, within `resume_within` of its timeouts; when that was in
+    /// vain, each later call tries once. Nothing that was under way is repeated by this.
     ///
     /// # Errors
     /// When the time is over (or zero), or the other side does not want us any more: then what was noticed first.
     pub async fn revive(&self) -> Result<(), PeerError> {
-        let _reviving = self.reviving.lock().await;
+        let mut patience = self.reviving.lock().await;
         let (id, link) = {
             let current = self.current();
             (current.id, Arc::clone(&current.link))
@@ -272,12 +281,15 @@ impl Session {
         if link.is_alive() {
             return Ok(());
         }
-        let deadline = Instant::now() + self.door.timeouts.resume_within;
-        while Instant::now() < deadline {
+        let resume_within = self.door.timeouts.resume_within;
+        let deadline = Instant::now() + resume_within;
+        let mut may_try = !resume_within.is_zero();
+        while may_try {
             match self.door.open(Some(id)).await {
                 Ok(connection) => {
                     connection.link.pace.set(link.pace.limit());
                     *self.current() = connection;
+                    *patience = Patience::Whole;
                     tracing::info!(reason = %link.lost_error(), "the session was taken up again");
                     return Ok(());
                 }
@@ -287,7 +299,9 @@ impl Session {
                 }
                 Err(error) => return Err(error),
             }
+            may_try = *patience == Patience::Whole && Instant::now() < deadline;
         }
+        *patience = Patience::Spent;
         Err(link.lost_error())
     }
 
