@@ -181,7 +181,7 @@ impl Keep {
             Self::Tls => 7_700,
             Self::Stream2 => 1_400,
             Self::Stream3 => 6_500,
-            Self::Raw => 5_000,
+            Self::Raw => 3_900,
         }
     }
 }
