@@ -163,6 +163,9 @@ impl Shell {
             .env("PATH", &self.path)
             .stdin(Stdio::null())
             .process_group(0);
+        for name in of_our_package() {
+            command.env_remove(name);
+        }
         for (name, value) in &self.env {
             command.env(name, value);
         }
@@ -299,6 +302,15 @@ fn last_lines(bytes: &[u8]) -> String {
         .collect();
     lines.reverse();
     lines.join(" | ")
+}
+
+/// What `cargo run` says of the lab's own package. A build script that looks at one of these (ring's does) would be run
+/// anew, and all that depends on it, whenever the lab builds after somebody's own cargo, and the other way round.
+fn of_our_package() -> impl Iterator<Item = OsString> {
+    std::env::vars_os().map(|(name, _)| name).filter(|name| {
+        let name = name.to_string_lossy();
+        name.starts_with("CARGO_PKG_") || name.starts_with("CARGO_MANIFEST_")
+    })
 }
 
 #[cfg(test)]
