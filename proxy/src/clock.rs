@@ -40,6 +40,11 @@ pub(crate) fn end_of(length: Duration) -> Instant {
     now.checked_add(length).unwrap_or(now + FAR)
 }
 
+/// As many as fit: 584 years.
+pub(crate) fn nanoseconds(duration: Duration) -> u64 {
+    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

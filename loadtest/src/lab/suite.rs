@@ -61,14 +61,6 @@ fn enough_ids(report: &Report) -> std::result::Result<(), String> {
     }
 }
 
-fn two_connections_carried(report: &Report) -> std::result::Result<(), String> {
-    carried(report, 2)
-}
-
-fn one_connection_carried(report: &Report) -> std::result::Result<(), String> {
-    carried(report, 1)
-}
-
 fn carried(report: &Report, wanted: usize) -> std::result::Result<(), String> {
     // What is started anew has no connections to carry.
     let wanted = if report.engine == Engine::Criu.as_str() {
@@ -107,7 +99,7 @@ fn cases() -> Vec<Case> {
                 tunnel: Tunnel::Wireguard,
                 ..wish(App::Wordpress, 20)
             },
-            shows: two_connections_carried,
+            shows: |report| carried(report, 2),
         },
         Case {
             name: "a counter hops through WireGuard, and a WebSocket with a message a second goes on",
@@ -115,7 +107,7 @@ fn cases() -> Vec<Case> {
                 tunnel: Tunnel::Wireguard,
                 ..counter.clone()
             },
-            shows: one_connection_carried,
+            shows: |report| carried(report, 1),
         },
         Case {
             name: "a hop that fails before its commit leaves the source serving, and the next one succeeds",

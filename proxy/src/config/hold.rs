@@ -79,53 +79,50 @@ pub(super) fn hold(
     section: &Section<'_>,
     before: Option<&HoldConfig>,
 ) -> Result<HoldConfig, Problem> {
-    let at_cut = match section.text("at_cut")? {
-        None => before.map_or(AtCut::Wait, |before| before.at_cut),
-        Some("wait") => AtCut::Wait,
-        Some("cut") => AtCut::Cut,
-        Some("carry") => AtCut::Carry,
-        Some(other) => {
-            return Err(section.bad_text("at_cut", other, "\"wait\", \"cut\" or \"carry\""));
-        }
+    let before = before.cloned().unwrap_or_default();
+    let own_from = if section.has("own_from") {
+        networks(section, "own_from")?
+    } else {
+        before.own_from
     };
-    let own_from = match before {
-        Some(before) if !section.has("own_from") => before.own_from.clone(),
-        _ => networks(section, "own_from")?,
-    };
-    let release_class = match section.text("release_class")? {
-        None => before.map_or(ReleaseClass::Usual, |before| before.release_class),
-        Some("first") => ReleaseClass::First,
-        Some("usual") => ReleaseClass::Usual,
-        Some("last") => ReleaseClass::Last,
-        Some(other) => {
-            let wanted = "\"first\", \"usual\" or \"last\"";
-            return Err(section.bad_text("release_class", other, wanted));
-        }
-    };
-    let at_limit = match section.text("at_limit")? {
-        None => before.map_or(AtLimit::Error, |before| before.at_limit),
-        Some("wait") => AtLimit::Wait,
-        Some("retry_page") => AtLimit::RetryPage,
-        Some("error") => AtLimit::Error,
-        Some(other) => {
-            let wanted = "\"wait\", \"retry_page\" or \"error\"";
-            return Err(section.bad_text("at_limit", other, wanted));
-        }
-    };
-    let when_full = match section.text("when_full")? {
-        None => before.map_or(WhenFull::Wait, |before| before.when_full),
-        Some("wait") => WhenFull::Wait,
-        Some("refuse") => WhenFull::Refuse,
-        Some(other) => {
-            return Err(section.bad_text("when_full", other, "\"wait\" or \"refuse\""));
-        }
-    };
+    let at_cut = section.choice(
+        "at_cut",
+        &[
+            ("wait", AtCut::Wait),
+            ("cut", AtCut::Cut),
+            ("carry", AtCut::Carry),
+        ],
+        "\"wait\", \"cut\" or \"carry\"",
+    )?;
+    let release_class = section.choice(
+        "release_class",
+        &[
+            ("first", ReleaseClass::First),
+            ("usual", ReleaseClass::Usual),
+            ("last", ReleaseClass::Last),
+        ],
+        "\"first\", \"usual\" or \"last\"",
+    )?;
+    let at_limit = section.choice(
+        "at_limit",
+        &[
+            ("wait", AtLimit::Wait),
+            ("retry_page", AtLimit::RetryPage),
+            ("error", AtLimit::Error),
+        ],
+        "\"wait\", \"retry_page\" or \"error\"",
+    )?;
+    let when_full = section.choice(
+        "when_full",
+        &[("wait", WhenFull::Wait), ("refuse", WhenFull::Refuse)],
+        "\"wait\" or \"refuse\"",
+    )?;
     Ok(HoldConfig {
-        at_cut,
+        at_cut: at_cut.unwrap_or(before.at_cut),
         own_from,
         limit: None,
-        at_limit,
-        release_class,
-        when_full,
+        at_limit: at_limit.unwrap_or(before.at_limit),
+        release_class: release_class.unwrap_or(before.release_class),
+        when_full: when_full.unwrap_or(before.when_full),
     })
 }

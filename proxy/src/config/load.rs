@@ -217,15 +217,19 @@ fn access_log(section: &Section<'_>, folder: &Path) -> Result<LogConfig, Problem
         "stdout" => LogTarget::Stdout,
         path => LogTarget::File(folder.join(path)),
     };
-    let format = match section.text("format")? {
-        None | Some("text") => LogFormat::Text,
-        Some("json") => LogFormat::Json,
-        Some("common") => LogFormat::Common,
-        Some(other) => {
-            return Err(section.bad_text("format", other, "\"text\", \"json\" or \"common\""));
-        }
-    };
-    Ok(LogConfig { target, format })
+    let format = section.choice(
+        "format",
+        &[
+            ("text", LogFormat::Text),
+            ("json", LogFormat::Json),
+            ("common", LogFormat::Common),
+        ],
+        "\"text\", \"json\" or \"common\"",
+    )?;
+    Ok(LogConfig {
+        target,
+        format: format.unwrap_or(LogFormat::Text),
+    })
 }
 
 /// What the tables of services refer to.
@@ -282,11 +286,10 @@ fn service(section: &Section<'_>, around: Around<'_>) -> Result<ServiceConfig, P
     })?;
     let front_checks = front_check::front_checks(section, None)?;
     let listen = listeners(section, around.folder, around.profiles, &front_checks)?;
-    let protocol = match section.text("protocol")? {
-        None | Some("http") => Protocol::Http,
-        Some("tcp") => Protocol::Tcp,
-        Some(other) => return Err(section.bad_text("protocol", other, "\"http\" or \"tcp\"")),
-    };
+    let protocols = [("http", Protocol::Http), ("tcp", Protocol::Tcp)];
+    let protocol = section
+        .choice("protocol", &protocols, "\"http\" or \"tcp\"")?
+        .unwrap_or(Protocol::Http);
     quic::fits(section, protocol, &listen)?;
     let source = reference(section, "source", around.upstreams)?
         .ok_or_else(|| section.missing("source", "source = \"10.0.0.1:80\""))?;
@@ -392,12 +395,8 @@ fn door_when_full(checks: &FrontChecks, have_their_own: bool) -> DoorWhenFull {
 }
 
 fn listener_when_full(listener: &Section<'_>) -> Result<Option<DoorWhenFull>, Problem> {
-    match listener.text("when_full")? {
-        None => Ok(None),
-        Some("stop") => Ok(Some(DoorWhenFull::Stop)),
-        Some("go_on") => Ok(Some(DoorWhenFull::GoOn)),
-        Some(other) => Err(listener.bad_text("when_full", other, "\"stop\" or \"go_on\"")),
-    }
+    let choices = [("stop", DoorWhenFull::Stop), ("go_on", DoorWhenFull::GoOn)];
+    listener.choice("when_full", &choices, "\"stop\" or \"go_on\"")
 }
 
 fn listen_address(

@@ -88,9 +88,10 @@ pub(super) fn unknown_name(
     if routes.is_empty() {
         service.refuse_useless(&["unknown_name"], "a route with \"sni\"")?;
     }
-    match service.text("unknown_name")? {
-        None | Some("forward") => Ok(UnknownName::Forward),
-        Some("refuse") => Ok(UnknownName::Refuse),
-        Some(other) => Err(service.bad_text("unknown_name", other, "\"forward\" or \"refuse\"")),
-    }
+    let choices = [
+        ("forward", UnknownName::Forward),
+        ("refuse", UnknownName::Refuse),
+    ];
+    let chosen = service.choice("unknown_name", &choices, "\"forward\" or \"refuse\"")?;
+    Ok(chosen.unwrap_or(UnknownName::Forward))
 }

@@ -338,6 +338,22 @@ impl<'t> Section<'t> {
         }
     }
 
+    /// What a text stands for, if it is there: one of these words.
+    pub(super) fn choice<T: Copy>(
+        &self,
+        key: &'static str,
+        choices: &[(&str, T)],
+        wanted: &'static str,
+    ) -> Result<Option<T>, Problem> {
+        let Some(text) = self.text(key)? else {
+            return Ok(None);
+        };
+        let chosen = choices.iter().find(|(word, _)| *word == text);
+        chosen
+            .map(|(_, meaning)| Some(*meaning))
+            .ok_or_else(|| self.bad_text(key, text, wanted))
+    }
+
     /// A text that must be there.
     pub(super) fn required_text(
         &self,

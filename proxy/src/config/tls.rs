@@ -157,11 +157,10 @@ fn profile(section: &Section<'_>, folder: &Path) -> Result<TlsConfig, Problem> {
         let example = "certificates = [{ chain = \"a.pem\", key = \"a.key\" }]";
         return Err(section.missing("certificates", example));
     }
-    let versions_min = match section.text("versions_min")? {
-        None | Some("1.2") => TlsVersion::Tls12,
-        Some("1.3") => TlsVersion::Tls13,
-        Some(other) => return Err(section.bad_text("versions_min", other, "\"1.2\" or \"1.3\"")),
-    };
+    let versions = [("1.2", TlsVersion::Tls12), ("1.3", TlsVersion::Tls13)];
+    let versions_min = section
+        .choice("versions_min", &versions, "\"1.2\" or \"1.3\"")?
+        .unwrap_or(TlsVersion::Tls12);
     Ok(TlsConfig {
         name: name.into(),
         certificates,
@@ -195,15 +194,16 @@ fn clients(section: &Section<'_>, folder: &Path) -> Result<Option<ClientsConfig>
         section.refuse_useless(&["client_certificates"], "\"client_ca\"")?;
         return Ok(None);
     };
-    let demand = match section.text("client_certificates")? {
-        None | Some("required") => Demand::Required,
-        Some("optional") => Demand::Optional,
-        Some(other) => {
-            let wanted = "\"required\" or \"optional\"";
-            return Err(section.bad_text("client_certificates", other, wanted));
-        }
-    };
-    Ok(Some(ClientsConfig { ca, demand }))
+    let demands = [
+        ("required", Demand::Required),
+        ("optional", Demand::Optional),
+    ];
+    let wanted = "\"required\" or \"optional\"";
+    let demand = section.choice("client_certificates", &demands, wanted)?;
+    Ok(Some(ClientsConfig {
+        ca,
+        demand: demand.unwrap_or(Demand::Required),
+    }))
 }
 
 fn read_acme(section: &Section<'_>, folder: &Path) -> Result<AcmeConfig, Problem> {

@@ -16,12 +16,12 @@ use cutover_protocol::id::{Register, ServiceName};
 use tokio::sync::{Notify, watch};
 
 use super::budget::{Budget, BudgetLimits};
-use super::outflow::nanoseconds;
 use super::queue::{Eviction, Grant, Held, Key, Pace, Parked};
 use super::terms::Terms;
 use super::ticket::{Pass, Slot, Ticket};
 use super::window::Verdict;
 use super::word::{Mode, Word};
+use crate::clock::nanoseconds;
 use crate::config::{Config, Release, ServiceConfig};
 use crate::limit::Refusals;
 

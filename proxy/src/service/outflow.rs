@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use super::ticket::{Pass, Slot};
 use super::window::{Verdict, Window};
+use crate::clock::nanoseconds;
 use crate::config::Release;
 
 /// The pace of one release after the other.
@@ -213,11 +214,6 @@ fn spread(held: usize, now_ns: u64, time: Duration) -> Option<Spread> {
         left,
         next_ns: now_ns,
     })
-}
-
-/// As many as fit.
-pub(super) fn nanoseconds(duration: Duration) -> u64 {
-    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
 }
 
 #[cfg(test)]

@@ -19,10 +19,11 @@ use tokio::sync::oneshot;
 
 use super::budget::{BudgetLimits, Usage, WhenFull};
 use super::gate::{Gate, GateLimits};
-use super::outflow::{Outflow, nanoseconds};
+use super::outflow::Outflow;
 use super::terms::{OfAddress, ReleaseClass, Terms, Weight};
 use super::ticket::{Pass, Slot, Ticket};
 use super::window::Verdict;
+use crate::clock::nanoseconds;
 use crate::limit::address::AddressKey;
 
 /// Upper bounds of the hold-time histogram, in milliseconds.

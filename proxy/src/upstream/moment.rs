@@ -6,6 +6,8 @@
 use std::sync::LazyLock;
 use std::time::{Duration, Instant};
 
+use crate::clock::nanoseconds;
+
 /// All moments are counted from here, less a day: an instant taken shortly before is still a moment.
 static ORIGIN: LazyLock<Instant> = LazyLock::new(Instant::now);
 /// One day, in nanoseconds. Also makes zero free to mean "never".
@@ -36,10 +38,6 @@ impl Moment {
     pub(crate) const fn since(self, earlier: Self) -> Duration {
         Duration::from_nanos(self.0.saturating_sub(earlier.0))
     }
-}
-
-fn nanoseconds(duration: Duration) -> u64 {
-    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
 }
 
 #[cfg(test)]

@@ -14,11 +14,10 @@ use base64::prelude::BASE64_URL_SAFE_NO_PAD as BASE64;
 use rcgen::CertificateSigningRequestParams;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::aws_lc_rs as provider;
-use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
+use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::{
-    ClientConfig, ClientConnection, DigitallySignedStruct, ServerConfig, ServerConnection,
-    SignatureScheme, StreamOwned,
+    ClientConfig, ClientConnection, DigitallySignedStruct, ServerConnection, SignatureScheme,
+    StreamOwned,
 };
 use serde_json::{Value, json};
 use x509_parser::prelude::{FromDer, GeneralName, X509Certificate};
@@ -96,17 +95,8 @@ impl Ca {
         let authority = Arc::new(Authority::new());
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let base = format!("https://{}", listener.local_addr().unwrap());
-        let (chain, key) = authority.signs(&["127.0.0.1"]);
-        let config = ServerConfig::builder_with_provider(Arc::new(provider::default_provider()))
-            .with_safe_default_protocol_versions()
-            .unwrap()
-            .with_no_client_auth()
-            .with_single_cert(
-                vec![CertificateDer::from_pem_slice(chain.as_bytes()).unwrap()],
-                PrivateKeyDer::from_pem_slice(key.as_bytes()).unwrap(),
-            )
-            .unwrap();
-        let (config, url) = (Arc::new(config), format!("{base}/directory"));
+        let config = authority.server(&["127.0.0.1"]);
+        let url = format!("{base}/directory");
         let shared = Arc::new(Shared {
             base,
             authority: Arc::clone(&authority),

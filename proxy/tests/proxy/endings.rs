@@ -8,9 +8,7 @@ use std::thread;
 
 use hopgate_proxy::Proxy;
 use hopgate_proxy::config::Config;
-use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer};
-use rustls::{ServerConfig, ServerConnection, StreamOwned};
+use rustls::{ServerConnection, StreamOwned};
 
 use crate::tls::{Authority, Browser, folder, start};
 use crate::world::{Origin, PATIENCE, Peer, Stage, World};
@@ -60,18 +58,7 @@ fn half_an_answer_ends_without_a_farewell() {
 
 /// An origin that speaks TLS, as `name`, and answers everything with "secure".
 fn secure_origin(authority: &Authority, name: &str) -> SocketAddr {
-    let (chain, key) = authority.signs(&[name]);
-    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-    let config = ServerConfig::builder_with_provider(provider)
-        .with_safe_default_protocol_versions()
-        .unwrap()
-        .with_no_client_auth()
-        .with_single_cert(
-            vec![CertificateDer::from_pem_slice(chain.as_bytes()).unwrap()],
-            PrivateKeyDer::from_pem_slice(key.as_bytes()).unwrap(),
-        )
-        .unwrap();
-    let config = Arc::new(config);
+    let config = authority.server(&[name]);
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap();
     thread::spawn(move || {

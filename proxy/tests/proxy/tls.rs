@@ -14,10 +14,11 @@ use rcgen::{
 };
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::client::{Resumption, WebPkiServerVerifier};
+use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 use rustls::{
     ClientConfig, ClientConnection, DigitallySignedStruct, HandshakeKind, RootCertStore,
-    SignatureScheme, StreamOwned, SupportedProtocolVersion,
+    ServerConfig, SignatureScheme, StreamOwned, SupportedProtocolVersion,
 };
 use tempfile::TempDir;
 
@@ -52,7 +53,23 @@ impl Authority {
         (certificate.pem(), key.serialize_pem())
     }
 
-    /// The same, begun a while ago and good for a while.
+    /// A server with such a certificate.
+    pub(crate) fn server(&self, names: &[&str]) -> Arc<ServerConfig> {
+        let (chain, key) = self.signs(names);
+        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+        let config = ServerConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_no_client_auth()
+            .with_single_cert(
+                vec![CertificateDer::from_pem_slice(chain.as_bytes()).unwrap()],
+                PrivateKeyDer::from_pem_slice(key.as_bytes()).unwrap(),
+            )
+            .unwrap();
+        Arc::new(config)
+    }
+
+    /// A certificate, begun a while ago and good for a while.
     pub(crate) fn signs_until(
         &self,
         names: &[&str],

@@ -22,9 +22,7 @@ mod exported {
     use std::thread;
 
     use http::Request;
-    use rustls::pki_types::pem::PemObject;
-    use rustls::pki_types::{CertificateDer, PrivateKeyDer};
-    use rustls::{ServerConfig, ServerConnection, StreamOwned};
+    use rustls::{ServerConnection, StreamOwned};
 
     use crate::client2::Client2;
     use crate::process::Running;
@@ -166,18 +164,7 @@ mod exported {
 
     /// A collector behind TLS; what it is told comes out at the other end.
     fn secure_collector(authority: &Authority) -> (SocketAddr, Receiver<Vec<u8>>) {
-        let (chain, key) = authority.signs(&["127.0.0.1"]);
-        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-        let config = ServerConfig::builder_with_provider(provider)
-            .with_safe_default_protocol_versions()
-            .unwrap()
-            .with_no_client_auth()
-            .with_single_cert(
-                vec![CertificateDer::from_pem_slice(chain.as_bytes()).unwrap()],
-                PrivateKeyDer::from_pem_slice(key.as_bytes()).unwrap(),
-            )
-            .unwrap();
-        let config = Arc::new(config);
+        let config = authority.server(&["127.0.0.1"]);
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
         let (told, heard) = sync_channel(8);

@@ -192,22 +192,7 @@ pub(crate) async fn serve(
             },
         }
     }
-    // Connections end by themselves; who knocks meanwhile is told to go elsewhere.
-    loop {
-        tokio::select! {
-            biased;
-            ended = acceptor.connections.join_next() => if ended.is_none() { break },
-            incoming = endpoint.accept() => match incoming {
-                Some(incoming) => acceptor.refuse(incoming),
-                None => break,
-            },
-        }
-    }
-    endpoint.close(NO_ERROR, b"");
-    // Who knocked while the last connection ended would get no answer for as long as the endpoint lives.
-    while let Some(incoming) = endpoint.accept().await {
-        acceptor.refuse(incoming);
-    }
+    acceptor.end(&endpoint).await;
     // The last acknowledgements; a client that gives none has had its answers.
     drop(timeout(port.settings().limits.linger_max, endpoint.wait_idle()).await);
     drop(serves);
@@ -352,6 +337,25 @@ impl Acceptor {
                 counts.handshakes_failed.fetch_add(1, Ordering::Relaxed);
                 tracing::debug!("a QUIC handshake could not begin: {error}");
             }
+        }
+    }
+
+    /// Connections end by themselves; who knocks meanwhile is told to go elsewhere.
+    async fn end(&mut self, endpoint: &Endpoint) {
+        loop {
+            tokio::select! {
+                biased;
+                ended = self.connections.join_next() => if ended.is_none() { break },
+                incoming = endpoint.accept() => match incoming {
+                    Some(incoming) => self.refuse(incoming),
+                    None => break,
+                },
+            }
+        }
+        endpoint.close(NO_ERROR, b"");
+        // Who knocked while the last connection ended would get no answer for as long as the endpoint lives.
+        while let Some(incoming) = endpoint.accept().await {
+            self.refuse(incoming);
         }
     }
 
