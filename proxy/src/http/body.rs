@@ -13,7 +13,7 @@ use super::response::Encoding;
 use crate::buffer::{Buffer, Buffers};
 use crate::limit::intake::Intake;
 use crate::stream::splice::{Silence, SpliceError};
-use crate::stream::{self, Stream, WriteFailed};
+use crate::stream::{self, Hearsay, Socket, Stream, WriteFailed};
 
 /// Below it, a few reads and writes are cheaper than the pipe.
 const SPLICE_BYTES_MIN: u64 = 64 * 1024;
@@ -120,6 +120,9 @@ pub(crate) async fn relay(
             } else {
                 End::Later
             };
+            if encoding == Encoding::Plain && piece.used == buffer.filled().len() {
+                announce_splice(route, body);
+            }
             let count = write(route, prefix, data, encoding, end)
                 .await
                 .map_err(RelayError::Write)?;
@@ -189,6 +192,25 @@ async fn read(route: Route<'_>, buffer: &mut Buffer) -> Result<usize, RelayError
     }
 }
 
+/// The two ends, where the kernel may move the rest of a body between them.
+fn spliceable<'s>(route: Route<'s>, body: &Body) -> Option<(&'s Socket, &'s Socket)> {
+    match body {
+        Body::Length(left) if *left >= SPLICE_BYTES_MIN => {
+            Some((route.from.plain()?, route.to.plain()?))
+        }
+        _ => None,
+    }
+}
+
+/// Lets what is written next go in one packet with what the kernel will move behind it, if any of that has come.
+fn announce_splice(route: Route<'_>, body: &Body) {
+    if let Some((from, to)) = spliceable(route, body)
+        && from.hearsay() == Hearsay::Readable
+    {
+        to.announce_more();
+    }
+}
+
 /// Leaves the rest of a large counted body to the kernel, where both ends are plain sockets. False when it is not
 /// to be had.
 async fn splice_rest(
@@ -196,13 +218,9 @@ async fn splice_rest(
     body: &mut Body,
     moved: &Cell<u64>,
 ) -> Result<bool, RelayError> {
-    let (Body::Length(left), Some(from), Some(to)) = (body, route.from.plain(), route.to.plain())
-    else {
+    let (Some((from, to)), Body::Length(left)) = (spliceable(route, body), body) else {
         return Ok(false);
     };
-    if *left < SPLICE_BYTES_MIN {
-        return Ok(false);
-    }
     while *left > 0 {
         let waited = Cell::new(Duration::ZERO);
         let patience = route.patience();
@@ -220,7 +238,10 @@ async fn splice_rest(
                 *left -= count;
                 moved.set(moved.get() + count);
             }
-            Err(SpliceError::NoPipe) => return Ok(false),
+            Err(SpliceError::NoPipe) => {
+                to.push();
+                return Ok(false);
+            }
             Err(SpliceError::Read(error)) if route.may_go_on(&error, patience) => {}
             Err(SpliceError::Read(error)) => return Err(RelayError::Read(error)),
             Err(SpliceError::Write(source)) => {

@@ -17,7 +17,7 @@ use std::task::{Context, Poll, ready};
 
 use rustix::io::Errno;
 use rustix::net::{
-    AddressFamily, RecvFlags, SendFlags, Shutdown, SocketAddrUnix, SocketFlags, SocketType,
+    AddressFamily, RecvFlags, SendAncillaryBuffer, SendFlags, Shutdown, SocketAddrUnix, SocketFlags, SocketType,
 };
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
@@ -49,6 +49,8 @@ pub(crate) struct Socket {
     watch: OnceCell<AsyncFd<Watched>>,
     /// A read has emptied the socket, and the reactor does not know it yet: it will tell of what has come since.
     emptied: Cell<bool>,
+    /// What is written now waits in the kernel for what follows.
+    more_follows: Cell<bool>,
     fd: OwnedFd,
 }
 
@@ -68,6 +70,7 @@ impl Socket {
         Self {
             watch: OnceCell::new(),
             emptied: Cell::new(false),
+            more_follows: Cell::new(false),
             fd,
         }
     }
@@ -217,11 +220,40 @@ impl Socket {
 
     /// Writes as much of the slices as the kernel takes. `WouldBlock` when it takes nothing.
     pub(crate) fn try_write(&self, slices: &[IoSlice<'_>]) -> io::Result<usize> {
-        self.try_with_room(|fd| send(fd, slices))
+        let more = if self.more_follows.get() {
+            SendFlags::MORE
+        } else {
+            SendFlags::empty()
+        };
+        self.try_with_room(|fd| send(fd, slices, SendFlags::NOSIGNAL | more))
+    }
+
+    /// Announces that more follows at once what is written next, so that TCP fills its packets (send(2), MSG_MORE). The
+    /// promise is kept by a splice, or taken back by [`Socket::push`]: the kernel would wait for 200 ms.
+    pub(crate) fn announce_more(&self) {
+        self.more_follows.set(true);
+    }
+
+    /// Nothing follows for now: what waits for it is sent.
+    pub(crate) fn push(&self) {
+        if self.more_follows.replace(false) {
+            // Setting the option sends what waits (tcp(7)). Only TCP makes anything wait.
+            rustix::net::sockopt::set_tcp_nodelay(&self.fd, true).ok();
+        }
+    }
+
+    /// Splices something to the socket, which sends what waits for it, too.
+    pub(crate) fn try_splice(
+        &self,
+        splice: impl FnOnce(&OwnedFd) -> io::Result<usize>,
+    ) -> io::Result<usize> {
+        let count = self.try_with_room(splice)?;
+        self.more_follows.set(false);
+        Ok(count)
     }
 
     /// Runs an operation that writes; its `WouldBlock` means that the socket has no room.
-    pub(crate) fn try_with_room<T>(
+    fn try_with_room<T>(
         &self,
         operation: impl FnOnce(&OwnedFd) -> io::Result<T>,
     ) -> io::Result<T> {
@@ -313,10 +345,53 @@ fn recv(fd: &OwnedFd, room: &mut [u8]) -> io::Result<usize> {
 }
 
 /// One slice is cheaper to send than several.
-fn send(fd: &OwnedFd, slices: &[IoSlice<'_>]) -> io::Result<usize> {
-    let sent = match slices {
-        [one] => rustix::io::retry_on_intr(|| rustix::net::send(fd, one, SendFlags::NOSIGNAL)),
-        several => rustix::io::retry_on_intr(|| rustix::io::writev(fd, several)),
-    };
+fn send(fd: &OwnedFd, slices: &[IoSlice<'_>], flags: SendFlags) -> io::Result<usize> {
+    let sent = rustix::io::retry_on_intr(|| match slices {
+        [one] => rustix::net::send(fd, one, flags),
+        several => rustix::net::sendmsg(fd, several, &mut SendAncillaryBuffer::default(), flags),
+    });
     Ok(sent?)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read;
+    use std::net::{TcpListener, TcpStream};
+    use std::time::Duration;
+
+    use super::*;
+
+    /// Writes after an announcement; whether that waits, and what comes after a push.
+    fn announce() -> (bool, Vec<u8>) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let mut peer = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let accepted = listener.accept().unwrap().0;
+        accepted.set_nodelay(true).unwrap();
+        let socket = Socket::new(accepted.into());
+        socket.announce_more();
+        socket.try_write(&[IoSlice::new(b"one")]).unwrap();
+        peer.set_nonblocking(true).unwrap();
+        let mut room = [0; 16];
+        let waits = peer.read(&mut room).is_err();
+        socket.push();
+        socket.try_write(&[IoSlice::new(b"two")]).unwrap();
+        socket.finish().unwrap();
+        peer.set_nonblocking(false).unwrap();
+        peer.set_read_timeout(Some(Duration::from_secs(30)))
+            .unwrap();
+        let mut rest = Vec::new();
+        peer.read_to_end(&mut rest).unwrap();
+        (waits, rest)
+    }
+
+    #[test]
+    fn what_more_is_announced_for_waits_until_it_is_pushed() {
+        // The kernel waits for 200 ms; a machine that stands still for longer in every attempt is broken.
+        let waited = (0..50).any(|_| {
+            let (waits, rest) = announce();
+            assert!(!waits || rest == b"onetwo");
+            waits
+        });
+        assert!(waited);
+    }
 }

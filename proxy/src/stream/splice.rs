@@ -138,6 +138,7 @@ impl Pipes {
                 Err(SpliceError::Read(error)) if error.kind() == io::ErrorKind::WouldBlock => {}
                 Err(error) => return Err(error),
             }
+            to.push();
             let began = silence.waited.map(|waited| (waited, Instant::now()));
             let readable = within(silence.read, |context| from.poll_readable(context)).await;
             if let Some((waited, began)) = began {
@@ -190,7 +191,7 @@ impl Load {
 
     /// Hands over as much as the receiver takes without waiting; `WouldBlock` when that is nothing.
     pub(crate) fn deliver(&mut self, to: &Socket) -> io::Result<usize> {
-        let count = to.try_with_room(|socket| splice_now(&self.pipe.reader, socket, self.left))?;
+        let count = to.try_splice(|socket| splice_now(&self.pipe.reader, socket, self.left))?;
         if count == 0 {
             return Err(io::ErrorKind::WriteZero.into());
         }

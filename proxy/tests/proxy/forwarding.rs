@@ -250,6 +250,26 @@ fn large_bodies_pass_in_both_directions_at_once() {
 }
 
 #[test]
+fn a_large_answer_that_pauses_where_a_read_ends_arrives_up_to_there() {
+    const BYTES: usize = 1 << 20;
+    /// The proxy's read takes so much at once.
+    const READ_BYTES: usize = 16 * 1024;
+    let (world, stage) = staged();
+    let mut client = world.client();
+    client.get("/");
+    let mut upstream = stage.accept();
+    upstream.message();
+    let head = format!("HTTP/1.1 200 OK\r\nContent-Length: {BYTES}\r\n\r\n");
+    let body: Vec<u8> = (0..BYTES).map(|at| (at % 251) as u8).collect();
+    let (first, rest) = body.split_at(READ_BYTES - head.len());
+    upstream.send([head.as_bytes(), first].concat());
+    assert_eq!(client.head().status(), 200);
+    assert!(client.bytes(first.len()) == first);
+    upstream.send(rest);
+    assert!(client.bytes(rest.len()) == rest);
+}
+
+#[test]
 fn a_websocket_passes_both_ways_and_only_after_101() {
     let (world, stage) = staged();
     let mut client = world.client();
