@@ -59,6 +59,9 @@ pub enum RequestError {
     /// More requests than `rate` allows.
     #[error("too many requests; come back in {after} s", after = .0.retry_after_s())]
     Rate(TooMany),
+    /// The request has passed this proxy before.
+    #[error("this request has been here before: two proxies send it to each other")]
+    Loop,
     /// The proxy uses as much memory as it may.
     #[error("this proxy has no memory to spare")]
     Memory,
@@ -185,6 +188,7 @@ impl RequestError {
             | Self::OutOfTime(_)
             | Self::Cut(_)
             | Self::Shutdown
+            | Self::Loop
             | Self::Memory => Fault::Us,
             Self::NoServer
             | Self::Connect(_)
@@ -221,6 +225,7 @@ impl RequestError {
             | Self::Path(_)
             | Self::ServerName
             | Self::Rate(_)
+            | Self::Loop
             | Self::Memory
             | Self::Streams
             | Self::HeadTooLong
@@ -271,6 +276,7 @@ impl RequestError {
             Self::HeadTimeout | Self::ClientSilent | Self::BodyTooSlow => Some(408),
             Self::BodyTooLong => Some(413),
             Self::Rate(_) => Some(429),
+            Self::Loop => Some(508),
             Self::FrontCheck(green) => Some(green.status),
             // Told in the words of TLS and of HTTP/2.
             Self::ClientLeft(_) | Self::ServerName | Self::Streams => None,
@@ -310,6 +316,7 @@ impl RequestError {
             Self::Path(_) => Reason::Path,
             Self::ServerName => Reason::ServerName,
             Self::Rate(_) => Reason::Rate,
+            Self::Loop => Reason::Loop,
             Self::Memory => Reason::Memory,
             Self::BodyTooLong => Reason::BodyBytes,
             Self::BodyTooSlow | Self::ClientSilent => Reason::BodySlow,

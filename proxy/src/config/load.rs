@@ -22,6 +22,7 @@ use super::{
     Config, DoorWhenFull, Limits, ListenAddress, ListenConfig, LogConfig, LogFormat, LogTarget,
     Protocol, ServiceConfig, UpstreamConfig,
 };
+use crate::forwarded::LoopId;
 use crate::http::front_check::FrontChecks;
 
 /// A configuration that cannot be used: which file, and what is wrong with it.
@@ -97,6 +98,7 @@ const SERVICE_KEYS: &[&str] = &[
     "front_timeout_ms",
     "when_full",
     "own_marker",
+    "loop_id",
     "front_check",
     "rate",
     "unknown_name",
@@ -315,6 +317,7 @@ fn service(section: &Section<'_>, around: Around<'_>) -> Result<ServiceConfig, P
         unknown_name: raw::unknown_name(section, protocol, &routes)?,
         routes,
         own_marker: own_marker(section)?,
+        loop_id: loop_id(section)?,
         front_checks,
         hold,
         hold_max,
@@ -329,6 +332,16 @@ fn own_marker(section: &Section<'_>) -> Result<Option<Box<str>>, Problem> {
     };
     section.refuse_without("own_marker", "trusted_from")?;
     route::editable(section, "own_marker", text).map(|name| Some(name.into()))
+}
+
+/// What the proxy calls itself to those behind it.
+fn loop_id(section: &Section<'_>) -> Result<Option<LoopId>, Problem> {
+    const WANTED: &str = "1 to 64 letters, digits, \"-\", \"_\" and \".\"";
+    let Some(text) = section.text("loop_id")? else {
+        return Ok(None);
+    };
+    let id = LoopId::new(text).ok_or_else(|| section.bad_text("loop_id", text, WANTED))?;
+    Ok(Some(id))
 }
 
 /// `listen` is one address, or a list of tables with an address each.

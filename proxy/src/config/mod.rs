@@ -26,7 +26,7 @@ use cutover_protocol::hold::FRONT_TENTHS_MAX;
 use cutover_protocol::id::{ServiceName, Site};
 use serde::{Deserialize, Serialize};
 
-use crate::forwarded::TrustedFrom;
+use crate::forwarded::{LoopId, TrustedFrom};
 use crate::http::front_check::FrontChecks;
 use crate::limit::rate::RateLimit;
 use crate::route::RouteTable;
@@ -195,6 +195,8 @@ pub struct ServiceConfig {
     pub front_timeout: Option<Duration>,
     /// The field, in lower case, by which a trusted peer marks what comes from the application itself.
     pub own_marker: Option<Box<str>>,
+    /// What the proxy calls itself in CDN-Loop, where it guards against loops.
+    pub(crate) loop_id: Option<LoopId>,
     /// Health probes of balancers in front of us, where no route says otherwise.
     pub(crate) front_checks: FrontChecks,
     /// How many requests it takes, before any route is looked at.

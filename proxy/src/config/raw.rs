@@ -82,7 +82,7 @@ pub(super) fn unknown_name(
     match protocol {
         Protocol::Http => service.refuse_useless(&["unknown_name"], "protocol = \"tcp\"")?,
         Protocol::Tcp => {
-            service.refuse_useless(&["rate", "front_check"], "protocol = \"http\"")?;
+            service.refuse_useless(&["rate", "front_check", "loop_id"], "protocol = \"http\"")?;
         }
     }
     if routes.is_empty() {

@@ -6,6 +6,7 @@
 //! (whoever speaks CGI) cannot tell the two apart. The usual request, with none of these fields, is three lines
 //! appended to the head, without an allocation.
 
+mod loop_guard;
 mod node;
 mod trace;
 
@@ -17,6 +18,7 @@ use crate::http::fields::Fields;
 use crate::http::head::same_field;
 use crate::http::request::RequestId;
 use crate::listen::client::Client;
+pub(crate) use loop_guard::{FIELD as LOOP_FIELD, LoopId};
 pub(crate) use node::AddressText;
 pub(crate) use trace::Hop;
 #[cfg(any(test, feature = "fuzzing", feature = "otel"))]

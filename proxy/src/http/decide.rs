@@ -119,10 +119,13 @@ pub(crate) fn decide(by: Rules<'_>, parsed: &Parsed<'_, '_>, out: &mut Vec<u8>) 
     let marker = by.service.own_marker.as_deref();
     let plain = Told {
         strip: marker.filter(|_| !arrived.trusted),
+        loop_id: by.service.loop_id.as_ref(),
         ..Told::plain(&arrived, by.id)
     };
     let judged = if by.is_pressed {
         Err(RequestError::Memory)
+    } else if plain.loop_id.is_some_and(|id| id.has_seen(&parsed.fields)) {
+        Err(RequestError::Loop)
     } else if class(parsed.method) == Method::Connect {
         judge_tunnel(by, parsed, &arrived, out)
     } else if by.service.rate.is_none() && by.service.routes.is_empty() {

@@ -7,7 +7,7 @@ use super::head::{
     ConnectionHeader, FIELDS_MAX, Framing, HeadError, Lengths, Version, same_field, syntax,
     write_field,
 };
-use crate::forwarded::{Arrived, OurField, Said, Seen};
+use crate::forwarded::{Arrived, LOOP_FIELD, LoopId, OurField, Said, Seen};
 use crate::route::action::FieldEdits;
 use crate::route::condition::Place;
 use crate::route::template::Values;
@@ -129,6 +129,8 @@ pub(crate) struct Told<'t> {
     pub(crate) strip: Option<&'t str>,
     /// Fields that are removed and set.
     pub(crate) edits: Option<(&'t FieldEdits, &'t Values<'t>)>,
+    /// By what we know it again.
+    pub(crate) loop_id: Option<&'t LoopId>,
 }
 
 struct Fields<'h> {
@@ -149,6 +151,7 @@ impl<'t> Told<'t> {
             target: None,
             strip: None,
             edits: None,
+            loop_id: None,
         }
     }
 }
@@ -227,7 +230,7 @@ impl Parsed<'_, '_> {
         }
         for field in self.fields {
             let goes = is_ours(field.name)
-                || self.connection.names(field.name)
+                || (self.connection.names(field.name) && !same_field(field.name, LOOP_FIELD))
                 || told.strip.is_some_and(|name| same_field(field.name, name))
                 || edits.is_some_and(|edits| edits.drops(field.name));
             if !goes {
@@ -236,6 +239,9 @@ impl Parsed<'_, '_> {
         }
         if let Some((edits, values)) = told.edits {
             edits.write(values, out);
+        }
+        if let Some(id) = told.loop_id {
+            id.write(out);
         }
         self.write_ours(out, &request);
         told.arrived.write(self.said(), told.id, out);

@@ -52,13 +52,15 @@ pub(crate) enum Reason {
     OutOfTime,
     /// In flight when a drain had taken as long as it may.
     Cut,
+    /// A request that has passed this proxy before.
+    Loop,
     /// The proxy is going away.
     Shutdown,
 }
 
 impl Reason {
     /// All of them, in the order of their declaration.
-    pub(crate) const ALL: [Self; 23] = [
+    pub(crate) const ALL: [Self; 24] = [
         Self::Rate,
         Self::AddressConnections,
         Self::Memory,
@@ -81,6 +83,7 @@ impl Reason {
         Self::HeldTooLong,
         Self::OutOfTime,
         Self::Cut,
+        Self::Loop,
         Self::Shutdown,
     ];
 
@@ -110,6 +113,7 @@ impl Reason {
             Self::HeldTooLong => "held_too_long",
             Self::OutOfTime => "out_of_time",
             Self::Cut => "cut",
+            Self::Loop => "loop",
             Self::Shutdown => "shutdown",
         }
     }

@@ -25,7 +25,8 @@ const FRAMING: [&str; 9] = [
 /// Whether a configuration may set or remove a field.
 pub(crate) fn may_edit(name: &str) -> bool {
     let framing = FRAMING.iter().any(|known| known.eq_ignore_ascii_case(name));
-    !framing && crate::forwarded::OurField::of(name).is_none()
+    let is_loop = name.eq_ignore_ascii_case(crate::forwarded::LOOP_FIELD);
+    !framing && !is_loop && crate::forwarded::OurField::of(name).is_none()
 }
 
 /// Changes to the header fields of a message.

@@ -363,3 +363,37 @@ fn whoever_is_cut_is_counted() {
     assert!(answer.field("X-Request-Id").is_some());
     assert_eq!(refused(&world, "cut"), 1);
 }
+
+#[test]
+fn a_request_that_comes_back_is_refused_and_counted() {
+    let stage = Stage::new();
+    let world = Plan::new(stage.address(), stage.address())
+        .table("[metrics]\nlisten = \"127.0.0.1:0\"")
+        .service("loop_id = \"edge-a\"")
+        .start();
+    let mut client = world.client();
+    client.send("GET / HTTP/1.1\r\nHost: h\r\nCDN-Loop: edge-b\r\nConnection: CDN-Loop\r\n\r\n");
+    // What the upstream got, as another proxy would send it back.
+    let mut upstream = stage.accept();
+    let sent = upstream.message();
+    let passed: Vec<_> = sent
+        .fields
+        .iter()
+        .filter(|(name, _)| name == "CDN-Loop")
+        .map(|(_, value)| &value[..])
+        .collect();
+    assert_eq!(passed, ["edge-b", "edge-a"]);
+    let lines: String = sent
+        .fields
+        .iter()
+        .map(|(name, value)| format!("{name}: {value}\r\n"))
+        .collect();
+    let answer = world
+        .client()
+        .send(format!("{}\r\n{lines}\r\n", sent.first_line))
+        .message();
+    assert_eq!(answer.first_line, "HTTP/1.1 508 Loop Detected");
+    assert_eq!(refused(&world, "loop"), 1);
+    upstream.send("HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok");
+    assert_eq!(client.message().body, "ok");
+}
