@@ -92,6 +92,9 @@ pub struct Figures {
     /// Why there are no figures, or what the first failed exchange was.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub failure: Option<String>,
+    /// Those of each round, in its order; a round's own has none.
+    #[serde(skip)]
+    pub rounds: Vec<Self>,
 }
 
 impl Figures {
@@ -107,11 +110,19 @@ impl Figures {
     /// The medians of `measured`; `bulk_bytes` is the content of one exchange where that matters.
     #[must_use]
     pub fn of(measured: &[Measured], bulk_bytes: Option<u64>) -> Self {
+        let rounds = match measured {
+            [] | [_] => Vec::new(),
+            several => several
+                .iter()
+                .map(|one| Self::of(std::slice::from_ref(one), bulk_bytes))
+                .collect(),
+        };
         let mut figures = Self {
             errors: Some(measured.iter().map(Measured::errors).sum()),
             failure: measured.iter().find_map(Measured::first_error),
             rss_bytes: whole_median(measured.iter().map(Measured::rss_bytes)),
             bytes_per_idle_connection: median(measured.iter().filter_map(per_idle)),
+            rounds,
             ..Self::default()
         };
         let samples = || measured.iter().filter_map(Measured::sample);

@@ -1,7 +1,10 @@
 //! Judges Hopgate's figures by the bars of a case. Pure.
+//!
+//! A machine that is not alone has slower and faster seconds. Within a round the proxies meet the same ones, so what is
+//! judged is the median of the rounds' ratios, and not the ratio of medians that come from different rounds.
 
 use crate::bench::case::{Bar, Figure, Rival};
-use crate::bench::figures::{Figures, Proxy};
+use crate::bench::figures::{Figures, Proxy, median};
 
 /// Whether a bar is met.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -19,7 +22,7 @@ pub enum Outcome {
 pub struct Judgement {
     /// Met or not.
     pub outcome: Outcome,
-    /// Hopgate's figure as a multiple of the rival's.
+    /// Hopgate's figure as a multiple of the rival's: the median of the rounds'.
     pub ratio: Option<f64>,
     /// The demand in words.
     pub demand: String,
@@ -73,23 +76,46 @@ pub fn better(figure: Figure, all: &[(Proxy, Figures)]) -> Option<f64> {
     }
 }
 
-fn value_of(figure: Figure, wanted: Proxy, all: &[(Proxy, Figures)]) -> Option<f64> {
+fn figures_of(wanted: Proxy, all: &[(Proxy, Figures)]) -> Option<&Figures> {
     let found = all.iter().find(|(proxy, _)| *proxy == wanted);
-    found.and_then(|(_, figures)| figure.of(figures))
+    found.map(|(_, figures)| figures)
+}
+
+/// `ours` as a multiple of `theirs`, round by round where there are as many of both.
+fn ratio(figure: Figure, ours: &Figures, theirs: &Figures) -> Option<f64> {
+    let of_two = |ours: &Figures, theirs: &Figures| {
+        let theirs = figure.of(theirs).filter(|value| *value > 0.0)?;
+        Some(figure.of(ours)? / theirs)
+    };
+    if ours.rounds.is_empty() || ours.rounds.len() != theirs.rounds.len() {
+        return of_two(ours, theirs);
+    }
+    let rounds = ours.rounds.iter().zip(&theirs.rounds);
+    median(rounds.filter_map(|(ours, theirs)| of_two(ours, theirs)))
+}
+
+/// The ratio to the rival; of several rivals to the one that does better by us.
+fn ratio_to(bar: Bar, all: &[(Proxy, Figures)]) -> Option<f64> {
+    let ours = figures_of(Proxy::Hopgate, all)?;
+    let rivals: &[Proxy] = match bar.rival {
+        Rival::Better => &[Proxy::Haproxy, Proxy::Nginx],
+        Rival::Haproxy => &[Proxy::Haproxy],
+        Rival::Nginx => &[Proxy::Nginx],
+    };
+    let ratios = rivals
+        .iter()
+        .filter_map(|rival| ratio(bar.figure, ours, figures_of(*rival, all)?));
+    if bar.figure.more_is_better() {
+        ratios.min_by(f64::total_cmp)
+    } else {
+        ratios.max_by(f64::total_cmp)
+    }
 }
 
 /// Judges `bar` by what all proxies did.
 #[must_use]
 pub fn judge(bar: Bar, all: &[(Proxy, Figures)]) -> Judgement {
-    let theirs = match bar.rival {
-        Rival::Better => better(bar.figure, all),
-        Rival::Haproxy => value_of(bar.figure, Proxy::Haproxy, all),
-        Rival::Nginx => value_of(bar.figure, Proxy::Nginx, all),
-    };
-    let ours = value_of(bar.figure, Proxy::Hopgate, all);
-    let ratio = ours
-        .zip(theirs.filter(|value| *value > 0.0))
-        .map(|(ours, theirs)| ours / theirs);
+    let ratio = ratio_to(bar, all);
     let clean = all
         .iter()
         .any(|(proxy, figures)| *proxy == Proxy::Hopgate && figures.errors == Some(0));
@@ -161,6 +187,32 @@ mod tests {
         assert_eq!(
             judge(cpu(Rival::Haproxy, 1.0), &all(10.5, 12.0, 10.0)).outcome,
             Outcome::Met
+        );
+    }
+
+    #[test]
+    fn rounds_are_compared_with_each_other() {
+        // Twice as slow a machine in half of the rounds, and not in the same half of the middle.
+        let rounds = |values: [f64; 3]| {
+            let one = |value| Figures {
+                cpu_us_per_request: Some(value),
+                errors: Some(0),
+                ..Figures::default()
+            };
+            Figures {
+                rounds: values.map(one).into(),
+                ..one(median(values.into_iter()).unwrap())
+            }
+        };
+        let all = vec![
+            (Proxy::Hopgate, rounds([9.0, 18.0, 19.0])),
+            (Proxy::Haproxy, rounds([10.0, 20.0, 10.0])),
+            (Proxy::Nginx, rounds([12.0, 19.0, 18.0])),
+        ];
+        let judged = judge(cpu(Rival::Better, 1.0), &all);
+        assert_eq!(
+            (judged.outcome, judged.ratio),
+            (Outcome::Met, Some(18.0 / 19.0))
         );
     }
 

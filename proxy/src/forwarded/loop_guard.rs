@@ -56,10 +56,20 @@ mod tests {
 
     #[test]
     fn it_is_found_in_every_form_of_the_list_and_nothing_else_is() {
-        for found in [&["edge.a"] as &[_], &["x, EDGE.A"], &["x", "edge.a; v=1 ,y"]] {
+        for found in [
+            &["edge.a"] as &[_],
+            &["x, EDGE.A"],
+            &["x", "edge.a; v=1 ,y"],
+        ] {
             assert!(seen(found), "{found:?}");
         }
-        for missed in [&[] as &[_], &[""], &["edge.ab"], &["x; edge.a"], &["edge,a"]] {
+        for missed in [
+            &[] as &[_],
+            &[""],
+            &["edge.ab"],
+            &["x; edge.a"],
+            &["edge,a"],
+        ] {
             assert!(!seen(missed), "{missed:?}");
         }
     }

@@ -17,7 +17,8 @@ use std::task::{Context, Poll, ready};
 
 use rustix::io::Errno;
 use rustix::net::{
-    AddressFamily, RecvFlags, SendAncillaryBuffer, SendFlags, Shutdown, SocketAddrUnix, SocketFlags, SocketType,
+    AddressFamily, RecvFlags, SendAncillaryBuffer, SendFlags, Shutdown, SocketAddrUnix,
+    SocketFlags, SocketType,
 };
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
@@ -253,10 +254,7 @@ impl Socket {
     }
 
     /// Runs an operation that writes; its `WouldBlock` means that the socket has no room.
-    fn try_with_room<T>(
-        &self,
-        operation: impl FnOnce(&OwnedFd) -> io::Result<T>,
-    ) -> io::Result<T> {
+    fn try_with_room<T>(&self, operation: impl FnOnce(&OwnedFd) -> io::Result<T>) -> io::Result<T> {
         let done = operation(&self.fd);
         let is_full = matches!(&done, Err(error) if error.kind() == io::ErrorKind::WouldBlock);
         if let Some(watch) = self.watch.get().filter(|_| is_full) {
