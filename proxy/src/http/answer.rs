@@ -156,8 +156,8 @@ const fn reason(status: u16) -> &'static str {
         501 => "Not Implemented",
         503 => "Service Unavailable",
         504 => "Gateway Timeout",
-        508 => "Loop Detected",
         505 => "HTTP Version Not Supported",
+        508 => "Loop Detected",
         _ => "Bad Gateway",
     }
 }
