@@ -35,20 +35,27 @@ fn parent_of(path: &[u8]) -> Option<&[u8]> {
         .map(|cut| &path[..cut])
 }
 
+/// The paths of `old` that are in the way of `new`: what becomes something of another shape, and all that is inside it.
+/// They are gone before anything is written.
+pub(crate) fn in_the_way<'a>(old: &'a [Entry], new: &[Entry]) -> HashSet<&'a [u8]> {
+    let mut found: HashSet<&[u8]> = HashSet::new();
+    for old in old {
+        let is_inside = parent_of(&old.path).is_some_and(|parent| found.contains(parent));
+        let is_blocking =
+            || matching(new, &old.path).is_some_and(|entry| !has_shape(&old.kind, &entry.kind));
+        if is_inside || is_blocking() {
+            found.insert(&old.path);
+        }
+    }
+    found
+}
+
 /// Removes whatever would be in the way of `new`, and makes its directories, writable for us.
 ///
 /// # Errors
 /// When the tree cannot be changed; it may then be half prepared.
 pub(crate) fn prepare(root: &Root, base: &Manifest, new: &[Entry]) -> Result<(), FilesError> {
-    let mut removed: HashSet<&[u8]> = HashSet::new();
-    for old in &base.entries {
-        let is_inside = parent_of(&old.path).is_some_and(|parent| removed.contains(parent));
-        let is_blocking =
-            || matching(new, &old.path).is_some_and(|entry| !has_shape(&old.kind, &entry.kind));
-        if is_inside || is_blocking() {
-            removed.insert(&old.path);
-        }
-    }
+    let removed = in_the_way(&base.entries, new);
     for old in base
         .entries
         .iter()

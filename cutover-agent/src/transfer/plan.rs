@@ -9,6 +9,7 @@ use std::time::Duration;
 use super::collect::{Collector, Outlet, Tally};
 use super::wire::{Ask, Packed};
 use super::{SyncReport, TransferError};
+use crate::files::apply;
 use crate::files::blocks::{self, Digest};
 use crate::files::content::{self, Calm};
 use crate::files::manifest::{self, Entry, Manifest};
@@ -137,8 +138,8 @@ pub(super) fn plan(
     })
 }
 
-/// Blocks the target has in files that are not part of the new tree, by digest: which entry of the base, which block.
-/// A renamed file is found through them.
+/// Blocks the target has, until the end of the round, in files that are not part of the new tree, by digest: which entry
+/// of the base, which block. A renamed file is found through them.
 pub(super) type Moved = HashMap<Digest, (u32, u32)>;
 
 fn moved(has: &Manifest, entries: &[Entry]) -> Moved {
@@ -146,9 +147,10 @@ fn moved(has: &Manifest, entries: &[Entry]) -> Moved {
         let found = entries.binary_search_by(|new| manifest::order(&new.path, &entry.path));
         found.is_err()
     };
+    let removed_first = apply::in_the_way(&has.entries, entries);
     let mut moved = Moved::new();
     for (index, (entry, digests)) in has.entries.iter().zip(&has.digests).enumerate() {
-        if digests.is_empty() || !is_gone(entry) {
+        if digests.is_empty() || !is_gone(entry) || removed_first.contains(entry.path.as_slice()) {
             continue;
         }
         if moved.len() + digests.len() > MOVED_BLOCKS_MAX {

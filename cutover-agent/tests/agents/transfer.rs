@@ -284,6 +284,20 @@ async fn a_renamed_file_costs_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_file_may_take_the_place_of_a_folder_that_was_renamed() {
+    let world = World::new().await;
+    let here = world.here();
+    fs::create_dir(here.join("uploads")).unwrap();
+    fs::write(here.join("uploads/photo"), pattern(10, 3_000_001)).unwrap();
+    let session = world.connect().await;
+    world.sync(&session).await.unwrap();
+    fs::rename(here.join("uploads"), here.join("archive")).unwrap();
+    fs::write(here.join("uploads"), pattern(11, 700)).unwrap();
+    world.sync(&session).await.unwrap();
+    assert_eq!(picture(&here), picture(&world.there()));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn an_unreadable_file_is_named() {
     if is_root() {
         left_out("unreadable files: root can read everything");
