@@ -475,10 +475,12 @@ fn a_raw_connection_passes_bytes_and_half_closes() {
 #[test]
 fn more_clients_than_allowed_wait_for_one_to_leave() {
     let origin = Origin::new("source");
-    let world = Plan::new(origin.address(), origin.address())
+    let mut plan = Plan::new(origin.address(), origin.address())
         .limits("connections_max = 1")
-        .table("[metrics]\nlisten = \"127.0.0.1:0\"")
-        .start();
+        .table("[metrics]\nlisten = \"127.0.0.1:0\"");
+    // One worker: it has seen the second client when it answers what the first one asks after that.
+    plan.workers = 1;
+    let world = plan.start();
     let waited = |count| {
         let line = format!("hopgate_connections_waited_total{{service=\"web\"}} {count}\n");
         world.metrics().contains(&line)

@@ -176,7 +176,9 @@ mod tests {
 
         #[test]
         fn a_dead_path_is_found_out_at_once(most in LEAST..9000) {
-            prop_assert_eq!(searched(0, most), (None, 2));
+            // The least is not tried twice.
+            let tries = if most == LEAST { 1 } else { 2 };
+            prop_assert_eq!(searched(0, most), (None, tries));
         }
     }
 }
