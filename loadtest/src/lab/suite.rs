@@ -1,5 +1,7 @@
 //! The one test command: every test of the workspace, then hops of real containers from end to end.
 
+use std::collections::VecDeque;
+use std::io::{BufRead, BufReader, Read};
 use std::process::Stdio;
 use std::thread;
 use std::time::Duration;
@@ -25,6 +27,9 @@ use crate::verdict::judge;
 
 /// Longest the tests of the workspace may take, in seconds, their building included.
 const WORKSPACE_S: u64 = 1800;
+
+/// Last lines of the workspace's tests that are shown again when one of them failed.
+const TAIL_LINES: usize = 80;
 
 /// One end-to-end test: its name as a sentence, what is done, and what the report must show besides being green.
 struct Case {
@@ -144,8 +149,8 @@ const CAN_FAIL: &str = "the harness can fail: a lost and a doubled id turn a ver
 
 const BENCHMARK: &str = "the benchmark measures all three proxies without an error";
 
-/// Runs the tests whose name contains `filter` and prints one line of sums at the very end. True when all of them
-/// passed, and there was one.
+/// Runs the tests whose name contains `filter` and prints, at the very end, one line of sums and again what failed.
+/// True when all of them passed, and there was one.
 ///
 /// # Errors
 /// When the lab was interrupted, or is not root.
@@ -157,20 +162,17 @@ pub fn run(
 ) -> Result<bool> {
     let wanted = |name: &str| name.contains(filter);
     setup::root()?;
-    let (mut passed, mut failed) = (0, 0);
-    let mut count = |name: &str, outcome: std::result::Result<(), String>| {
-        match outcome {
-            Ok(()) => passed += 1,
-            Err(_) => failed += 1,
+    let (mut passed, mut failures) = (0, Vec::new());
+    let mut count = |name: &str, outcome: std::result::Result<(), String>| match outcome {
+        Ok(()) => {
+            passed += 1;
+            progress.say(format!("passed: {name}"));
         }
-        let word = if outcome.is_ok() { "passed" } else { "FAILED" };
-        progress.say(format!(
-            "{word}: {name}{}",
-            outcome
-                .err()
-                .map(|why| format!(": {why}"))
-                .unwrap_or_default()
-        ));
+        Err(why) => {
+            let failure = format!("FAILED: {name}: {why}");
+            progress.say(&failure);
+            failures.push(failure);
+        }
     };
     if wanted(WORKSPACE) {
         count(WORKSPACE, workspace(folders, progress));
@@ -214,8 +216,11 @@ pub fn run(
     }
     progress.done();
     say_left_out(faithful, progress);
-    println!("{passed} passed, {failed} failed");
-    Ok(failed == 0 && passed > 0)
+    println!("{passed} passed, {} failed", failures.len());
+    for failure in &failures {
+        println!("{failure}");
+    }
+    Ok(failures.is_empty() && passed > 0)
 }
 
 /// One case, and why it is not what it should be.
@@ -308,6 +313,23 @@ fn harness_can_fail() -> std::result::Result<(), String> {
     }
 }
 
+/// Passes the lines on as they come and returns the last of them: nextest says there what failed, and how.
+fn pass_on(lines: impl Read) -> String {
+    let mut tail = VecDeque::with_capacity(TAIL_LINES);
+    for line in BufReader::new(lines)
+        .split(b'\n')
+        .map_while(|line| line.ok())
+    {
+        let line = String::from_utf8_lossy(&line).into_owned();
+        eprintln!("{line}");
+        if tail.len() == TAIL_LINES {
+            tail.pop_front();
+        }
+        tail.push_back(line);
+    }
+    Vec::from(tail).join("\n")
+}
+
 /// Every test of the workspace, with nextest where it is installed; its output is passed on as it comes.
 fn workspace(folders: &Folders, progress: &Progress) -> std::result::Result<(), String> {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
@@ -326,7 +348,14 @@ fn workspace(folders: &Folders, progress: &Progress) -> std::result::Result<(), 
         .succeeds();
     let runs = if nextest {
         vec![
-            shell(&["nextest", "run", "--workspace", "--no-fail-fast"]),
+            shell(&[
+                "nextest",
+                "run",
+                "--workspace",
+                "--no-fail-fast",
+                "--failure-output",
+                "immediate-final",
+            ]),
             shell(&["test", "--workspace", "--doc", "--quiet"]),
         ]
     } else {
@@ -335,8 +364,10 @@ fn workspace(folders: &Folders, progress: &Progress) -> std::result::Result<(), 
     for run in runs {
         progress.say(format!("running {}", run.line()));
         let mut command = run.prepare();
-        command.stdout(Stdio::inherit()).stderr(Stdio::inherit());
+        command.stdout(Stdio::inherit()).stderr(Stdio::piped());
         let mut child = command.spawn().map_err(|error| error.to_string())?;
+        let errors = child.stderr.take();
+        let tail = thread::spawn(move || errors.map(pass_on).unwrap_or_default());
         let mut status = None;
         interrupt::wait_until(Duration::from_secs(WORKSPACE_S), || {
             status = child.try_wait().ok().flatten();
@@ -344,7 +375,10 @@ fn workspace(folders: &Folders, progress: &Progress) -> std::result::Result<(), 
         });
         match status {
             Some(status) if status.success() => {}
-            Some(status) => return Err(format!("the tests ended with {status}")),
+            Some(status) => {
+                let tail = tail.join().unwrap_or_default();
+                return Err(format!("the tests ended with {status}\n{tail}"));
+            }
             None => {
                 kill_group(&mut child);
                 return Err(format!("the tests did not end within {WORKSPACE_S} s"));
