@@ -4,16 +4,16 @@
 //! its room has emptied the socket, and whatever comes later makes a new edge, so the reactor is told "not ready"
 //! at once instead of being shown an EAGAIN first (epoll(7), "Questions and answers", 9). Writes go straight to the
 //! kernel and ask the reactor only after an EAGAIN. The reactor learns of a socket when somebody first waits for it:
-//! a connection that brings its request along and ends with its answer never does. Reads and writes share `&self`:
-//! one task serves both ways.
+//! a connection that brings its request along and ends with its answer never does. It forgets a sender whose bytes
+//! cannot be passed on, until somebody waits for it again. Reads and writes share `&self`: one task serves both ways.
 
-use std::cell::{Cell, OnceCell};
+use std::cell::{Cell, RefCell};
 use std::future::poll_fn;
 use std::io::{self, IoSlice};
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::path::Path;
-use std::task::{Context, Poll, ready};
+use std::task::{Context, Poll};
 
 use rustix::io::Errno;
 use rustix::net::{
@@ -47,7 +47,9 @@ pub(crate) enum Hearsay {
 #[derive(Debug)]
 pub(crate) struct Socket {
     /// Dropped before the file it watches.
-    watch: OnceCell<AsyncFd<Watched>>,
+    watch: RefCell<Option<AsyncFd<Watched>>>,
+    /// A write waits for room, and the reactor is to tell of it.
+    wants_room: Cell<bool>,
     /// A read has emptied the socket, and the reactor does not know it yet: it will tell of what has come since.
     emptied: Cell<bool>,
     /// What is written now waits in the kernel for what follows.
@@ -69,24 +71,41 @@ impl Socket {
     /// Takes over a connected, non-blocking socket.
     pub(crate) const fn new(fd: OwnedFd) -> Self {
         Self {
-            watch: OnceCell::new(),
+            watch: RefCell::new(None),
+            wants_room: Cell::new(false),
             emptied: Cell::new(false),
             more_follows: Cell::new(false),
             fd,
         }
     }
 
-    /// The reactor's view of the socket; it tells of what is there already as of something new. Must be called inside
-    /// a runtime.
-    fn watch(&self) -> io::Result<&AsyncFd<Watched>> {
-        if let Some(watch) = self.watch.get() {
-            return Ok(watch);
+    /// Asks the reactor, which tells of what is there already as of something new. Must be called inside a runtime.
+    fn ask(
+        &self,
+        question: impl FnOnce(&AsyncFd<Watched>) -> Poll<io::Result<()>>,
+    ) -> Poll<io::Result<()>> {
+        let mut watch = self.watch.borrow_mut();
+        let watch = match &mut *watch {
+            Some(watch) => watch,
+            none => {
+                let both = Interest::READABLE | Interest::WRITABLE;
+                let watched = Watched(self.fd.as_raw_fd());
+                // SAFETY: the number names this open file until the OwnedFd is dropped, and the AsyncFd is dropped
+                // before it.
+                let new = unsafe { AsyncFd::register_with_interest(watched, both) }?;
+                none.insert(new)
+            }
+        };
+        question(watch)
+    }
+
+    /// Has the reactor forget the socket until somebody waits for it again: each packet that comes while none can be
+    /// passed on would be an edge, and wake the worker for nothing. Left as it is while a write waits for room here.
+    pub(crate) fn unwatch(&self) {
+        if !self.wants_room.get() {
+            self.emptied.set(false);
+            self.watch.borrow_mut().take();
         }
-        let both = Interest::READABLE | Interest::WRITABLE;
-        let watched = Watched(self.fd.as_raw_fd());
-        // SAFETY: the number names this open file until the OwnedFd is dropped, and the AsyncFd is dropped before it.
-        let watch = unsafe { AsyncFd::register_with_interest(watched, both) }?;
-        Ok(self.watch.get_or_init(|| watch))
     }
 
     /// Connects to a TCP address, with small writes sent at once.
@@ -151,7 +170,7 @@ impl Socket {
         &self,
         operation: impl FnOnce(&OwnedFd) -> io::Result<T>,
     ) -> io::Result<T> {
-        if let Some(watch) = self.watch.get() {
+        if let Some(watch) = &*self.watch.borrow() {
             return watch.try_io(Interest::READABLE, |_| operation(&self.fd));
         }
         if self.emptied.get() {
@@ -257,7 +276,7 @@ impl Socket {
     fn try_with_room<T>(&self, operation: impl FnOnce(&OwnedFd) -> io::Result<T>) -> io::Result<T> {
         let done = operation(&self.fd);
         let is_full = matches!(&done, Err(error) if error.kind() == io::ErrorKind::WouldBlock);
-        if let Some(watch) = self.watch.get().filter(|_| is_full) {
+        if let (true, Some(watch)) = (is_full, &*self.watch.borrow()) {
             // The reactor may have heard of room that is used up now. Room that comes later makes a new edge.
             drop(watch.try_io(Interest::WRITABLE, |_| {
                 Err::<(), _>(io::ErrorKind::WouldBlock.into())
@@ -268,14 +287,12 @@ impl Socket {
 
     /// Completes when a read may bring something: bytes, the end, or an error.
     pub(crate) fn poll_readable(&self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let guard = ready!(self.watch()?.poll_read_ready(context))?;
-        drop(guard);
-        Poll::Ready(Ok(()))
+        self.ask(|watch| watch.poll_read_ready(context).map_ok(drop))
     }
 
     /// Whether the reactor knows of something to read: bytes, the end, or an error. No system call.
     pub(crate) fn hearsay(&self) -> Hearsay {
-        match self.watch.get() {
+        match &*self.watch.borrow() {
             None => Hearsay::None,
             Some(watch) if watch.try_io(Interest::READABLE, |_| Ok(())).is_ok() => {
                 Hearsay::Readable
@@ -286,9 +303,9 @@ impl Socket {
 
     /// Completes when the kernel may take bytes again. Only worth calling after a `WouldBlock`.
     pub(crate) fn poll_writable(&self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let guard = ready!(self.watch()?.poll_write_ready(context))?;
-        drop(guard);
-        Poll::Ready(Ok(()))
+        let room = self.ask(|watch| watch.poll_write_ready(context).map_ok(drop));
+        self.wants_room.set(room.is_pending());
+        room
     }
 
     /// Tells the peer that nothing more will come.
@@ -304,7 +321,7 @@ impl Socket {
     /// Neither closed nor talking. Asks the kernel, not the reactor: the answer is as fresh as can be.
     pub(crate) fn is_silent(&self) -> bool {
         let silent = self.peek() == Err(Errno::AGAIN);
-        if let Some(watch) = self.watch.get().filter(|_| silent) {
+        if let (true, Some(watch)) = (silent, &*self.watch.borrow()) {
             // So that the reactor need not be doubted the next time. What comes later makes a new edge.
             drop(watch.try_io(Interest::READABLE, |_| {
                 Err::<(), _>(io::ErrorKind::WouldBlock.into())
@@ -353,7 +370,7 @@ fn send(fd: &OwnedFd, slices: &[IoSlice<'_>], flags: SendFlags) -> io::Result<us
 
 #[cfg(test)]
 mod tests {
-    use std::io::Read;
+    use std::io::{Read, Write};
     use std::net::{TcpListener, TcpStream};
     use std::time::Duration;
 
@@ -380,6 +397,49 @@ mod tests {
         let mut rest = Vec::new();
         peer.read_to_end(&mut rest).unwrap();
         (waits, rest)
+    }
+
+    /// Our end of a connection, and the peer's.
+    fn connection() -> (Socket, TcpStream) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let peer = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let accepted = listener.accept().unwrap().0;
+        accepted.set_nonblocking(true).unwrap();
+        (Socket::new(accepted.into()), peer)
+    }
+
+    #[tokio::test]
+    async fn a_forgotten_socket_tells_again_of_what_came_before_and_after_somebody_waits_for_it() {
+        let (socket, mut peer) = connection();
+        let mut room = [0; 16];
+        for piece in [&b"before"[..], b"after"] {
+            poll_fn(|context| Poll::Ready(socket.poll_readable(context).is_pending())).await;
+            socket.unwatch();
+            assert_eq!(socket.hearsay(), Hearsay::None);
+            peer.write_all(piece).unwrap();
+            poll_fn(|context| socket.poll_readable(context))
+                .await
+                .unwrap();
+            assert_eq!(socket.try_read(&mut room).unwrap(), piece.len());
+        }
+    }
+
+    #[tokio::test]
+    async fn a_socket_is_not_forgotten_while_a_write_waits_for_room() {
+        let (socket, mut peer) = connection();
+        while socket.try_write(&[IoSlice::new(&[0; 65_536])]).is_ok() {}
+        let is_full =
+            poll_fn(|context| Poll::Ready(socket.poll_writable(context).is_pending())).await;
+        socket.unwatch();
+        assert_eq!(socket.hearsay() == Hearsay::None, !is_full);
+        let reading = std::thread::spawn(move || std::io::copy(&mut peer, &mut std::io::sink()));
+        poll_fn(|context| socket.poll_writable(context))
+            .await
+            .unwrap();
+        socket.unwatch();
+        assert_eq!(socket.hearsay(), Hearsay::None);
+        drop(socket);
+        assert!(reading.join().unwrap().unwrap() > 0);
     }
 
     #[test]

@@ -171,9 +171,15 @@ impl Load {
     }
 
     /// While the receiver takes nothing: adds what the sender has and the pipe has room for, at most `most` bytes, so
-    /// that the sender need not stop as well. Says how many that were.
+    /// that the sender need not stop as well, and stops listening to it. Says how many that were.
     pub(crate) fn top_up(&mut self, from: &Socket, most: usize) -> usize {
-        if most == 0 || self.failed.is_some() || from.hearsay() != Hearsay::Readable {
+        let count = self.add(from, most);
+        from.unwatch();
+        count
+    }
+
+    fn add(&mut self, from: &Socket, most: usize) -> usize {
+        if most == 0 || self.failed.is_some() || from.hearsay() == Hearsay::Silent {
             return 0;
         }
         match splice_now(from, &self.pipe.writer, most.min(LOAD_BYTES_MAX)) {
