@@ -60,6 +60,8 @@ pub struct Target {
     standing: Mutex<Option<Standing>>,
     /// What was built and has not run. Lost with the agent: the source then takes the hop back.
     built: Mutex<BTreeMap<ContainerName, Built>>,
+    /// The hop whose fences this agent has shut and not moved since.
+    shut: Mutex<Option<HopId>>,
 }
 
 /// The target could not do what it was asked.
@@ -119,6 +121,7 @@ impl Target {
             tunnel,
             standing: Mutex::new(standing),
             built: Mutex::default(),
+            shut: Mutex::default(),
         })
     }
 
@@ -233,16 +236,31 @@ impl Target {
                 return Err(TargetError::Exists(name.clone()));
             }
         }
-        self.keep(
-            &mut standing,
-            Some(Standing {
-                hop,
-                containers,
-                engine: Engine::Criu,
-                stage: Stage::Staging,
-            }),
-        )?;
+        let begun = Standing {
+            hop,
+            containers,
+            engine: Engine::Criu,
+            stage: Stage::Staging,
+        };
+        self.keep(&mut standing, Some(begun.clone()))?;
+        // Now, while nobody waits.
+        self.shut_fences(&begun.hop, &begun.containers).await?;
         Ok(Response::Done)
+    }
+
+    /// Shuts the fences of a hop's containers, unless that has been done.
+    async fn shut_fences(
+        &self,
+        hop: &HopId,
+        containers: &[ContainerName],
+    ) -> Result<(), TargetError> {
+        let mut shut = self.shut.lock().await;
+        if shut.as_ref() != Some(hop) {
+            *shut = None;
+            self.move_fences(containers, Some(Fence::Shut)).await?;
+            *shut = Some(hop.clone());
+        }
+        Ok(())
     }
 
     async fn restore(
@@ -258,12 +276,13 @@ impl Target {
         self.keep(
             &mut standing,
             Some(Standing {
-                hop,
+                hop: hop.clone(),
                 containers: containers.clone(),
                 engine,
                 stage: Stage::Built,
             }),
         )?;
+        self.shut_fences(&hop, &containers).await?;
         self.place_pages(&containers).await?;
         // Nothing runs yet, so the order of dependencies does not matter before `verify`.
         let names = containers.clone();
@@ -325,6 +344,7 @@ impl Target {
         let mut current = Self::check(&standing, hop)?.clone();
         current.stage = Stage::Fenced;
         self.keep(&mut standing, Some(current.clone()))?;
+        *self.shut.lock().await = None;
         // Every fence is moved before the first task runs: a container may talk to a later one at once.
         self.move_fences(&current.containers, Some(Fence::Inside))
             .await?;
@@ -418,6 +438,7 @@ impl Target {
     }
 
     async fn take_down(&self, containers: &[ContainerName]) -> Result<(), TargetError> {
+        *self.shut.lock().await = None;
         for name in containers.iter().rev() {
             self.host.kill(name, KILL_MAX).await?;
         }

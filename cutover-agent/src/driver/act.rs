@@ -131,16 +131,12 @@ impl Driver {
 
     /// Copies what changed in the file trees of every container, all at once.
     pub(super) async fn sync_trees(&mut self, frozen: bool, limit: Duration) -> Result<(), String> {
-        let jobs = self.tree_jobs(frozen, limit).await?;
+        let jobs = self.tree_jobs(frozen, limit)?;
         self.bytes += self.join(jobs).await?;
         Ok(())
     }
 
-    pub(super) async fn tree_jobs(
-        &self,
-        frozen: bool,
-        limit: Duration,
-    ) -> Result<Vec<SyncJob>, String> {
+    pub(super) fn tree_jobs(&self, frozen: bool, limit: Duration) -> Result<Vec<SyncJob>, String> {
         let mut jobs = Vec::new();
         for name in self.containers() {
             let container = self
@@ -148,7 +144,7 @@ impl Driver {
                 .container(&name)
                 .map_err(|error| error.to_string())?;
             let written = if frozen {
-                self.being_written(&name).await
+                self.being_written(&name)
             } else {
                 HashSet::new()
             };
@@ -166,12 +162,10 @@ impl Driver {
         Ok(jobs)
     }
 
-    /// The inodes a container has open for writing; a stopped one has none.
-    async fn being_written(&self, name: &ContainerName) -> HashSet<u64> {
-        match self.host.runc.state(name.as_str()).await {
-            Ok(Some(state)) => open_files::being_written(state.pid),
-            _ => HashSet::new(),
-        }
+    /// The inodes a frozen container has open for writing; a stopped one has none.
+    fn being_written(&self, name: &ContainerName) -> HashSet<u64> {
+        let init = self.host.frozen_init(name);
+        init.map(open_files::being_written).unwrap_or_default()
     }
 
     /// The images of every container.
@@ -323,7 +317,7 @@ impl Driver {
             Engine::Criu => self.image_jobs(limit),
             Engine::Restart => Vec::new(),
         };
-        let trees = self.tree_jobs(true, limit).await?;
+        let trees = self.tree_jobs(true, limit)?;
         let (images, trees, sealed) =
             tokio::join!(self.join(images), self.join(trees), self.seal_memory(limit));
         let images = images?;

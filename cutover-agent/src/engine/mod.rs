@@ -160,6 +160,12 @@ impl Host {
             .sum()
     }
 
+    /// The first process of a container whose dump is parked.
+    #[must_use]
+    pub fn frozen_init(&self, name: &ContainerName) -> Option<u32> {
+        self.park(name).frozen().map(|frozen| frozen.init_pid)
+    }
+
     fn park(&self, name: &ContainerName) -> Park {
         Park::new(&self.config.state_dir, name.as_str())
     }
@@ -215,7 +221,7 @@ impl Host {
         overlay::unmount(self.container(name)?)
     }
 
-    /// Builds a container at the target behind a shut fence, without running any of its code.
+    /// Builds a container at the target without running any of its code. Its fence must be shut.
     ///
     /// # Errors
     /// [`EngineError`]; [`Self::kill`] then takes everything down.
@@ -227,7 +233,6 @@ impl Host {
     ) -> Result<Built, EngineError> {
         let container = self.container(name)?.clone();
         overlay::mount(&container)?;
-        self.fence(name, fence::Fence::Shut).await?;
         match engine {
             Engine::Criu => criu::build(self, &container, limit)
                 .await

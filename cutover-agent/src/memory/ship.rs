@@ -15,7 +15,7 @@ use super::known::{Known, Place};
 use super::lanes::OwnLane;
 use super::layout::Layout;
 use super::runs::{Runs, Slot, ZERO};
-use super::server::{self, Listener, Sink};
+use super::server::{self, Listener, Sink, Uncorked};
 use super::wire::{
     FRAME_DATA_MAX, FRAME_PAGES_MAX, ImageId, PageAsk, PagesHead, Piece, Region, Seal,
 };
@@ -278,7 +278,8 @@ impl DumpServer {
             shipper: Shipper::new(Arc::clone(source), Arc::clone(tally), lane),
             layout: Layout::new(container),
         };
-        server::serve(&stream, &mut &stream, &mut sink)?;
+        let says = Uncorked::new(&stream).map_err(MemoryError::Dump)?;
+        server::serve(says, &mut &stream, &mut sink)?;
         Ok(sink.layout.seal())
     }
 }

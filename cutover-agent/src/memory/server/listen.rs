@@ -68,18 +68,38 @@ impl Listener {
 
 /// Whether the other end belongs to our own user, by the kernel's table of this network namespace.
 fn is_ours(peer: SocketAddrV4, server: SocketAddrV4) -> bool {
-    let table = std::fs::read_to_string("/proc/thread-self/net/tcp").unwrap_or_default();
     let user = rustix::process::geteuid().as_raw();
-    owner(&table, peer, server) == Some(user)
+    socket_of(peer, server).is_some_and(|socket| socket.user == user)
 }
 
-/// The user of the socket with these ends, in the table of `proc_net_tcp(5)`.
-fn owner(table: &str, local: SocketAddrV4, remote: SocketAddrV4) -> Option<u32> {
+/// A socket of this machine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Owned {
+    /// The user who made it.
+    user: u32,
+    /// Its number among all sockets.
+    pub(super) inode: u64,
+}
+
+/// The socket with these ends, by the kernel's table of this network namespace.
+pub(super) fn socket_of(local: SocketAddrV4, remote: SocketAddrV4) -> Option<Owned> {
+    let table = std::fs::read_to_string("/proc/thread-self/net/tcp").unwrap_or_default();
+    find(&table, local, remote)
+}
+
+/// The socket with these ends, in the table of `proc_net_tcp(5)`.
+fn find(table: &str, local: SocketAddrV4, remote: SocketAddrV4) -> Option<Owned> {
     let (local, remote) = (shown(local), shown(remote));
     table.lines().skip(1).find_map(|line| {
         let words: Vec<&str> = line.split_whitespace().collect();
         let is_it = words.get(1) == Some(&local.as_str()) && words.get(2) == Some(&remote.as_str());
-        is_it.then(|| words.get(7)?.parse().ok()).flatten()
+        let owned = || {
+            Some(Owned {
+                user: words.get(7)?.parse().ok()?,
+                inode: words.get(9)?.parse().ok()?,
+            })
+        };
+        is_it.then(owned).flatten()
     })
 }
 
@@ -93,16 +113,20 @@ fn shown(addr: SocketAddrV4) -> String {
 mod tests {
     use super::*;
 
-    const TABLE: &str = "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid\n\
-        0: 0100007F:1F90 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 1 1\n\
-        1: 0100007F:C001 0100007F:1F90 01 00000000:00000000 00:00000000 00000000  1000        0 2 1\n";
+    const TABLE: &str = "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode\n\
+        0: 0100007F:1F90 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 1 1 0\n\
+        1: 0100007F:C001 0100007F:1F90 01 00000000:00000000 00:00000000 00000000  1000        0 2 1 0\n";
 
     #[test]
     fn the_owner_of_the_other_end_is_found() {
         let addr = |port| SocketAddrV4::new(Ipv4Addr::LOCALHOST, port);
-        assert_eq!(owner(TABLE, addr(0xc001), addr(0x1f90)), Some(1000));
-        assert_eq!(owner(TABLE, addr(0x1f90), addr(0xc001)), None);
-        assert_eq!(owner("", addr(1), addr(2)), None);
+        let owned = Owned {
+            user: 1000,
+            inode: 2,
+        };
+        assert_eq!(find(TABLE, addr(0xc001), addr(0x1f90)), Some(owned));
+        assert_eq!(find(TABLE, addr(0x1f90), addr(0xc001)), None);
+        assert_eq!(find("", addr(1), addr(2)), None);
     }
 
     #[test]

@@ -3,6 +3,7 @@
 //! One connection, one dump. What it never does: answer that all is well when a page was not taken. Whatever goes
 //! wrong ends the connection or answers the close with an error, and CRIU then lets the tasks run on.
 
+mod cork;
 pub mod frames;
 mod listen;
 
@@ -10,6 +11,7 @@ use std::io::{BufReader, Read, Write};
 
 use frames::{Command, FLAG_PRESENT, HEADER_BYTES};
 
+pub(crate) use cork::Uncorked;
 pub(crate) use listen::Listener;
 
 use super::MemoryError;
