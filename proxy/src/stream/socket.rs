@@ -432,7 +432,7 @@ mod tests {
             poll_fn(|context| Poll::Ready(socket.poll_writable(context).is_pending())).await;
         socket.unwatch();
         assert_eq!(socket.hearsay() == Hearsay::None, !is_full);
-        let reading = std::thread::spawn(move || std::io::copy(&mut peer, &mut std::io::sink()));
+        let reading = std::thread::spawn(move || io::copy(&mut peer, &mut io::sink()));
         poll_fn(|context| socket.poll_writable(context))
             .await
             .unwrap();
