@@ -11,6 +11,7 @@ pub mod fence;
 pub mod files;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzzing;
+mod lender;
 pub mod memory;
 pub mod names;
 mod open_files;

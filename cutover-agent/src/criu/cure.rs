@@ -6,13 +6,14 @@ use std::path::Path;
 use std::process::Stdio;
 
 use crate::fence::in_namespace;
+use crate::lender::Lender;
 
 /// `TCP_REPAIR_OFF_NO_WP`: leave repair mode without a window probe (tcp.h); the fence still stands anyway.
 const REPAIR_OFF_NO_PROBE: libc::c_int = -1;
 
 /// Takes every TCP socket of these processes out of repair mode; returns how many were in it.
 ///
-/// Sockets are borrowed through `pidfd_getfd(2)`. A process or socket that is gone meanwhile is skipped: there is
+/// A process or socket that is gone meanwhile is skipped: there is
 /// nothing left to cure.
 #[must_use]
 pub fn leave_repair_mode(pids: &[u32]) -> usize {
@@ -20,33 +21,16 @@ pub fn leave_repair_mode(pids: &[u32]) -> usize {
 }
 
 fn leave_repair_mode_of(pid: u32) -> usize {
-    let Some(raw_pid) = rustix::process::Pid::from_raw(pid.cast_signed()) else {
+    let Some(lender) = Lender::of(pid.cast_signed()) else {
         return 0;
     };
-    let Ok(pidfd) = rustix::process::pidfd_open(raw_pid, rustix::process::PidfdFlags::empty())
-    else {
-        return 0;
+    let is_cured = |number| {
+        lender
+            .borrow(number)
+            .is_ok_and(|socket| repair_off(&socket))
     };
-    let Ok(entries) = std::fs::read_dir(format!("/proc/{pid}/fd")) else {
-        return 0;
-    };
-    let sockets = entries.flatten().filter(|entry| {
-        std::fs::read_link(entry.path())
-            .is_ok_and(|target| target.to_string_lossy().starts_with("socket:"))
-    });
-    sockets
-        .filter_map(|entry| {
-            entry
-                .file_name()
-                .to_string_lossy()
-                .parse::<libc::c_int>()
-                .ok()
-        })
-        .filter(|&number| {
-            rustix::process::pidfd_getfd(&pidfd, number, rustix::process::PidfdGetfdFlags::empty())
-                .is_ok_and(|socket| repair_off(&socket))
-        })
-        .count()
+    let sockets = lender.sockets();
+    sockets.filter(|(number, _)| is_cured(*number)).count()
 }
 
 fn repair_off(socket: &OwnedFd) -> bool {

@@ -143,11 +143,9 @@ impl Driver {
                 .host
                 .container(&name)
                 .map_err(|error| error.to_string())?;
-            let written = if frozen {
-                self.being_written(&name)
-            } else {
-                HashSet::new()
-            };
+            // What a frozen container has open for writing; a stopped one has nothing.
+            let init = frozen.then(|| self.host.frozen_init(&name)).flatten();
+            let written = init.map(open_files::being_written).unwrap_or_default();
             for tree in &container.trees {
                 let tree_name = format!("{name}/{}", tree.name);
                 jobs.push(self.link.sync(
@@ -160,12 +158,6 @@ impl Driver {
             }
         }
         Ok(jobs)
-    }
-
-    /// The inodes a frozen container has open for writing; a stopped one has none.
-    fn being_written(&self, name: &ContainerName) -> HashSet<u64> {
-        let init = self.host.frozen_init(name);
-        init.map(open_files::being_written).unwrap_or_default()
     }
 
     /// The images of every container.

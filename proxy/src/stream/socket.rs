@@ -376,13 +376,19 @@ mod tests {
 
     use super::*;
 
+    /// Our end of a connection, and the peer's.
+    fn connection() -> (Socket, TcpStream) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let peer = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let accepted = listener.accept().unwrap().0;
+        accepted.set_nonblocking(true).unwrap();
+        (Socket::new(accepted.into()), peer)
+    }
+
     /// Writes after an announcement; whether that waits, and what comes after a push.
     fn announce() -> (bool, Vec<u8>) {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let mut peer = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-        let accepted = listener.accept().unwrap().0;
-        accepted.set_nodelay(true).unwrap();
-        let socket = Socket::new(accepted.into());
+        let (socket, mut peer) = connection();
+        rustix::net::sockopt::set_tcp_nodelay(&socket, true).unwrap();
         socket.announce_more();
         socket.try_write(&[IoSlice::new(b"one")]).unwrap();
         peer.set_nonblocking(true).unwrap();
@@ -397,15 +403,6 @@ mod tests {
         let mut rest = Vec::new();
         peer.read_to_end(&mut rest).unwrap();
         (waits, rest)
-    }
-
-    /// Our end of a connection, and the peer's.
-    fn connection() -> (Socket, TcpStream) {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let peer = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-        let accepted = listener.accept().unwrap().0;
-        accepted.set_nonblocking(true).unwrap();
-        (Socket::new(accepted.into()), peer)
     }
 
     #[tokio::test]

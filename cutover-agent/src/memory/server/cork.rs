@@ -1,17 +1,15 @@
 //! Pulls CRIU's cork. CRIU holds back packets that are not full, and never takes that back before its last word
 //! (`criu/page-xfer.c`): the kernel would keep that word for 200 ms (`TCP_CORK` in tcp(7)) while the tasks are frozen.
-//! So whoever waits for it pushes what CRIU's socket holds, by a second descriptor of that socket (`pidfd_getfd(2)`,
-//! since Linux 5.6). It is closed at once: while it is open, the connection would outlive CRIU. Where there is none to
+//! So whoever waits for it pushes what CRIU's socket holds, by a second descriptor of that socket
+//! (`lender.rs`). It is closed at once: while it is open, the connection would outlive CRIU. Where there is none to
 //! be had, the word comes late and all is well.
 
 use std::io::{self, ErrorKind, Read};
 use std::net::{SocketAddr, SocketAddrV4, TcpStream};
-use std::os::fd::OwnedFd;
 use std::time::Duration;
 
-use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
-
 use super::listen::socket_of;
+use crate::lender::Lender;
 
 /// Silence after which something may be held back. While pages come, none is as long.
 const SILENCE: Duration = Duration::from_millis(2);
@@ -27,7 +25,7 @@ pub(crate) struct Uncorked<'s> {
 #[derive(Debug)]
 enum Far {
     NotSought,
-    Found { process: OwnedFd, number: i32 },
+    Found { process: Lender, number: i32 },
     OutOfReach,
 }
 
@@ -51,7 +49,7 @@ impl<'s> Uncorked<'s> {
         let Far::Found { process, number } = &self.far else {
             return;
         };
-        let Ok(file) = pidfd_getfd(process, *number, PidfdGetfdFlags::empty()) else {
+        let Ok(file) = process.borrow(*number) else {
             return;
         };
         let socket = TcpStream::from(file);
@@ -79,17 +77,14 @@ impl Read for Uncorked<'_> {
 /// The process that has the other end: most likely a young one.
 fn sought(stream: &TcpStream) -> Option<Far> {
     let (far, near) = (ipv4(stream.peer_addr())?, ipv4(stream.local_addr())?);
-    let link = format!("socket:[{}]", socket_of(far, near)?.inode);
-    let mut pids: Vec<i32> = numbers("/proc");
+    let inode = socket_of(far, near)?.inode;
+    let entries = std::fs::read_dir("/proc").ok()?.flatten();
+    let pid = |entry: std::fs::DirEntry| entry.file_name().to_str()?.parse().ok();
+    let mut pids: Vec<i32> = entries.filter_map(pid).collect();
     pids.sort_unstable_by(|one, other| other.cmp(one));
     pids.into_iter().find_map(|pid| {
-        let folder = format!("/proc/{pid}/fd");
-        let is_it = |number: &i32| {
-            let named = std::fs::read_link(format!("{folder}/{number}"));
-            named.is_ok_and(|named| named.as_os_str() == link.as_str())
-        };
-        let number = numbers(&folder).into_iter().find(is_it)?;
-        let process = pidfd_open(Pid::from_raw(pid)?, PidfdFlags::empty()).ok()?;
+        let process = Lender::of(pid)?;
+        let (number, _) = process.sockets().find(|(_, found)| *found == inode)?;
         Some(Far::Found { process, number })
     })
 }
@@ -101,13 +96,6 @@ fn ipv4(address: io::Result<SocketAddr>) -> Option<SocketAddrV4> {
     }
 }
 
-/// The entries of a folder that are numbers.
-fn numbers(folder: &str) -> Vec<i32> {
-    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
-    let number = |entry: std::fs::DirEntry| entry.file_name().to_str()?.parse().ok();
-    entries.filter_map(number).collect()
-}
-
 #[cfg(test)]
 mod tests {
     use std::io::Write;
@@ -117,11 +105,16 @@ mod tests {
 
     use super::*;
 
+    /// CRIU's end of a connection, and ours.
+    fn connection() -> (TcpStream, TcpStream) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let criu = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        (criu, listener.accept().unwrap().0)
+    }
+
     /// Whether a corked word waited, and what came after a pull.
     fn corked() -> (bool, Vec<u8>) {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let mut criu = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-        let (ours, _) = listener.accept().unwrap();
+        let (mut criu, ours) = connection();
         set_tcp_cork(&criu, true).unwrap();
         criu.write_all(b"close").unwrap();
         let mut uncorked = Uncorked::new(&ours).unwrap();
@@ -147,9 +140,7 @@ mod tests {
 
     #[test]
     fn silence_is_no_end_and_a_close_is() {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let mut criu = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-        let (ours, _) = listener.accept().unwrap();
+        let (mut criu, ours) = connection();
         let speaking = std::thread::spawn(move || {
             std::thread::sleep(SILENCE * 5);
             criu.write_all(b"late").unwrap();
