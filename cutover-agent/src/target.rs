@@ -348,13 +348,7 @@ impl Target {
         // Every fence is moved before the first task runs: a container may talk to a later one at once.
         self.move_fences(&current.containers, Some(Fence::Inside))
             .await?;
-        let mut built = std::mem::take(&mut *self.built.lock().await);
-        for name in &current.containers {
-            let one = built
-                .remove(name)
-                .ok_or_else(|| TargetError::NotBuilt(name.clone()))?;
-            self.host.run(one, name, limit).await?;
-        }
+        self.run(&current.containers, limit).await?;
         // What the source's disks had, ours must have before the commit; meanwhile the probes are asked.
         let synced = self.sync_to_disk(&current.containers)?;
         let mut told = Vec::with_capacity(probes.len());
@@ -363,6 +357,28 @@ impl Target {
         }
         synced.await.map_err(EngineError::from)??;
         Ok(Response::Verified(told))
+    }
+
+    /// Runs what was built. What CRIU restored goes on where it was, and does so all at once: a neighbour that is still
+    /// locked would lose packets, and TCP wait before it sends them again. What starts anew starts in the order given.
+    async fn run(&self, containers: &[ContainerName], limit: Duration) -> Result<(), TargetError> {
+        let mut built = std::mem::take(&mut *self.built.lock().await);
+        let mut runs = tokio::task::JoinSet::new();
+        for name in containers {
+            let one = built
+                .remove(name)
+                .ok_or_else(|| TargetError::NotBuilt(name.clone()))?;
+            if matches!(one, Built::Created) {
+                self.host.run(one, name, limit).await?;
+            } else {
+                let (host, name) = (self.host.clone(), name.clone());
+                runs.spawn(async move { host.run(one, &name, limit).await });
+            }
+        }
+        while let Some(ran) = runs.join_next().await {
+            ran.map_err(EngineError::from)??;
+        }
+        Ok(())
     }
 
     /// Moves the fences of these containers, all at once: clients may be waiting.

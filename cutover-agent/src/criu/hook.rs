@@ -6,6 +6,10 @@
 //!
 //! If CRIU is killed while parked, its tasks would wake; so the cgroup is frozen and the network fenced before
 //! anything is told to the agent. The hook outlives a killed agent, and the next agent finds its socket.
+//!
+//! At `pre-dump` the cgroup is frozen as well: CRIU's own freezer looks once whether it is, and then only every
+//! 100 ms (`wait_freezer_state_change` in seize.c). Finding it frozen, CRIU thaws it when it holds the tasks, and
+//! freezes it again when it lets them go alive; whoever gives a veto thaws it after that.
 
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
@@ -70,9 +74,11 @@ pub fn run(folder: &Path) -> ExitCode {
 fn act(folder: &Path, action: &str) -> std::io::Result<bool> {
     let spec: Spec = serde_json::from_slice(&std::fs::read(folder.join(SPEC_FILE))?)?;
     match (action, spec.at) {
+        ("pre-dump", ParkAt::Dump) => freeze(folder).map(|_| true),
         ("post-dump", ParkAt::Dump) => {
             let criu = rustix::process::getppid();
-            let frozen = freeze(folder, &spec)?;
+            let frozen = freeze(folder)?;
+            fence::set(&spec.network_namespace, Fence::Shut).map_err(std::io::Error::other)?;
             let released = park(folder)?;
             // Under CRIU's hands the tasks stay stopped, and a dump that goes on would hang on a frozen v1 cgroup.
             // Without CRIU nothing but the freeze stops them: the agent cures them first.
@@ -86,7 +92,7 @@ fn act(folder: &Path, action: &str) -> std::io::Result<bool> {
     }
 }
 
-fn freeze(folder: &Path, spec: &Spec) -> std::io::Result<Frozen> {
+fn freeze(folder: &Path) -> std::io::Result<Frozen> {
     let init_pid: u32 = std::env::var("CRTOOLS_INIT_PID")
         .ok()
         .and_then(|pid| pid.parse().ok())
@@ -97,7 +103,6 @@ fn freeze(folder: &Path, spec: &Spec) -> std::io::Result<Frozen> {
     let frozen = Frozen { cgroup, init_pid };
     std::fs::write(folder.join(FROZEN_FILE), serde_json::to_vec(&frozen)?)?;
     frozen.cgroup.freeze().map_err(std::io::Error::other)?;
-    fence::set(&spec.network_namespace, Fence::Shut).map_err(std::io::Error::other)?;
     Ok(frozen)
 }
 

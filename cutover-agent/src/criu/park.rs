@@ -258,7 +258,7 @@ fn write_script(folder: &Path, cgroup_root: Option<&str>) -> std::io::Result<()>
     // The shell answers the steps that are none of ours: each costs clients the start of a program.
     writeln!(
         file,
-        "#!/bin/sh\ncase \"$CRTOOLS_SCRIPT_ACTION\" in\npost-dump|post-restore) exec {} hook --folder {};;\nesac",
+        "#!/bin/sh\ncase \"$CRTOOLS_SCRIPT_ACTION\" in\npre-dump|post-dump|post-restore) exec {} hook --folder {};;\nesac",
         quote(&program),
         quote(folder)
     )?;
