@@ -1,9 +1,12 @@
-//! Decides for each frame whether packing it pays, and how strongly; never so that the streams wait for the packer.
+//! Decides for each frame whether packing it pays, and how strongly.
 //!
 //! A ladder of ever stronger methods. All collectors of a session stand on one rung of it, and move by what they see
-//! when they hand a frame over: while streams are idle it is the packer that is too slow, and they step down; while
-//! frames wait it is the wire, and they step up if the next rung, at its measured speed, would still outrun it. A sample
-//! of each frame says first whether it can shrink at all.
+//! when they hand a frame over. What a rung gives is the less of two: what its packers make in a second, and what the
+//! wire takes in a second, unpacked. While frames wait, the wire's speed is measured, and they step to the rung beside
+//! them that gives more, if one does. While streams are idle because of the packing, the wire is faster than was
+//! thought, nobody knows by how much: they think more and more of it, until a weaker rung would give more, and more
+//! slowly each time that was wrong. While streams are idle because frames come slowly, stronger packing costs nothing.
+//! A sample of each frame says first whether it can shrink at all.
 
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -21,15 +24,31 @@ enum Method {
     Zstd(i32),
 }
 
-/// The rungs, with the speed each is taken to have until it was measured: MB/s of one thread on a modest core.
-const LADDER: [(Method, u32); 7] = [
-    (Method::Plain, u32::MAX),
-    (Method::Lz4, 600),
-    (Method::Zstd(1), 350),
-    (Method::Zstd(3), 180),
-    (Method::Zstd(6), 70),
-    (Method::Zstd(9), 40),
-    (Method::Zstd(12), 15),
+/// A rung of the ladder, with what it is taken to do until it was measured.
+struct Rung {
+    method: Method,
+    /// MB/s of one thread on a modest core.
+    speed: u32,
+    /// What it leaves of bytes that can shrink, against what zstd's weakest leaves, in percent.
+    leaves_percent: u32,
+}
+
+const fn rung(method: Method, speed: u32, leaves_percent: u32) -> Rung {
+    Rung {
+        method,
+        speed,
+        leaves_percent,
+    }
+}
+
+const LADDER: [Rung; 7] = [
+    rung(Method::Plain, u32::MAX, 100),
+    rung(Method::Lz4, 600, 140),
+    rung(Method::Zstd(1), 350, 100),
+    rung(Method::Zstd(3), 180, 95),
+    rung(Method::Zstd(6), 70, 90),
+    rung(Method::Zstd(9), 40, 87),
+    rung(Method::Zstd(12), 15, 85),
 ];
 /// The weakest rung of zstd.
 const ZSTD_RUNG: usize = 2;
@@ -38,11 +57,19 @@ const ZSTD_RUNG: usize = 2;
 const FIRST_RUNG: usize = 5;
 /// Packing threads of a round, see `plan`.
 const THREADS: f64 = 2.0;
-/// By how much a rung must outrun the wire before it is stepped on: the threads also read and hash.
-const MARGIN: f64 = 1.6;
-/// Idle streams met by frames in a row are added up, and everybody steps down when they come to this many more than
-/// streams, for each stream there is. The first frames of a round always meet idle streams: half as many.
+/// Packers reach this part of their measured speed: they also read and hash.
+const PACKING_SHARE: f64 = 0.6;
+/// A step is worth it when the other rung gives so much more.
+const WORTH_A_STEP: f64 = 1.02;
+/// Idle streams met by frames in a row are added up, and the wire is thought so much faster when they come to this many
+/// more than streams, for each stream there is. The first frames of a round always meet idle streams: half as many.
 const IDLE_BEYOND_STREAMS: u32 = 4;
+const FASTER: f64 = 1.5;
+/// How often that must come about, at most, before the wire is thought faster.
+const PATIENCE_MAX: u32 = 32;
+/// Streams are idle because of the packing when it takes more than this part of a packer's time; a step up must leave
+/// it at half of that.
+const BUSY: f64 = 0.1;
 /// Packing is strong, and large frames are worth it, when it leaves less than this, in thousandths.
 const STRONG_PERMILLE: u32 = 600;
 /// A frame is sampled at so many places, so many bytes each.
@@ -60,8 +87,8 @@ pub(crate) struct Gauge {
     idle_in_a_row: AtomicU32,
     /// Measured speed of each rung, MB/s of one thread.
     speeds: [AtomicU32; LADDER.len()],
-    /// What packing leaves of frames that can shrink, in thousandths.
-    left_permille: AtomicU32,
+    /// What each rung leaves of frames that can shrink, in thousandths; 0 until it was measured.
+    left_permille: [AtomicU32; LADDER.len()],
     flow: Mutex<Flow>,
 }
 
@@ -69,7 +96,13 @@ pub(crate) struct Gauge {
 struct Flow {
     since: Instant,
     sent: u64,
+    /// What the wire takes, at least; nothing as long as frames have never waited for it.
     bytes_per_second: Option<f64>,
+    /// Whether that was raised since it was measured.
+    is_raised: bool,
+    /// How often streams were idle for long since then, and how often they have to be before it is raised.
+    long_idle: u32,
+    patience: u32,
 }
 
 /// What somebody with a frame in hand sees of the streams.
@@ -90,88 +123,156 @@ impl Gauge {
         Self {
             rung: AtomicUsize::new(FIRST_RUNG),
             idle_in_a_row: AtomicU32::new(0),
-            speeds: LADDER.map(|(_, speed)| AtomicU32::new(speed)),
-            left_permille: AtomicU32::new(500),
+            speeds: LADDER.map(|rung| AtomicU32::new(rung.speed)),
+            left_permille: std::array::from_fn(|_| AtomicU32::new(0)),
             flow: Mutex::new(Flow {
                 since: Instant::now(),
                 sent: 0,
                 bytes_per_second: None,
+                is_raised: false,
+                long_idle: 0,
+                patience: 1,
             }),
         }
     }
 
     /// Whether frames are packed so strongly that large ones are worth it.
     pub(super) fn is_strong(&self) -> bool {
-        self.rung.load(Ordering::Relaxed) > ZSTD_RUNG
-            && self.left_permille.load(Ordering::Relaxed) < STRONG_PERMILLE
+        let rung = self.rung.load(Ordering::Relaxed);
+        rung > ZSTD_RUNG && self.left(rung) * 1e3 < f64::from(STRONG_PERMILLE)
     }
 
-    /// Takes note of what a collector sees, and moves the rung when there is reason to.
-    fn look(&self, look: Look, now: Instant) {
-        let rate = self.flow(look, now);
-        if look.idle > 0 {
-            let (idle, streams) = (look.idle as u32, look.streams as u32);
-            let idle = self.idle_in_a_row.fetch_add(idle, Ordering::Relaxed) + idle;
-            if idle >= streams * (streams + IDLE_BEYOND_STREAMS) {
-                // Half the way again until the next step.
-                self.idle_in_a_row.store(idle / 2, Ordering::Relaxed);
-                self.step(|rung| rung.saturating_sub(1));
+    /// Takes note of what a collector sees with a frame of so many bytes, so long after the one before, and moves the rung
+    /// when there is reason to.
+    fn look(&self, look: Look, (bytes, gap): (usize, Duration), now: Instant) {
+        if look.idle == 0 {
+            self.idle_in_a_row.store(0, Ordering::Relaxed);
+            let wire = self.flow(|flow| flow.measure(look, now));
+            if wire.is_some() && look.is_backlog {
+                self.step(|rung| self.better(rung, wire, &[-1, 1]));
             }
             return;
         }
-        self.idle_in_a_row.store(0, Ordering::Relaxed);
-        let Some(rate) = rate.filter(|_| look.is_backlog) else {
+        let (idle, streams) = (look.idle as u32, look.streams as u32);
+        let idle = self.idle_in_a_row.fetch_add(idle, Ordering::Relaxed) + idle;
+        let is_long = idle >= streams * (streams + IDLE_BEYOND_STREAMS);
+        let busy = |rung: usize| {
+            let took = bytes as f64 / self.speed(rung);
+            took / (took + gap.as_secs_f64())
+        };
+        let is_slow = is_long && busy(self.rung.load(Ordering::Relaxed)) > BUSY;
+        let wire = self.flow(|flow| flow.rest(look, now, is_slow));
+        if !is_long {
             return;
-        };
-        let left = f64::from(self.left_permille.load(Ordering::Relaxed).max(1)) / 1e3;
-        let outruns = |rung: usize, margin: f64| {
-            let speed = f64::from(self.speeds[rung].load(Ordering::Relaxed)) * 1e6;
-            speed * THREADS > margin * rate / left
-        };
+        }
+        // Half the way again until the next step.
+        self.idle_in_a_row.store(idle / 2, Ordering::Relaxed);
         self.step(|rung| {
-            let next = (rung + 1).min(LADDER.len() - 1);
-            if rung > 0 && !outruns(rung, 1.0) {
-                rung - 1
-            } else if outruns(next, MARGIN) {
-                next
+            if is_slow {
+                self.better(rung, wire, &[-1])
             } else {
-                rung
+                let next = rung + 1;
+                (next < LADDER.len() && busy(next) < BUSY / 2.0).then_some(next)
             }
         });
     }
 
-    fn step(&self, to: impl Fn(usize) -> usize) {
-        let rung = self.rung.load(Ordering::Relaxed);
-        // Two collectors that step at once step once.
-        let _ = self
-            .rung
-            .compare_exchange(rung, to(rung), Ordering::Relaxed, Ordering::Relaxed);
+    /// Bytes a second that one thread packs on a rung.
+    fn speed(&self, rung: usize) -> f64 {
+        f64::from(self.speeds[rung].load(Ordering::Relaxed)) * 1e6
     }
 
-    /// What the streams take in a second while frames wait for them; nothing while they wait for frames.
-    fn flow(&self, look: Look, now: Instant) -> Option<f64> {
-        let mut flow = self.flow.lock().unwrap_or_else(PoisonError::into_inner);
-        if look.idle > 0 {
-            *flow = Flow {
-                since: now,
-                sent: look.sent,
-                bytes_per_second: None,
-            };
-        } else if now.duration_since(flow.since) >= WINDOW {
-            let seconds = now.duration_since(flow.since).as_secs_f64();
-            *flow = Flow {
-                since: now,
-                sent: look.sent,
-                bytes_per_second: Some(look.sent.saturating_sub(flow.sent) as f64 / seconds),
-            };
+    /// What a rung leaves of frames that can shrink, as a part of them: as measured, or as the nearest one that was.
+    fn left(&self, rung: usize) -> f64 {
+        if rung == 0 {
+            return 1.0;
         }
+        let measured = |rung: usize| match self.left_permille[rung].load(Ordering::Relaxed) {
+            0 => None,
+            left => Some((rung, f64::from(left) / 1e3)),
+        };
+        let (like, left) = (1..LADDER.len())
+            .filter_map(measured)
+            .min_by_key(|(known, _)| known.abs_diff(rung))
+            .unwrap_or((ZSTD_RUNG, 0.5));
+        let leaves = |rung: usize| f64::from(LADDER[rung].leaves_percent);
+        (left * leaves(rung) / leaves(like)).min(1.0)
+    }
+
+    /// Bytes a second that a rung gives, before packing, over a wire that takes so many after it.
+    fn gives(&self, rung: usize, wire: Option<f64>) -> f64 {
+        let wire = wire.map_or(f64::INFINITY, |wire| wire / self.left(rung));
+        (self.speed(rung) * THREADS * PACKING_SHARE).min(wire)
+    }
+
+    /// The first of these neighbours that gives more.
+    fn better(&self, rung: usize, wire: Option<f64>, ways: &[isize]) -> Option<usize> {
+        let enough = self.gives(rung, wire) * WORTH_A_STEP;
+        let neighbours = ways.iter().filter_map(|way| rung.checked_add_signed(*way));
+        neighbours
+            .filter(|next| *next < LADDER.len())
+            .find(|next| self.gives(*next, wire) > enough)
+    }
+
+    fn step(&self, to: impl Fn(usize) -> Option<usize>) {
+        let rung = self.rung.load(Ordering::Relaxed);
+        if let Some(next) = to(rung) {
+            // Two collectors that step at once step once.
+            let _ = self
+                .rung
+                .compare_exchange(rung, next, Ordering::Relaxed, Ordering::Relaxed);
+        }
+    }
+
+    fn flow(&self, see: impl FnOnce(&mut Flow)) -> Option<f64> {
+        let mut flow = self.flow.lock().unwrap_or_else(PoisonError::into_inner);
+        see(&mut flow);
         flow.bytes_per_second
     }
 
     fn learn(&self, rung: usize, before: usize, after: usize, took: Duration) {
         let speed = before as f64 / took.as_secs_f64().max(1e-6) / 1e6;
         blend(&self.speeds[rung], speed);
-        blend(&self.left_permille, after as f64 * 1e3 / before as f64);
+        let left = after as f64 * 1e3 / before as f64;
+        let known = &self.left_permille[rung];
+        if known.load(Ordering::Relaxed) == 0 {
+            known.store((left as u32).max(1), Ordering::Relaxed);
+        }
+        blend(known, left);
+    }
+}
+
+impl Flow {
+    /// Measures what the wire takes, while frames wait for it.
+    fn measure(&mut self, look: Look, now: Instant) {
+        let took = now.duration_since(self.since);
+        if took < WINDOW {
+            return;
+        }
+        let rate = look.sent.saturating_sub(self.sent) as f64 / took.as_secs_f64();
+        if self.is_raised {
+            let was_right = self
+                .bytes_per_second
+                .is_some_and(|thought| rate * FASTER.sqrt() > thought);
+            self.patience = if was_right {
+                1
+            } else {
+                (self.patience * 2).min(PATIENCE_MAX)
+            };
+        }
+        (self.bytes_per_second, self.is_raised, self.long_idle) = (Some(rate), false, 0);
+        (self.since, self.sent) = (now, look.sent);
+    }
+
+    /// Begins to measure anew. When streams have been idle for long, the wire is faster than was thought.
+    fn rest(&mut self, look: Look, now: Instant, is_slow: bool) {
+        (self.since, self.sent) = (now, look.sent);
+        self.long_idle += u32::from(is_slow);
+        if self.long_idle >= self.patience {
+            self.long_idle = 0;
+            self.is_raised = true;
+            self.bytes_per_second = self.bytes_per_second.map(|wire| wire * FASTER);
+        }
     }
 }
 
@@ -189,6 +290,8 @@ pub(crate) struct Packer {
     wish: Compress,
     zstd: Option<zstd::bulk::Compressor<'static>>,
     level: i32,
+    /// When the last frame was done.
+    last: Instant,
 }
 
 impl Packer {
@@ -198,7 +301,13 @@ impl Packer {
             Compress::Off | Compress::Lz4 => None,
             Compress::Auto | Compress::Zstd => zstd::bulk::Compressor::new(level).ok(),
         };
-        Self { wish, zstd, level }
+        let last = Instant::now();
+        Self {
+            wish,
+            zstd,
+            level,
+            last,
+        }
     }
 
     /// Packs a frame's bytes, or says that they go as they are.
@@ -211,7 +320,15 @@ impl Packer {
         if self.wish == Compress::Off || bytes.is_empty() {
             return None;
         }
-        gauge.look(look, Instant::now());
+        let now = Instant::now();
+        gauge.look(look, (bytes.len(), now.duration_since(self.last)), now);
+        let packed = self.pack_on(gauge, bytes);
+        self.last = Instant::now();
+        packed
+    }
+
+    /// Packs on the rung where everybody stands.
+    fn pack_on(&mut self, gauge: &Gauge, bytes: &[u8]) -> Option<(Codec, Vec<u8>)> {
         let rung = match self.wish {
             Compress::Lz4 => 1,
             Compress::Zstd => gauge.rung.load(Ordering::Relaxed).max(ZSTD_RUNG),
@@ -221,7 +338,7 @@ impl Packer {
             return None;
         }
         let start = Instant::now();
-        let (codec, packed) = self.apply(LADDER[rung].0, bytes)?;
+        let (codec, packed) = self.apply(LADDER[rung].method, bytes)?;
         gauge.learn(rung, bytes.len(), packed.len(), start.elapsed());
         is_worth(bytes.len(), packed.len()).then_some((codec, packed))
     }
@@ -272,6 +389,8 @@ mod tests {
     use super::*;
 
     const STREAMS: usize = 4;
+    /// One frame after the other.
+    const HURRY: (usize, Duration) = (1 << 20, Duration::ZERO);
 
     fn look(idle: usize, sent: u64) -> Look {
         Look {
@@ -304,7 +423,7 @@ mod tests {
             for _ in 0..20 {
                 self.now += WINDOW;
                 self.sent += (WINDOW.as_secs_f64() * bytes_per_second) as u64;
-                gauge.look(look(0, self.sent), self.now);
+                gauge.look(look(0, self.sent), HURRY, self.now);
             }
         }
     }
@@ -327,16 +446,67 @@ mod tests {
     }
 
     #[test]
+    fn text_over_a_gigabit_is_packed_although_its_streams_are_idle_now_and_then() {
+        const WIRE: f64 = 95e6;
+        let gauge = Gauge::new();
+        gauge.left_permille[ZSTD_RUNG].store(120, Ordering::Relaxed);
+        gauge.left_permille[1].store(330, Ordering::Relaxed);
+        let mut wire = Wire {
+            now: Instant::now(),
+            sent: 0,
+        };
+        let mut given = 0.0;
+        for _ in 0..400 {
+            let rung = gauge.rung.load(Ordering::Relaxed);
+            let packed = gauge.gives(rung, None);
+            let taken = WIRE / gauge.left(rung);
+            given += packed.min(taken) * WINDOW.as_secs_f64();
+            if taken < packed {
+                wire.now += WINDOW;
+                wire.sent += (WIRE * WINDOW.as_secs_f64()) as u64;
+                gauge.look(look(0, wire.sent), HURRY, wire.now);
+            } else {
+                for _ in 0..8 {
+                    wire.now += WINDOW / 8;
+                    wire.sent += (packed * gauge.left(rung) * WINDOW.as_secs_f64() / 8.0) as u64;
+                    gauge.look(look(2, wire.sent), HURRY, wire.now);
+                }
+            }
+        }
+        let rate = given / (400.0 * WINDOW.as_secs_f64());
+        assert!(rate > 3.0 * WIRE, "{rate}");
+    }
+
+    #[test]
     fn idle_streams_bring_everybody_down_but_the_first_frames_do_not() {
         let gauge = Gauge::new();
         for _ in 0..STREAMS {
-            gauge.look(look(2, 0), Instant::now());
+            gauge.look(look(2, 0), HURRY, Instant::now());
         }
         assert_eq!(gauge.rung.load(Ordering::Relaxed), FIRST_RUNG);
         for _ in 0..30 * STREAMS {
-            gauge.look(look(2, 0), Instant::now());
+            gauge.look(look(2, 0), HURRY, Instant::now());
         }
         assert_eq!(gauge.rung.load(Ordering::Relaxed), 0);
+    }
+
+    #[test]
+    fn frames_that_come_slowly_are_packed_as_strongly_as_there_is_time_for() {
+        let gauge = Gauge::new();
+        for _ in 0..100 * STREAMS {
+            gauge.look(look(2, 0), HURRY, Instant::now());
+        }
+        assert_eq!(gauge.rung.load(Ordering::Relaxed), 0);
+        let slow = (64 << 10, Duration::from_millis(10));
+        for _ in 0..100 * STREAMS {
+            gauge.look(look(2, 0), slow, Instant::now());
+        }
+        let rung = gauge.rung.load(Ordering::Relaxed);
+        assert_eq!(
+            LADDER[rung].method,
+            Method::Zstd(3),
+            "64 KiB in 0.4 of 10 ms"
+        );
     }
 
     #[test]
