@@ -76,7 +76,7 @@ impl Rsync {
 pub fn daemon(stage: &Stage) -> Result<Process> {
     let file = stage.run.path.join("rsyncd.conf");
     let mut text =
-        "use chroot = no\nuid = 0\ngid = 0\nread only = no\nreverse lookup = no\n".to_owned();
+        "use chroot = yes\nuid = 0\ngid = 0\nread only = no\nreverse lookup = no\n".to_owned();
     for system in [Rsync::Plain, Rsync::Compressed] {
         let (name, path) = (system.folder(), stage.target_tree(system.folder()));
         text += &format!("[{name}]\n    path = {}\n", path.display());
