@@ -13,7 +13,7 @@ use rustix::fs::{
 use rustix::io::Errno;
 
 use super::FilesError;
-use super::manifest::{self, Attributes, Entry, Kind, Manifest};
+use super::manifest::{Attributes, Cursor, Entry, Kind, Manifest};
 use super::root::{self, Place, Root};
 use super::walk;
 
@@ -22,28 +22,25 @@ fn has_shape(old: &Kind, new: &Kind) -> bool {
     matches!((old, new), (Kind::File { .. }, Kind::File { .. })) || old == new
 }
 
-fn matching<'a>(entries: &'a [Entry], path: &[u8]) -> Option<&'a Entry> {
-    let at = entries
-        .binary_search_by(|entry| manifest::order(&entry.path, path))
-        .ok()?;
-    entries.get(at)
-}
-
+/// The directory that an entry is in; the root is in none.
 fn parent_of(path: &[u8]) -> Option<&[u8]> {
-    path.iter()
-        .rposition(|byte| *byte == b'/')
-        .map(|cut| &path[..cut])
+    if path.is_empty() {
+        return None;
+    }
+    let cut = path.iter().rposition(|byte| *byte == b'/').unwrap_or(0);
+    Some(&path[..cut])
 }
 
 /// The paths of `old` that are in the way of `new`: what becomes something of another shape, and all that is inside it.
 /// They are gone before anything is written.
 pub(crate) fn in_the_way<'a>(old: &'a [Entry], new: &[Entry]) -> HashSet<&'a [u8]> {
     let mut found: HashSet<&[u8]> = HashSet::new();
+    let mut new = Cursor::new(new);
     for old in old {
-        let is_inside = parent_of(&old.path).is_some_and(|parent| found.contains(parent));
-        let is_blocking =
-            || matching(new, &old.path).is_some_and(|entry| !has_shape(&old.kind, &entry.kind));
-        if is_inside || is_blocking() {
+        let is_inside =
+            !found.is_empty() && parent_of(&old.path).is_some_and(|parent| found.contains(parent));
+        let entry = new.entry(&old.path);
+        if is_inside || entry.is_some_and(|entry| !has_shape(&old.kind, &entry.kind)) {
             found.insert(&old.path);
         }
     }
@@ -64,30 +61,44 @@ pub(crate) fn prepare(root: &Root, base: &Manifest, new: &[Entry]) -> Result<(),
     {
         remove(root, old)?;
     }
+    let mut known = Cursor::new(&base.entries);
     for entry in new {
-        // What a file no longer has is given back before the new blocks need room.
-        let old = matching(&base.entries, &entry.path).filter(|old| entry.size() < old.size());
-        if let (Kind::File { size }, Some(_)) = (&entry.kind, old) {
-            let (file, _) = open_file(root, &entry.path)?;
-            rustix::fs::ftruncate(&file, *size)
-                .map_err(|errno| FilesError::write(root.shown(&entry.path), errno))?;
+        let old = known.entry(&entry.path);
+        match entry.kind {
+            // What a file no longer has is given back before the new blocks need room.
+            Kind::File { size } if old.is_some_and(|old| size < old.size()) => {
+                let (file, _) = open_file(root, &entry.path)?;
+                rustix::fs::ftruncate(&file, size)
+                    .map_err(|errno| FilesError::write(root.shown(&entry.path), errno))?;
+            }
+            Kind::Directory if !old.is_some_and(is_open_directory) => {
+                make_directory(root, &entry.path)
+                    .map_err(|errno| FilesError::write(root.shown(&entry.path), errno))?;
+            }
+            _ => {}
         }
     }
-    for entry in new.iter().filter(|entry| entry.kind == Kind::Directory) {
-        let failed = |errno| FilesError::write(root.shown(&entry.path), errno);
-        let place = root.parent(&entry.path).map_err(failed)?;
-        match rustix::fs::mkdirat(&place.directory, &place.name, Mode::RWXU) {
-            Ok(()) => continue,
-            Err(Errno::EXIST) => {}
-            Err(errno) => return Err(failed(errno)),
-        }
-        let stat = place.stat().map_err(failed)?;
-        if FileType::from_raw_mode(stat.st_mode) != FileType::Directory {
-            return Err(failed(Errno::NOTDIR));
-        }
-        if stat.st_mode & 0o700 != 0o700 {
-            change_mode(&place, stat.st_mode & 0o7777 | 0o700).map_err(failed)?;
-        }
+    Ok(())
+}
+
+/// Whether it was left a directory that we can work in.
+fn is_open_directory(old: &Entry) -> bool {
+    old.kind == Kind::Directory && old.mode & 0o700 == 0o700
+}
+
+/// Has a directory there that we can work in.
+fn make_directory(root: &Root, path: &[u8]) -> Result<(), Errno> {
+    let place = root.parent(path)?;
+    match rustix::fs::mkdirat(&place.directory, &place.name, Mode::RWXU) {
+        Err(Errno::EXIST) => {}
+        other => return other,
+    }
+    let stat = place.stat()?;
+    if FileType::from_raw_mode(stat.st_mode) != FileType::Directory {
+        return Err(Errno::NOTDIR);
+    }
+    if stat.st_mode & 0o700 != 0o700 {
+        change_mode(&place, stat.st_mode & 0o7777 | 0o700)?;
     }
     Ok(())
 }
@@ -262,8 +273,20 @@ pub(crate) fn finish(
     touched: &HashSet<usize>,
     completed: &HashSet<usize>,
 ) -> Result<(), FilesError> {
+    let mut disturbed: HashSet<&[u8]> = HashSet::new();
+    let mut known = Cursor::new(&base.entries);
     for (index, entry) in new.iter().enumerate() {
-        let is_same = matching(&base.entries, &entry.path) == Some(entry);
+        let old = known.entry(&entry.path);
+        let is_same = old == Some(entry);
+        if entry.kind == Kind::Directory {
+            // A closed one was opened to work in it.
+            if !is_same || !is_open_directory(entry) {
+                disturbed.insert(&entry.path);
+            }
+        }
+        if old.is_none_or(|old| !has_shape(&old.kind, &entry.kind)) {
+            disturbed.extend(parent_of(&entry.path));
+        }
         if (is_same && !touched.contains(&index))
             || completed.contains(&index)
             || entry.kind == Kind::Directory
@@ -275,20 +298,22 @@ pub(crate) fn finish(
             set_metadata(root, entry)?;
         }
     }
-    for old in base
+    let mut kept = Cursor::new(new);
+    let gone: Vec<&Entry> = base
         .entries
         .iter()
-        .rev()
-        .filter(|old| matching(new, &old.path).is_none())
-    {
+        .filter(|old| kept.entry(&old.path).is_none())
+        .collect();
+    for old in gone.into_iter().rev() {
+        disturbed.extend(parent_of(&old.path));
         remove(root, old)?;
     }
     // Children first: making and removing them changed their directories' times.
-    for entry in new
+    let directories = new
         .iter()
         .rev()
-        .filter(|entry| entry.kind == Kind::Directory)
-    {
+        .filter(|entry| entry.kind == Kind::Directory);
+    for entry in directories.filter(|entry| disturbed.contains(entry.path.as_slice())) {
         set_metadata(root, entry)?;
     }
     Ok(())

@@ -113,25 +113,48 @@ pub enum ManifestError {
     Garbled,
 }
 
-/// Compares two paths component by component.
+/// Compares two paths component by component: as bytes, with `/` before all others, since it ends a component.
 #[must_use]
 pub fn order(left: &[u8], right: &[u8]) -> Ordering {
-    left.split(|byte| *byte == b'/')
-        .cmp(right.split(|byte| *byte == b'/'))
+    let rank = |byte: u8| if byte == b'/' { 0 } else { u16::from(byte) + 1 };
+    match left.iter().zip(right).position(|(one, other)| one != other) {
+        Some(at) => rank(left[at]).cmp(&rank(right[at])),
+        None => left.len().cmp(&right.len()),
+    }
+}
+
+/// Finds entries by their paths, which are asked for in canonical order: all of a tree's in one pass over it.
+pub(crate) struct Cursor<'a> {
+    entries: &'a [Entry],
+    at: usize,
+}
+
+impl<'a> Cursor<'a> {
+    pub(crate) const fn new(entries: &'a [Entry]) -> Self {
+        Self { entries, at: 0 }
+    }
+
+    /// Where the entry of this path is; no path asked for before may come after it.
+    pub(crate) fn find(&mut self, path: &[u8]) -> Option<usize> {
+        while let Some(entry) = self.entries.get(self.at) {
+            match order(&entry.path, path) {
+                Ordering::Less => self.at += 1,
+                Ordering::Equal => return Some(self.at),
+                Ordering::Greater => break,
+            }
+        }
+        None
+    }
+
+    /// The entry of this path, under the same condition.
+    pub(crate) fn entry(&mut self, path: &[u8]) -> Option<&'a Entry> {
+        self.find(path).map(|at| &self.entries[at])
+    }
 }
 
 impl Manifest {
-    /// Finds an entry by its path.
-    #[must_use]
-    pub fn find(&self, path: &[u8]) -> Option<usize> {
-        self.entries
-            .binary_search_by(|entry| order(&entry.path, path))
-            .ok()
-    }
-
-    /// The digests known for the file at `path`; none when it is not a file there.
-    pub(crate) fn digests_at(&self, path: &[u8]) -> Option<&Arc<Vec<Digest>>> {
-        let index = self.find(path)?;
+    /// The digests known for the entry at `index`; none when it is no file.
+    pub(crate) fn digests_of(&self, index: usize) -> Option<&Arc<Vec<Digest>>> {
         matches!(self.entries[index].kind, Kind::File { .. }).then(|| &self.digests[index])
     }
 
@@ -240,15 +263,12 @@ pub(crate) enum Step {
 /// Expresses `entries` through `base`.
 pub(crate) fn difference(base: &[Entry], entries: &[Entry]) -> Vec<Step> {
     let mut steps = Vec::new();
-    let mut at = 0;
+    let mut known = Cursor::new(base);
     for entry in entries {
-        while at < base.len() && order(&base[at].path, &entry.path) == Ordering::Less {
-            at += 1;
-        }
-        if base.get(at) != Some(entry) {
+        let Some(at) = known.find(&entry.path).filter(|at| base[*at] == *entry) else {
             steps.push(Step::Entry(entry.clone()));
             continue;
-        }
+        };
         match steps.last_mut() {
             Some(Step::Same { from, count }) if *from + *count == at as u32 => *count += 1,
             _ => steps.push(Step::Same {

@@ -89,25 +89,26 @@ pub fn walk(root: &Root, cancel: &AtomicBool) -> Result<Walked, FilesError> {
         .map_or(0, |since| since.as_nanos() as i64);
     let mut found = vec![root_entry(root)?];
     let device = found[0].stamp.device;
-    let mut folders = vec![Vec::new()];
-    while let Some(folder) = folders.pop() {
-        if cancel.load(Ordering::Relaxed) {
-            return Err(FilesError::Cancelled);
+    let mut blocks: u64 = 0;
+    // What is left of each folder that the walk is in, in canonical order.
+    let mut folders = vec![read_folder(root, b"")?.into_iter()];
+    while let Some(folder) = folders.last_mut() {
+        let Some(item) = folder.next() else {
+            folders.pop();
+            continue;
+        };
+        if item.entry.kind == Kind::Directory && item.stamp.device == device {
+            if cancel.load(Ordering::Relaxed) {
+                return Err(FilesError::Cancelled);
+            }
+            folders.push(read_folder(root, &item.entry.path)?.into_iter());
         }
-        let first = found.len();
-        read_folder(root, &folder, &mut found)?;
-        let inside = found[first..]
-            .iter()
-            .filter(|item| item.entry.kind == Kind::Directory && item.stamp.device == device);
-        folders.extend(inside.map(|item| item.entry.path.clone()));
+        blocks = blocks.saturating_add(blocks::count(item.entry.size()));
+        found.push(item);
     }
-    let blocks = found.iter().fold(0_u64, |sum, item| {
-        sum.saturating_add(blocks::count(item.entry.size()))
-    });
     if blocks > manifest::TREE_BLOCKS_MAX {
         return Err(ManifestError::TooLarge.into());
     }
-    found.sort_by(|left, right| manifest::order(&left.entry.path, &right.entry.path));
     mark_hard_links(&mut found);
     let (entries, stamps) = found
         .into_iter()
@@ -129,13 +130,17 @@ fn root_entry(root: &Root) -> Result<Found, FilesError> {
         .ok_or_else(|| failed(Errno::NOTDIR))
 }
 
-fn read_folder(root: &Root, folder: &[u8], found: &mut Vec<Found>) -> Result<(), FilesError> {
+/// What is in a folder, sorted by name; nothing when it is gone.
+fn read_folder(root: &Root, folder: &[u8]) -> Result<Vec<Found>, FilesError> {
     let failed = |errno| FilesError::read(root.shown(folder), errno);
     let directory = match root.open_beneath(folder, OFlags::DIRECTORY | OFlags::RDONLY, 0) {
-        Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP) if !folder.is_empty() => return Ok(()),
+        Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP) if !folder.is_empty() => {
+            return Ok(Vec::new());
+        }
         opened => opened.map_err(failed)?,
     };
     let names = Dir::read_from(&directory).map_err(failed)?;
+    let mut found: Vec<Found> = Vec::new();
     let mut place = Place {
         directory,
         name: c".".to_owned(),
@@ -160,7 +165,8 @@ fn read_folder(root: &Root, folder: &[u8], found: &mut Vec<Found>) -> Result<(),
             Err(errno) => return Err(FilesError::read(root.shown(&path), errno)),
         }
     }
-    Ok(())
+    found.sort_unstable_by(|left, right| left.entry.path.cmp(&right.entry.path));
+    Ok(found)
 }
 
 /// `None` for what has no place in a tree.

@@ -12,7 +12,7 @@ use super::{SyncReport, TransferError};
 use crate::files::apply;
 use crate::files::blocks::{self, Digest};
 use crate::files::content::{self, Calm};
-use crate::files::manifest::{self, Entry, Manifest};
+use crate::files::manifest::{self, Cursor, Entry, Manifest};
 use crate::files::walk::{self, Stamp, Walked};
 use crate::files::{FilesError, Kind, Root};
 
@@ -46,9 +46,8 @@ pub(super) struct Ours {
 }
 
 impl Ours {
-    /// The digests of a file that has not changed since.
-    fn unchanged(&self, path: &[u8], size: u64, stamp: &Stamp) -> Option<&Arc<Vec<Digest>>> {
-        let at = self.manifest.find(path)?;
+    /// The digests of a file that has not changed since it was entry `at`.
+    fn unchanged(&self, at: usize, size: u64, stamp: &Stamp) -> Option<&Arc<Vec<Digest>>> {
         let known = self.stamps.get(at).copied().flatten()?;
         let digests = &self.manifest.digests[at];
         let is_same = known.is_same(stamp)
@@ -107,17 +106,19 @@ pub(super) fn plan(
     let has = sealed.map(|sealed| sealed.manifest).unwrap_or_default();
     let steps = Packed::of(&manifest::difference(&has.entries, &walked.entries))?;
     let (mut wanted, mut kept, mut base) = (Vec::new(), Vec::new(), Vec::new());
+    let mut theirs = Cursor::new(&has.entries);
+    let mut known = Cursor::new(ours.as_ref().map_or(&[], |ours| &ours.manifest.entries));
     for (index, (entry, stamp)) in walked.entries.iter().zip(&walked.stamps).enumerate() {
         if !matches!(entry.kind, Kind::File { .. }) {
             kept.push(None);
             base.push(None);
             continue;
         }
-        let there = has.digests_at(&entry.path);
-        let unchanged = ours
-            .as_ref()
+        let there = theirs.find(&entry.path).and_then(|at| has.digests_of(at));
+        let unchanged = known
+            .find(&entry.path)
             .filter(|_| !rehash.contains(&(stamp.device, stamp.inode)))
-            .and_then(|ours| ours.unchanged(&entry.path, entry.size(), stamp))
+            .and_then(|at| ours.as_ref()?.unchanged(at, entry.size(), stamp))
             .filter(|here| there.is_some_and(|there| Arc::ptr_eq(here, there) || *here == there));
         if unchanged.is_none() {
             wanted.push(index);
@@ -143,14 +144,12 @@ pub(super) fn plan(
 pub(super) type Moved = HashMap<Digest, (u32, u32)>;
 
 fn moved(has: &Manifest, entries: &[Entry]) -> Moved {
-    let is_gone = |entry: &Entry| {
-        let found = entries.binary_search_by(|new| manifest::order(&new.path, &entry.path));
-        found.is_err()
-    };
+    let mut kept = Cursor::new(entries);
     let removed_first = apply::in_the_way(&has.entries, entries);
     let mut moved = Moved::new();
     for (index, (entry, digests)) in has.entries.iter().zip(&has.digests).enumerate() {
-        if digests.is_empty() || !is_gone(entry) || removed_first.contains(entry.path.as_slice()) {
+        let is_gone = kept.find(&entry.path).is_none();
+        if digests.is_empty() || !is_gone || removed_first.contains(entry.path.as_slice()) {
             continue;
         }
         if moved.len() + digests.len() > MOVED_BLOCKS_MAX {

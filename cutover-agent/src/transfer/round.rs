@@ -12,7 +12,7 @@ use tokio::sync::watch;
 use super::TreeName;
 use super::wire::{Blocks, Codec, DATA_BYTES_MAX, DataHead, Fault, Packed, Piece};
 use crate::files::blocks::{self, BLOCK_BYTES, Digest};
-use crate::files::manifest::{self, Entry, Manifest, Step};
+use crate::files::manifest::{self, Cursor, Entry, Manifest, Step};
 use crate::files::{FilesError, Kind, Root, apply};
 
 /// How far a round has come.
@@ -74,10 +74,12 @@ impl Round {
         let entries = manifest::rebuild(&base.entries, steps)?;
         manifest::check(&entries)?;
         apply::prepare(&root, &base, &entries)?;
-        let digests = entries
-            .iter()
-            .map(|entry| Mutex::new(inherited(&base, entry)))
-            .collect();
+        let mut known = Cursor::new(&base.entries);
+        let inherited = |entry: &Entry| {
+            let at = known.find(&entry.path);
+            inherited(at.and_then(|at| base.digests_of(at)), entry)
+        };
+        let digests = entries.iter().map(inherited).map(Mutex::new).collect();
         let marks = || entries.iter().map(|_| AtomicBool::new(false)).collect();
         let (touched, completed) = (marks(), marks());
         // Set once, by the one task that prepares.
@@ -286,12 +288,12 @@ pub(crate) fn unpack(codec: Codec, body: &[u8], bytes: usize) -> Result<Vec<u8>,
 }
 
 /// The digests with which a file starts: the base's where the same file was there, unknown elsewhere.
-fn inherited(base: &Manifest, entry: &Entry) -> Arc<Vec<Digest>> {
+fn inherited(known: Option<&Arc<Vec<Digest>>>, entry: &Entry) -> Arc<Vec<Digest>> {
     let Kind::File { size } = entry.kind else {
         return Arc::default();
     };
     let wanted = blocks::count(size) as usize;
-    match base.digests_at(&entry.path) {
+    match known {
         Some(known) if known.len() == wanted => Arc::clone(known),
         known => {
             let mut digests = known

@@ -123,24 +123,31 @@ async fn a_hundred_and_fifty_megabytes_of_images_and_a_database_delta() {
 
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "a measurement"]
-async fn a_hundred_thousand_small_files() {
+async fn the_frozen_round_of_a_tree_of_many_files() {
+    const FOLDERS: usize = 5_000;
+    const FILES: usize = 100;
     let shm = tempfile::tempdir_in("/dev/shm").unwrap();
     let world = World::within(shm).await;
-    for folder in 0..100 {
-        let path = world.here().join(format!("d{folder}"));
-        fs::create_dir(&path).unwrap();
-        for file in 0..1000 {
-            fs::write(
-                path.join(format!("f{file}")),
-                format!("{folder} {file} ").repeat(50),
-            )
-            .unwrap();
+    let session = world.connect().await;
+    for folder in 0..FOLDERS {
+        let path = world
+            .here()
+            .join(format!("uploads/{}/{}", folder / 100, folder % 100));
+        fs::create_dir_all(&path).unwrap();
+        for file in 0..FILES {
+            fs::write(path.join(format!("image-{file}.jpg")), [folder as u8; 10]).unwrap();
         }
     }
-    let session = world.connect().await;
-    show("100,000 files, first", &world.sync(&session).await.unwrap());
-    show(
-        "100,000 files, nothing changed",
-        &world.sync(&session).await.unwrap(),
-    );
+    println!("{} files in {FOLDERS} folders", FOLDERS * FILES);
+    show("first", &world.sync(&session).await.unwrap());
+    // Stamps are relied upon when they are old enough.
+    tokio::time::sleep(std::time::Duration::from_secs(3)).await;
+    show("second", &world.sync(&session).await.unwrap());
+    fs::write(world.here().join("uploads/7/7/image-7.jpg"), "new").unwrap();
+    fs::write(world.here().join("uploads/9/9/one more.jpg"), "new").unwrap();
+    let before = cpu_seconds();
+    let frozen = SyncOptions::frozen(LIMIT, Default::default());
+    let report = session.sync(&volume(), &world.here(), frozen).await;
+    show("frozen, two files changed", &report.unwrap());
+    println!("CPU {:.2} s", cpu_seconds() - before);
 }
