@@ -5,6 +5,7 @@
 
 use std::collections::HashSet;
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 
 use rustix::fs::{
     AtFlags, FallocateFlags, FileType, Gid, Mode, OFlags, RawMode, Stat, Timestamps, Uid,
@@ -13,7 +14,7 @@ use rustix::fs::{
 use rustix::io::Errno;
 
 use super::FilesError;
-use super::manifest::{Attributes, Cursor, Entry, Kind, Manifest};
+use super::manifest::{self, Attributes, Entry, Kind, Manifest, Pairing};
 use super::root::{self, Place, Root};
 use super::walk;
 
@@ -33,15 +34,23 @@ fn parent_of(path: &[u8]) -> Option<&[u8]> {
 
 /// The paths of `old` that are in the way of `new`: what becomes something of another shape, and all that is inside it.
 /// They are gone before anything is written.
-pub(crate) fn in_the_way<'a>(old: &'a [Entry], new: &[Entry]) -> HashSet<&'a [u8]> {
+pub(crate) fn in_the_way<'a>(
+    old: &'a [Arc<Entry>],
+    new: &[Arc<Entry>],
+    pairs: &Pairing,
+) -> HashSet<&'a [u8]> {
     let mut found: HashSet<&[u8]> = HashSet::new();
-    let mut new = Cursor::new(new);
-    for old in old {
-        let is_inside =
-            !found.is_empty() && parent_of(&old.path).is_some_and(|parent| found.contains(parent));
-        let entry = new.entry(&old.path);
-        if is_inside || entry.is_some_and(|entry| !has_shape(&old.kind, &entry.kind)) {
+    for (index, entry) in new.iter().enumerate() {
+        let old = pairs.old_of(index).map(|at| &old[at]);
+        if let Some(old) = old.filter(|old| !has_shape(&old.kind, &entry.kind)) {
             found.insert(&old.path);
+        }
+    }
+    if !found.is_empty() {
+        for old in old {
+            if parent_of(&old.path).is_some_and(|parent| found.contains(parent)) {
+                found.insert(&old.path);
+            }
         }
     }
     found
@@ -51,8 +60,13 @@ pub(crate) fn in_the_way<'a>(old: &'a [Entry], new: &[Entry]) -> HashSet<&'a [u8
 ///
 /// # Errors
 /// When the tree cannot be changed; it may then be half prepared.
-pub(crate) fn prepare(root: &Root, base: &Manifest, new: &[Entry]) -> Result<(), FilesError> {
-    let removed = in_the_way(&base.entries, new);
+pub(crate) fn prepare(
+    root: &Root,
+    base: &Manifest,
+    new: &[Arc<Entry>],
+    pairs: &Pairing,
+) -> Result<(), FilesError> {
+    let removed = in_the_way(&base.entries, new, pairs);
     for old in base
         .entries
         .iter()
@@ -61,9 +75,8 @@ pub(crate) fn prepare(root: &Root, base: &Manifest, new: &[Entry]) -> Result<(),
     {
         remove(root, old)?;
     }
-    let mut known = Cursor::new(&base.entries);
-    for entry in new {
-        let old = known.entry(&entry.path);
+    for (index, entry) in new.iter().enumerate() {
+        let old = pairs.old_of(index).map(|at| base.entries[at].as_ref());
         match entry.kind {
             // What a file no longer has is given back before the new blocks need room.
             Kind::File { size } if old.is_some_and(|old| size < old.size()) => {
@@ -269,15 +282,15 @@ pub(crate) fn write_zeros(
 pub(crate) fn finish(
     root: &Root,
     base: &Manifest,
-    new: &[Entry],
+    new: &[Arc<Entry>],
+    pairs: &Pairing,
     touched: &HashSet<usize>,
     completed: &HashSet<usize>,
 ) -> Result<(), FilesError> {
     let mut disturbed: HashSet<&[u8]> = HashSet::new();
-    let mut known = Cursor::new(&base.entries);
     for (index, entry) in new.iter().enumerate() {
-        let old = known.entry(&entry.path);
-        let is_same = old == Some(entry);
+        let old = pairs.old_of(index).map(|at| &base.entries[at]);
+        let is_same = old.is_some_and(|old| manifest::is_same(old, entry));
         if entry.kind == Kind::Directory {
             // A closed one was opened to work in it.
             if !is_same || !is_open_directory(entry) {
@@ -298,13 +311,8 @@ pub(crate) fn finish(
             set_metadata(root, entry)?;
         }
     }
-    let mut kept = Cursor::new(new);
-    let gone: Vec<&Entry> = base
-        .entries
-        .iter()
-        .filter(|old| kept.entry(&old.path).is_none())
-        .collect();
-    for old in gone.into_iter().rev() {
+    for at in pairs.gone().rev() {
+        let old = &base.entries[at];
         disturbed.extend(parent_of(&old.path));
         remove(root, old)?;
     }
@@ -470,7 +478,7 @@ fn change_mode(place: &Place, mode: u32) -> Result<(), Errno> {
 /// # Errors
 /// When something cannot be removed.
 pub(crate) fn clear(root: &Root, cancel: &std::sync::atomic::AtomicBool) -> Result<(), FilesError> {
-    let walked = walk::walk(root, cancel)?;
+    let walked = walk::walk(root, None, walk::WALKERS, cancel)?;
     walked
         .entries
         .iter()

@@ -13,7 +13,7 @@ use super::FilesError;
 use super::blocks::{self, BLOCK_BYTES, Digest};
 use super::manifest::{Entry, Kind, Manifest};
 use super::root::Root;
-use super::walk::{Stamp, Walked};
+use super::walk::{self, Stamp, WALKERS, Walked};
 
 /// Blocks that are read at once: 1 MiB.
 const BLOCKS_AT_ONCE: u64 = 64;
@@ -323,7 +323,7 @@ impl Visit for HashOnly {
 /// # Errors
 /// When something cannot be read.
 pub(crate) fn scan(root: &Root, cancel: &AtomicBool) -> Result<Manifest, FilesError> {
-    let walked = super::walk::walk(root, cancel)?;
+    let walked = walk::walk(root, None, WALKERS, cancel)?;
     let wanted: Vec<usize> = (0..walked.entries.len())
         .filter(|at| matches!(walked.entries[*at].kind, Kind::File { .. }))
         .collect();

@@ -14,6 +14,9 @@ use super::blocks::{self, Digest};
 /// The most blocks one tree may have: 64 GiB of logical size, 128 MiB of digests.
 pub const TREE_BLOCKS_MAX: u64 = 1 << 22;
 
+/// Bytes given to the hash function at once: it does several chunks of 1 KiB side by side.
+const HASHED_AT_ONCE: usize = 64 << 10;
+
 /// The longest relative path, in bytes; the kernel's PATH_MAX.
 pub const PATH_BYTES_MAX: usize = 4095;
 
@@ -87,8 +90,8 @@ impl Entry {
 /// A tree: its entries and, for files, the digest of each block.
 #[derive(Debug, Clone, Default)]
 pub struct Manifest {
-    /// In canonical order.
-    pub entries: Vec<Entry>,
+    /// In canonical order. Shared between rounds while an entry does not change.
+    pub entries: Vec<Arc<Entry>>,
     /// As many as entries; empty for whatever is not a file. Shared between rounds while a file does not change.
     pub digests: Vec<Arc<Vec<Digest>>>,
 }
@@ -123,33 +126,58 @@ pub fn order(left: &[u8], right: &[u8]) -> Ordering {
     }
 }
 
-/// Finds entries by their paths, which are asked for in canonical order: all of a tree's in one pass over it.
-pub(crate) struct Cursor<'a> {
-    entries: &'a [Entry],
-    at: usize,
+/// Which entry of an older tree has the path of which of a newer one: found in one pass over both.
+pub(crate) struct Pairing {
+    /// For each new entry, the old one.
+    olds: Vec<Option<u32>>,
+    /// Old entries that no new one has the path of, in their order.
+    gone: Vec<u32>,
 }
 
-impl<'a> Cursor<'a> {
-    pub(crate) const fn new(entries: &'a [Entry]) -> Self {
-        Self { entries, at: 0 }
-    }
-
-    /// Where the entry of this path is; no path asked for before may come after it.
-    pub(crate) fn find(&mut self, path: &[u8]) -> Option<usize> {
-        while let Some(entry) = self.entries.get(self.at) {
-            match order(&entry.path, path) {
-                Ordering::Less => self.at += 1,
-                Ordering::Equal => return Some(self.at),
-                Ordering::Greater => break,
+impl Pairing {
+    /// Pairs two lists in canonical order, each shorter than `u32::MAX`.
+    pub(crate) fn of(old: &[Arc<Entry>], new: &[Arc<Entry>]) -> Self {
+        let mut olds = Vec::with_capacity(new.len());
+        let mut gone = Vec::new();
+        let mut at = 0;
+        for entry in new {
+            let mut found = None;
+            while let Some(known) = old.get(at) {
+                let compared = if Arc::ptr_eq(known, entry) {
+                    Ordering::Equal
+                } else {
+                    order(&known.path, &entry.path)
+                };
+                match compared {
+                    Ordering::Less => gone.push(at as u32),
+                    Ordering::Equal => found = Some(at as u32),
+                    Ordering::Greater => break,
+                }
+                at += 1;
+                if found.is_some() {
+                    break;
+                }
             }
+            olds.push(found);
         }
-        None
+        gone.extend((at..old.len()).map(|at| at as u32));
+        Self { olds, gone }
     }
 
-    /// The entry of this path, under the same condition.
-    pub(crate) fn entry(&mut self, path: &[u8]) -> Option<&'a Entry> {
-        self.find(path).map(|at| &self.entries[at])
+    /// Where the old entry with the path of the new one at `index` is.
+    pub(crate) fn old_of(&self, index: usize) -> Option<usize> {
+        self.olds[index].map(|at| at as usize)
     }
+
+    /// The old entries whose paths are no more, in their order.
+    pub(crate) fn gone(&self) -> impl DoubleEndedIterator<Item = usize> {
+        self.gone.iter().map(|at| *at as usize)
+    }
+}
+
+/// Whether both are the same; entries that come from one another are not compared.
+pub(crate) fn is_same(one: &Arc<Entry>, other: &Arc<Entry>) -> bool {
+    Arc::ptr_eq(one, other) || one == other
 }
 
 impl Manifest {
@@ -161,7 +189,7 @@ impl Manifest {
     /// All bytes of all files.
     #[must_use]
     pub fn bytes(&self) -> u64 {
-        self.entries.iter().map(Entry::size).sum()
+        self.entries.iter().map(|entry| entry.size()).sum()
     }
 
     /// How many files there are, hard links not counted.
@@ -177,16 +205,26 @@ impl Manifest {
     #[must_use]
     pub fn root(&self) -> Digest {
         let mut hasher = blake3::Hasher::new_derive_key("hopgate tree manifest 1");
+        let mut bytes = Vec::with_capacity(2 * HASHED_AT_ONCE);
         for (entry, digests) in self.entries.iter().zip(&self.digests) {
-            // Serialising these plain types into memory cannot fail; an empty entry would only change the hash.
-            let bytes = postcard::to_stdvec(entry).unwrap_or_default();
-            hasher.update(&(bytes.len() as u64).to_le_bytes());
-            hasher.update(&bytes);
-            hasher.update(&(digests.len() as u64).to_le_bytes());
-            for digest in digests.iter() {
-                hasher.update(&digest.0);
+            let start = bytes.len();
+            bytes.extend_from_slice(&[0; 8]);
+            // Serialising these plain types into memory cannot fail; what is lost would only change the hash.
+            bytes = postcard::to_extend(&**entry, bytes).unwrap_or_default();
+            let length = bytes.len().saturating_sub(start + 8) as u64;
+            if let Some(before) = bytes.get_mut(start..start + 8) {
+                before.copy_from_slice(&length.to_le_bytes());
+            }
+            bytes.extend_from_slice(&(digests.len() as u64).to_le_bytes());
+            digests
+                .iter()
+                .for_each(|digest| bytes.extend_from_slice(&digest.0));
+            if bytes.len() >= HASHED_AT_ONCE {
+                hasher.update(&bytes);
+                bytes.clear();
             }
         }
+        hasher.update(&bytes);
         Digest(*hasher.finalize().as_bytes())
     }
 }
@@ -195,7 +233,7 @@ impl Manifest {
 ///
 /// # Errors
 /// Names the first entry that breaks a rule.
-pub fn check(entries: &[Entry]) -> Result<(), ManifestError> {
+pub fn check(entries: &[Arc<Entry>]) -> Result<(), ManifestError> {
     let shown = |entry: &Entry| String::from_utf8_lossy(&entry.path).into_owned();
     let mut open: Vec<&[u8]> = Vec::new();
     let blocks = entries.iter().fold(0_u64, |sum, entry| {
@@ -257,16 +295,20 @@ pub(crate) enum Step {
     /// So many entries of the base, from this index on, unchanged.
     Same { from: u32, count: u32 },
     /// An entry that is new or changed.
-    Entry(Entry),
+    Entry(Arc<Entry>),
 }
 
 /// Expresses `entries` through `base`.
-pub(crate) fn difference(base: &[Entry], entries: &[Entry]) -> Vec<Step> {
+pub(crate) fn difference(
+    base: &[Arc<Entry>],
+    entries: &[Arc<Entry>],
+    pairs: &Pairing,
+) -> Vec<Step> {
     let mut steps = Vec::new();
-    let mut known = Cursor::new(base);
-    for entry in entries {
-        let Some(at) = known.find(&entry.path).filter(|at| base[*at] == *entry) else {
-            steps.push(Step::Entry(entry.clone()));
+    for (index, entry) in entries.iter().enumerate() {
+        let known = pairs.old_of(index).filter(|at| is_same(&base[*at], entry));
+        let Some(at) = known else {
+            steps.push(Step::Entry(Arc::clone(entry)));
             continue;
         };
         match steps.last_mut() {
@@ -284,7 +326,10 @@ pub(crate) fn difference(base: &[Entry], entries: &[Entry]) -> Vec<Step> {
 ///
 /// # Errors
 /// When they refer to entries the base does not have.
-pub(crate) fn rebuild(base: &[Entry], steps: Vec<Step>) -> Result<Vec<Entry>, ManifestError> {
+pub(crate) fn rebuild(
+    base: &[Arc<Entry>],
+    steps: Vec<Step>,
+) -> Result<Vec<Arc<Entry>>, ManifestError> {
     let mut entries = Vec::new();
     for step in steps {
         match step {
@@ -305,9 +350,9 @@ pub(crate) fn rebuild(base: &[Entry], steps: Vec<Step>) -> Result<Vec<Entry>, Ma
 mod tests {
     use super::*;
 
-    fn entry(path: &str, kind: Kind) -> Entry {
+    fn entry(path: &str, kind: Kind) -> Arc<Entry> {
         let path = path.as_bytes().to_vec();
-        Entry {
+        Arc::new(Entry {
             path,
             kind,
             mode: 0o644,
@@ -315,10 +360,10 @@ mod tests {
             gid: 0,
             mtime_ns: 0,
             attributes: Vec::new(),
-        }
+        })
     }
 
-    fn tree(entries: &[(&str, Kind)]) -> Vec<Entry> {
+    fn tree(entries: &[(&str, Kind)]) -> Vec<Arc<Entry>> {
         let root = std::iter::once(entry("", Kind::Directory));
         root.chain(entries.iter().map(|(path, kind)| entry(path, kind.clone())))
             .collect()
@@ -395,10 +440,20 @@ mod tests {
     }
 
     #[test]
+    fn old_and_new_entries_are_paired_by_their_paths_and_the_rest_is_gone() {
+        let old = tree(&[("a", FILE), ("b", FILE), ("d", FILE), ("e", FILE)]);
+        let new = tree(&[("b", Kind::Fifo), ("c", FILE), ("d", FILE)]);
+        let pairs = Pairing::of(&old, &new);
+        let olds: Vec<_> = (0..new.len()).map(|at| pairs.old_of(at)).collect();
+        assert_eq!(olds, [Some(0), Some(2), None, Some(3)]);
+        assert_eq!(pairs.gone().collect::<Vec<_>>(), [1, 4]);
+    }
+
+    #[test]
     fn a_difference_gives_the_same_entries_back_and_costs_what_changed() {
         let old = tree(&[("a", FILE), ("b", FILE), ("c", FILE), ("d", FILE)]);
         let new = tree(&[("a", FILE), ("bb", FILE), ("c", FILE), ("d", FILE)]);
-        let steps = difference(&old, &new);
+        let steps = difference(&old, &new, &Pairing::of(&old, &new));
         assert_eq!(steps.len(), 3, "{steps:?}");
         assert_eq!(rebuild(&old, steps).unwrap(), new);
         assert!(rebuild(&old, vec![Step::Same { from: 4, count: 2 }]).is_err());

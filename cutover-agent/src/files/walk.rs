@@ -1,11 +1,15 @@
-//! Reads a tree's structure: one status call per entry, no content.
+//! Reads a tree's structure, over several threads: one status call per entry, no content. What is in the state in which
+//! it was the last time is not described again.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry as Slot;
+use std::ffi::CString;
+use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use rustix::fs::{Dir, FileType, OFlags, Stat};
+use rustix::fs::{FileType, OFlags, RawDir, Stat};
 use rustix::io::Errno;
 
 use super::manifest::{self, Entry, Kind, ManifestError};
@@ -29,6 +33,11 @@ pub struct Stamp {
 /// Clocks of file systems tick every few milliseconds, and a write through a mapping is stamped when it happens or
 /// later: what changed this close to a scan may have changed after it, under the same stamp.
 const STAMP_SLACK_NS: i64 = 2_000_000_000;
+
+/// Threads of a walk beside running containers.
+pub(crate) const WALKERS: usize = 2;
+/// Names of a directory are read so many bytes at a time.
+const NAMES_BYTES: usize = 32 << 10;
 
 impl Stamp {
     pub(crate) fn of(stat: &Stat) -> Self {
@@ -66,111 +75,386 @@ impl Stamp {
 #[derive(Debug, Default)]
 pub struct Walked {
     /// In canonical order; the root first.
-    pub entries: Vec<Entry>,
+    pub entries: Vec<Arc<Entry>>,
     /// As many as entries.
     pub stamps: Vec<Stamp>,
+    /// As many as entries: which remembered one is the same, in the same state.
+    pub(crate) known: Vec<Option<u32>>,
     /// When the walk began: nanoseconds since 1970.
     pub started_ns: i64,
 }
 
-struct Found {
-    entry: Entry,
-    stamp: Stamp,
-    links: u64,
+/// What a tree was when it was walked before.
+pub(crate) struct Remembered<'a> {
+    entries: &'a [Arc<Entry>],
+    stamps: &'a [Option<Stamp>],
+    scanned_ns: i64,
+    /// For each entry, where the first one is that is not inside it.
+    ends: Vec<u32>,
 }
 
-/// Walks the tree. What vanishes meanwhile is left out.
+impl<'a> Remembered<'a> {
+    /// Entries in canonical order, what each was when a walk that began at `scanned_ns` had them read.
+    pub(crate) fn new(
+        entries: &'a [Arc<Entry>],
+        stamps: &'a [Option<Stamp>],
+        scanned_ns: i64,
+    ) -> Self {
+        let mut ends: Vec<u32> = (1..=entries.len() as u32).collect();
+        let mut open: Vec<usize> = Vec::new();
+        let is_inside = |folder: usize, path: &[u8]| {
+            let folder = entries[folder].path.as_slice();
+            folder.is_empty()
+                || path
+                    .strip_prefix(folder)
+                    .is_some_and(|rest| rest.starts_with(b"/"))
+        };
+        for (index, entry) in entries.iter().enumerate() {
+            while let Some(folder) = open.pop_if(|folder| !is_inside(*folder, &entry.path)) {
+                ends[folder] = index as u32;
+            }
+            if entry.kind == Kind::Directory {
+                open.push(index);
+            }
+        }
+        for folder in open {
+            ends[folder] = entries.len() as u32;
+        }
+        Self {
+            entries,
+            stamps,
+            scanned_ns,
+            ends,
+        }
+    }
+
+    fn is_unchanged(&self, at: usize, stamp: &Stamp) -> bool {
+        self.stamps[at]
+            .is_some_and(|known| known.is_same(stamp) && known.is_settled(self.scanned_ns))
+    }
+}
+
+/// The remembered entries of one folder, in the order of their names.
+struct Siblings<'a> {
+    remembered: &'a Remembered<'a>,
+    /// Bytes of a path before the name.
+    prefix: usize,
+    at: usize,
+    end: usize,
+}
+
+impl<'a> Siblings<'a> {
+    /// Those in the remembered folder at `folder`.
+    fn of(remembered: &'a Remembered<'a>, folder: usize) -> Self {
+        let length = remembered.entries[folder].path.len();
+        Self {
+            remembered,
+            prefix: if length == 0 { 0 } else { length + 1 },
+            at: folder + 1,
+            end: remembered.ends[folder] as usize,
+        }
+    }
+
+    /// Where the entry of this name is; names are asked for in their order.
+    fn find(&mut self, name: &[u8]) -> Option<usize> {
+        while self.at < self.end {
+            let known = &self.remembered.entries[self.at].path[self.prefix..];
+            match known.cmp(name) {
+                std::cmp::Ordering::Less => self.at = self.remembered.ends[self.at] as usize,
+                std::cmp::Ordering::Equal => return Some(self.at),
+                std::cmp::Ordering::Greater => break,
+            }
+        }
+        None
+    }
+}
+
+struct Found {
+    entry: Arc<Entry>,
+    stamp: Stamp,
+    links: u64,
+    known: Option<u32>,
+    /// Which folder it is.
+    folder: Option<usize>,
+}
+
+/// Walks the tree with so many threads. What vanishes meanwhile is left out.
 ///
 /// # Errors
 /// When something cannot be read, or the tree exceeds [`manifest::TREE_BLOCKS_MAX`].
-pub fn walk(root: &Root, cancel: &AtomicBool) -> Result<Walked, FilesError> {
+pub(crate) fn walk(
+    root: &Root,
+    remembered: Option<&Remembered<'_>>,
+    threads: usize,
+    cancel: &AtomicBool,
+) -> Result<Walked, FilesError> {
     let started_ns = SystemTime::now()
         .duration_since(UNIX_EPOCH)
         .map_or(0, |since| since.as_nanos() as i64);
-    let mut found = vec![root_entry(root)?];
-    let device = found[0].stamp.device;
-    let mut blocks: u64 = 0;
-    // What is left of each folder that the walk is in, in canonical order.
-    let mut folders = vec![read_folder(root, b"")?.into_iter()];
-    while let Some(folder) = folders.last_mut() {
-        let Some(item) = folder.next() else {
-            folders.pop();
-            continue;
-        };
-        if item.entry.kind == Kind::Directory && item.stamp.device == device {
-            if cancel.load(Ordering::Relaxed) {
-                return Err(FilesError::Cancelled);
-            }
-            folders.push(read_folder(root, &item.entry.path)?.into_iter());
+    let first = root_entry(root)?;
+    let survey = Survey {
+        root,
+        remembered: remembered.filter(|remembered| !remembered.entries.is_empty()),
+        device: first.stamp.device,
+        cancel,
+        folders: Mutex::default(),
+        more: Condvar::new(),
+    };
+    survey.lock().add(Vec::new(), Some(0));
+    std::thread::scope(|scope| {
+        for _ in 0..threads {
+            scope.spawn(|| survey.work());
         }
-        blocks = blocks.saturating_add(blocks::count(item.entry.size()));
-        found.push(item);
-    }
-    if blocks > manifest::TREE_BLOCKS_MAX {
-        return Err(ManifestError::TooLarge.into());
-    }
+    });
+    let folders = survey
+        .folders
+        .into_inner()
+        .unwrap_or_else(PoisonError::into_inner);
+    let mut found = folders.in_order(first)?;
     mark_hard_links(&mut found);
-    let (entries, stamps) = found
-        .into_iter()
-        .map(|item| (item.entry, item.stamp))
-        .unzip();
-    Ok(Walked {
-        entries,
-        stamps,
+    let mut walked = Walked {
         started_ns,
-    })
+        ..Walked::default()
+    };
+    for item in found {
+        walked.entries.push(item.entry);
+        walked.stamps.push(item.stamp);
+        walked.known.push(item.known);
+    }
+    Ok(walked)
+}
+
+/// A walk under way.
+struct Survey<'a> {
+    root: &'a Root,
+    remembered: Option<&'a Remembered<'a>>,
+    device: u64,
+    cancel: &'a AtomicBool,
+    folders: Mutex<Folders>,
+    more: Condvar,
+}
+
+/// The folders found so far.
+#[derive(Default)]
+struct Folders {
+    found: Vec<Vec<Found>>,
+    waiting: Vec<Waiting>,
+    /// How many threads read one.
+    busy: usize,
+    failure: Option<FilesError>,
+}
+
+/// A folder that was found and not read yet.
+struct Waiting {
+    number: usize,
+    path: Vec<u8>,
+    known: Option<usize>,
+}
+
+impl Folders {
+    fn add(&mut self, path: Vec<u8>, known: Option<usize>) -> usize {
+        let number = self.found.len();
+        self.found.push(Vec::new());
+        self.waiting.push(Waiting {
+            number,
+            path,
+            known,
+        });
+        number
+    }
+
+    /// Everything found, in canonical order.
+    fn in_order(self, root: Found) -> Result<Vec<Found>, FilesError> {
+        if let Some(failure) = self.failure {
+            return Err(failure);
+        }
+        let mut folders: Vec<_> = self.found.into_iter().map(Vec::into_iter).collect();
+        let mut found = vec![root];
+        let mut blocks: u64 = 0;
+        // The folders that we are in.
+        let mut inside = vec![0];
+        while let Some(&folder) = inside.last() {
+            let Some(item) = folders[folder].next() else {
+                inside.pop();
+                continue;
+            };
+            blocks = blocks.saturating_add(blocks::count(item.entry.size()));
+            inside.extend(item.folder);
+            found.push(item);
+        }
+        if blocks > manifest::TREE_BLOCKS_MAX {
+            return Err(ManifestError::TooLarge.into());
+        }
+        Ok(found)
+    }
+}
+
+impl Survey<'_> {
+    fn lock(&self) -> MutexGuard<'_, Folders> {
+        self.folders.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Reads folders until there are no more, or one cannot be read.
+    fn work(&self) {
+        while let Some(folder) = self.next() {
+            let read = if self.cancel.load(Ordering::Relaxed) {
+                Err(FilesError::Cancelled)
+            } else {
+                self.read(&folder)
+            };
+            let mut folders = self.lock();
+            folders.busy -= 1;
+            match read {
+                Ok(mut found) => {
+                    for item in &mut found {
+                        let is_folder = item.entry.kind == Kind::Directory;
+                        if is_folder && item.stamp.device == self.device {
+                            let known = item.known.map(|at| at as usize);
+                            item.folder = Some(folders.add(item.entry.path.clone(), known));
+                        }
+                    }
+                    folders.found[folder.number] = found;
+                }
+                Err(failure) => folders.failure = Some(failure),
+            }
+            drop(folders);
+            self.more.notify_all();
+        }
+    }
+
+    fn next(&self) -> Option<Waiting> {
+        let mut folders = self.lock();
+        loop {
+            if folders.failure.is_some() {
+                return None;
+            }
+            if let Some(folder) = folders.waiting.pop() {
+                folders.busy += 1;
+                return Some(folder);
+            }
+            if folders.busy == 0 {
+                return None;
+            }
+            folders = self
+                .more
+                .wait(folders)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// What is in a folder, in the order of names; nothing when it is gone.
+    fn read(&self, folder: &Waiting) -> Result<Vec<Found>, FilesError> {
+        let failed = |errno| FilesError::read(self.root.shown(&folder.path), errno);
+        let flags = OFlags::DIRECTORY | OFlags::RDONLY;
+        let directory = match self.root.open_beneath(&folder.path, flags, 0) {
+            Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP) if !folder.path.is_empty() => {
+                return Ok(Vec::new());
+            }
+            opened => opened.map_err(failed)?,
+        };
+        let names = names(&directory).map_err(failed)?;
+        let remembered = self.remembered.zip(folder.known);
+        let mut siblings = remembered.map(|(known, folder)| Siblings::of(known, folder));
+        let mut found = Vec::with_capacity(names.len());
+        let mut place = Place {
+            directory,
+            name: c".".to_owned(),
+        };
+        for name in names {
+            place.name = name;
+            let known = siblings
+                .as_mut()
+                .and_then(|siblings| siblings.find(place.name.to_bytes()));
+            match self.look(&place, &folder.path, known) {
+                Ok(item) => found.extend(item),
+                Err(Errno::NOENT) => {}
+                Err(errno) => {
+                    let path = joined(&folder.path, &place);
+                    return Err(FilesError::read(self.root.shown(&path), errno));
+                }
+            }
+        }
+        Ok(found)
+    }
+
+    /// Looks at one entry, `None` for what has no place in a tree.
+    fn look(
+        &self,
+        place: &Place,
+        folder: &[u8],
+        known: Option<usize>,
+    ) -> Result<Option<Found>, Errno> {
+        let stat = place.stat()?;
+        let stamp = Stamp::of(&stat);
+        let same = self.remembered.zip(known);
+        let same = same.filter(|(remembered, at)| remembered.is_unchanged(*at, &stamp));
+        let is_folder = FileType::from_raw_mode(stat.st_mode) == FileType::Directory;
+        let entry = match same {
+            // Which of several names is the file depends on the others.
+            Some((remembered, at)) if is_folder || stat.st_nlink < 2 => {
+                Arc::clone(&remembered.entries[at])
+            }
+            _ => match describe(place, joined(folder, place), &stat)? {
+                Some(entry) => Arc::new(entry),
+                None => return Ok(None),
+            },
+        };
+        // A folder whose names have changed is still the one that was remembered.
+        let known = if is_folder {
+            known
+        } else {
+            same.map(|(_, at)| at)
+        };
+        Ok(Some(Found {
+            entry,
+            stamp,
+            links: stat.st_nlink,
+            known: known.map(|at| at as u32),
+            folder: None,
+        }))
+    }
+}
+
+fn joined(folder: &[u8], place: &Place) -> Vec<u8> {
+    let name = place.name.to_bytes();
+    if folder.is_empty() {
+        name.to_vec()
+    } else {
+        [folder, b"/", name].concat()
+    }
+}
+
+/// The names in a directory, sorted.
+fn names(directory: &OwnedFd) -> Result<Vec<CString>, Errno> {
+    let mut buffer = Vec::with_capacity(NAMES_BYTES);
+    let mut listing = RawDir::new(directory, buffer.spare_capacity_mut());
+    let mut names = Vec::new();
+    while let Some(entry) = listing.next() {
+        let name = entry?.file_name().to_owned();
+        if name.as_bytes() != b"." && name.as_bytes() != b".." {
+            names.push(name);
+        }
+    }
+    names.sort_unstable();
+    Ok(names)
 }
 
 fn root_entry(root: &Root) -> Result<Found, FilesError> {
     let failed = |errno| FilesError::read(root.shown(b""), errno);
     let place = root.parent(b"").map_err(failed)?;
     let stat = place.stat().map_err(failed)?;
-    describe(&place, Vec::new(), &stat)
-        .map_err(failed)?
-        .ok_or_else(|| failed(Errno::NOTDIR))
-}
-
-/// What is in a folder, sorted by name; nothing when it is gone.
-fn read_folder(root: &Root, folder: &[u8]) -> Result<Vec<Found>, FilesError> {
-    let failed = |errno| FilesError::read(root.shown(folder), errno);
-    let directory = match root.open_beneath(folder, OFlags::DIRECTORY | OFlags::RDONLY, 0) {
-        Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP) if !folder.is_empty() => {
-            return Ok(Vec::new());
-        }
-        opened => opened.map_err(failed)?,
-    };
-    let names = Dir::read_from(&directory).map_err(failed)?;
-    let mut found: Vec<Found> = Vec::new();
-    let mut place = Place {
-        directory,
-        name: c".".to_owned(),
-    };
-    for name in names {
-        place.name = name.map_err(failed)?.file_name().to_owned();
-        let bytes = place.name.to_bytes();
-        if bytes == b"." || bytes == b".." {
-            continue;
-        }
-        let path = if folder.is_empty() {
-            bytes.to_vec()
-        } else {
-            [folder, b"/", bytes].concat()
-        };
-        let described = place
-            .stat()
-            .and_then(|stat| describe(&place, path.clone(), &stat));
-        match described {
-            Ok(item) => found.extend(item),
-            Err(Errno::NOENT) => {}
-            Err(errno) => return Err(FilesError::read(root.shown(&path), errno)),
-        }
-    }
-    found.sort_unstable_by(|left, right| left.entry.path.cmp(&right.entry.path));
-    Ok(found)
+    let described = describe(&place, Vec::new(), &stat).map_err(failed)?;
+    Ok(Found {
+        entry: Arc::new(described.ok_or_else(|| failed(Errno::NOTDIR))?),
+        stamp: Stamp::of(&stat),
+        links: stat.st_nlink,
+        known: None,
+        folder: None,
+    })
 }
 
 /// `None` for what has no place in a tree.
-fn describe(place: &Place, path: Vec<u8>, stat: &Stat) -> Result<Option<Found>, Errno> {
+fn describe(place: &Place, path: Vec<u8>, stat: &Stat) -> Result<Option<Entry>, Errno> {
     let kind = match FileType::from_raw_mode(stat.st_mode) {
         FileType::Directory => Kind::Directory,
         FileType::RegularFile => Kind::File {
@@ -188,20 +472,14 @@ fn describe(place: &Place, path: Vec<u8>, stat: &Stat) -> Result<Option<Found>, 
         FileType::Fifo => Kind::Fifo,
         FileType::Socket | FileType::Unknown => return Ok(None),
     };
-    let stamp = Stamp::of(stat);
-    let entry = Entry {
+    Ok(Some(Entry {
         path,
         kind,
         mode: stat.st_mode & 0o7777,
         uid: stat.st_uid,
         gid: stat.st_gid,
-        mtime_ns: stamp.mtime_ns,
+        mtime_ns: Stamp::of(stat).mtime_ns,
         attributes: place.attributes()?,
-    };
-    Ok(Some(Found {
-        entry,
-        stamp,
-        links: stat.st_nlink,
     }))
 }
 
@@ -219,7 +497,7 @@ fn mark_hard_links(found: &mut [Found]) {
             }
             Slot::Occupied(first) => {
                 let to = found[*first.get()].entry.path.clone();
-                found[index].entry.kind = Kind::HardLink { to };
+                Arc::make_mut(&mut found[index].entry).kind = Kind::HardLink { to };
             }
         }
     }
@@ -230,9 +508,9 @@ fn mark_hard_links(found: &mut [Found]) {
 /// # Errors
 /// As [`walk`].
 pub fn size(root: &Root, cancel: &AtomicBool) -> Result<(u64, u64), FilesError> {
-    let walked = walk(root, cancel)?;
+    let walked = walk(root, None, WALKERS, cancel)?;
     Ok((
-        walked.entries.iter().map(Entry::size).sum(),
+        walked.entries.iter().map(|entry| entry.size()).sum(),
         walked.entries.len() as u64,
     ))
 }
@@ -273,7 +551,8 @@ mod tests {
         let _socket = std::os::unix::net::UnixListener::bind(folder.path().join("socket")).unwrap();
         std::fs::write(folder.path().join("b"), "x").unwrap();
         std::fs::hard_link(folder.path().join("b"), folder.path().join("a")).unwrap();
-        let walked = walk(&Root::open(folder.path()).unwrap(), &AtomicBool::new(false)).unwrap();
+        let root = Root::open(folder.path()).unwrap();
+        let walked = walk(&root, None, WALKERS, &AtomicBool::new(false)).unwrap();
         let kinds: Vec<_> = walked
             .entries
             .iter()

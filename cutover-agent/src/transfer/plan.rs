@@ -8,18 +8,20 @@ use std::time::Duration;
 
 use super::collect::{Collector, Outlet, Tally};
 use super::wire::{Ask, Packed};
-use super::{SyncReport, TransferError};
+use super::{SyncReport, TransferError, Writers};
 use crate::files::apply;
 use crate::files::blocks::{self, Digest};
 use crate::files::content::{self, Calm};
-use crate::files::manifest::{self, Cursor, Entry, Manifest};
-use crate::files::walk::{self, Stamp, Walked};
+use crate::files::manifest::{self, Entry, Manifest, Pairing};
+use crate::files::walk::{self, Remembered, Stamp, WALKERS, Walked};
 use crate::files::{FilesError, Kind, Root};
 
 /// Blocks of files that are gone by which renamed ones are recognised: 4 GiB of them, about 12 MiB of memory.
 const MOVED_BLOCKS_MAX: usize = 1 << 18;
 /// Threads that read, hash and pack. Two keep a link of several Gbit/s busy, and leave the rest to the containers.
 const READERS: usize = 2;
+/// Threads that walk while the containers are frozen: beyond that they wait for each other.
+const FROZEN_WALKERS_MAX: usize = 8;
 
 /// What is remembered of a tree between rounds.
 #[derive(Debug, Default)]
@@ -46,14 +48,10 @@ pub(super) struct Ours {
 }
 
 impl Ours {
-    /// The digests of a file that has not changed since it was entry `at`.
-    fn unchanged(&self, at: usize, size: u64, stamp: &Stamp) -> Option<&Arc<Vec<Digest>>> {
-        let known = self.stamps.get(at).copied().flatten()?;
+    /// The digests of the file that is entry `at`.
+    fn digests(&self, at: usize, size: u64) -> Option<&Arc<Vec<Digest>>> {
         let digests = &self.manifest.digests[at];
-        let is_same = known.is_same(stamp)
-            && known.is_settled(self.scanned_ns)
-            && digests.len() as u64 == blocks::count(size);
-        is_same.then_some(digests)
+        (digests.len() as u64 == blocks::count(size)).then_some(digests)
     }
 }
 
@@ -81,13 +79,26 @@ impl Plan {
     }
 }
 
-/// Opens and walks a tree.
+/// Opens and walks a tree that was walked before as `ours`, if it was.
 ///
 /// # Errors
 /// When something in it cannot be read.
-pub(super) fn walk_tree(path: &Path, cancel: &AtomicBool) -> Result<(Root, Walked), TransferError> {
+pub(super) fn walk_tree(
+    path: &Path,
+    ours: Option<&Ours>,
+    writers: &Writers,
+    cancel: &AtomicBool,
+) -> Result<(Root, Walked), TransferError> {
     let root = Root::open(path).map_err(|errno| FilesError::read(path.to_owned(), errno))?;
-    let walked = walk::walk(&root, cancel)?;
+    let remembered =
+        ours.map(|ours| Remembered::new(&ours.manifest.entries, &ours.stamps, ours.scanned_ns));
+    let threads = match writers {
+        Writers::Running => WALKERS,
+        // The containers leave all processors to us.
+        Writers::Frozen => std::thread::available_parallelism().map_or(WALKERS, usize::from),
+    };
+    let threads = threads.min(FROZEN_WALKERS_MAX);
+    let walked = walk::walk(&root, remembered.as_ref(), threads, cancel)?;
     Ok((root, walked))
 }
 
@@ -104,21 +115,20 @@ pub(super) fn plan(
 ) -> Result<Plan, TransferError> {
     let origin = sealed.as_ref().map(|sealed| sealed.root);
     let has = sealed.map(|sealed| sealed.manifest).unwrap_or_default();
-    let steps = Packed::of(&manifest::difference(&has.entries, &walked.entries))?;
+    let pairs = Pairing::of(&has.entries, &walked.entries);
+    let steps = manifest::difference(&has.entries, &walked.entries, &pairs);
+    let steps = Packed::of(&steps)?;
     let (mut wanted, mut kept, mut base) = (Vec::new(), Vec::new(), Vec::new());
-    let mut theirs = Cursor::new(&has.entries);
-    let mut known = Cursor::new(ours.as_ref().map_or(&[], |ours| &ours.manifest.entries));
     for (index, (entry, stamp)) in walked.entries.iter().zip(&walked.stamps).enumerate() {
         if !matches!(entry.kind, Kind::File { .. }) {
             kept.push(None);
             base.push(None);
             continue;
         }
-        let there = theirs.find(&entry.path).and_then(|at| has.digests_of(at));
-        let unchanged = known
-            .find(&entry.path)
+        let there = pairs.old_of(index).and_then(|at| has.digests_of(at));
+        let unchanged = walked.known[index]
             .filter(|_| !rehash.contains(&(stamp.device, stamp.inode)))
-            .and_then(|at| ours.as_ref()?.unchanged(at, entry.size(), stamp))
+            .and_then(|at| ours.as_ref()?.digests(at as usize, entry.size()))
             .filter(|here| there.is_some_and(|there| Arc::ptr_eq(here, there) || *here == there));
         if unchanged.is_none() {
             wanted.push(index);
@@ -126,7 +136,7 @@ pub(super) fn plan(
         kept.push(unchanged.cloned());
         base.push(there.cloned());
     }
-    let moved = moved(&has, &walked.entries);
+    let moved = moved(&has, &walked.entries, &pairs);
     Ok(Plan {
         root,
         walked,
@@ -143,13 +153,12 @@ pub(super) fn plan(
 /// of the base, which block. A renamed file is found through them.
 pub(super) type Moved = HashMap<Digest, (u32, u32)>;
 
-fn moved(has: &Manifest, entries: &[Entry]) -> Moved {
-    let mut kept = Cursor::new(entries);
-    let removed_first = apply::in_the_way(&has.entries, entries);
+fn moved(has: &Manifest, entries: &[Arc<Entry>], pairs: &Pairing) -> Moved {
+    let removed_first = apply::in_the_way(&has.entries, entries, pairs);
     let mut moved = Moved::new();
-    for (index, (entry, digests)) in has.entries.iter().zip(&has.digests).enumerate() {
-        let is_gone = kept.find(&entry.path).is_none();
-        if digests.is_empty() || !is_gone || removed_first.contains(entry.path.as_slice()) {
+    for index in pairs.gone() {
+        let (entry, digests) = (&has.entries[index], &has.digests[index]);
+        if digests.is_empty() || removed_first.contains(entry.path.as_slice()) {
             continue;
         }
         if moved.len() + digests.len() > MOVED_BLOCKS_MAX {

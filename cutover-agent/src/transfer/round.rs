@@ -12,7 +12,7 @@ use tokio::sync::watch;
 use super::TreeName;
 use super::wire::{Blocks, Codec, DATA_BYTES_MAX, DataHead, Fault, Packed, Piece};
 use crate::files::blocks::{self, BLOCK_BYTES, Digest};
-use crate::files::manifest::{self, Cursor, Entry, Manifest, Step};
+use crate::files::manifest::{self, Entry, Manifest, Pairing, Step};
 use crate::files::{FilesError, Kind, Root, apply};
 
 /// How far a round has come.
@@ -42,7 +42,8 @@ pub(super) struct Round {
 struct Body {
     root: Root,
     base: Arc<Manifest>,
-    entries: Vec<Entry>,
+    entries: Vec<Arc<Entry>>,
+    pairs: Pairing,
     digests: Vec<Mutex<Arc<Vec<Digest>>>>,
     touched: Vec<AtomicBool>,
     completed: Vec<AtomicBool>,
@@ -73,13 +74,14 @@ impl Round {
         let steps: Vec<Step> = steps.open()?;
         let entries = manifest::rebuild(&base.entries, steps)?;
         manifest::check(&entries)?;
-        apply::prepare(&root, &base, &entries)?;
-        let mut known = Cursor::new(&base.entries);
-        let inherited = |entry: &Entry| {
-            let at = known.find(&entry.path);
-            inherited(at.and_then(|at| base.digests_of(at)), entry)
+        let pairs = Pairing::of(&base.entries, &entries);
+        apply::prepare(&root, &base, &entries, &pairs)?;
+        let inherited = |(index, entry): (usize, &Arc<Entry>)| {
+            let old = pairs.old_of(index);
+            inherited(old.and_then(|at| base.digests_of(at)), entry)
         };
-        let digests = entries.iter().map(inherited).map(Mutex::new).collect();
+        let all = entries.iter().enumerate();
+        let digests = all.map(inherited).map(Mutex::new).collect();
         let marks = || entries.iter().map(|_| AtomicBool::new(false)).collect();
         let (touched, completed) = (marks(), marks());
         // Set once, by the one task that prepares.
@@ -87,6 +89,7 @@ impl Round {
             root,
             base,
             entries,
+            pairs,
             digests,
             touched,
             completed,
@@ -154,7 +157,8 @@ impl Round {
             (0..marks.len()).filter(is_marked).collect()
         };
         let (touched, completed) = (marked(&tree.touched), marked(&tree.completed));
-        apply::finish(&tree.root, &tree.base, &tree.entries, &touched, &completed)?;
+        let (base, entries) = (&tree.base, &tree.entries);
+        apply::finish(&tree.root, base, entries, &tree.pairs, &touched, &completed)?;
         if is_durable {
             apply::sync(&tree.root)?;
         }
@@ -335,7 +339,9 @@ mod tests {
             entry(b"file", Kind::File { size }),
         ];
         let round = Round::new();
-        let steps = Packed::of(&difference(&[], &entries)).unwrap();
+        let entries: Vec<_> = entries.into_iter().map(Arc::new).collect();
+        let pairs = Pairing::of(&[], &entries);
+        let steps = Packed::of(&difference(&[], &entries, &pairs)).unwrap();
         round
             .prepare(open_tree(folder).unwrap(), Arc::default(), &steps)
             .unwrap();

@@ -393,7 +393,8 @@ impl Sender {
         let remembered = memory.sealed.take();
         let ours = memory.ours.clone();
         let (path, walking) = (root.to_owned(), Arc::clone(cancel));
-        let walk = off(move || plan::walk_tree(&path, &walking));
+        let (known, writers) = (ours.clone(), options.writers.clone());
+        let walk = off(move || plan::walk_tree(&path, known.as_deref(), &writers, &walking));
         // The walk and the target's answer take their time together.
         let sealed = sealed(link, tree, options, remembered);
         let (walked, sealed) = tokio::join!(walk, sealed);

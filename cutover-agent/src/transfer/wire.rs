@@ -1,5 +1,7 @@
 //! What the two ends of a transfer say to each other. Bytes of files are never in here: they follow a [`DataHead`].
 
+use std::sync::Arc;
+
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
@@ -247,7 +249,7 @@ impl Packed {
 /// A whole manifest as the target tells it.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Listing {
-    pub(crate) entries: Vec<manifest::Entry>,
+    pub(crate) entries: Vec<Arc<manifest::Entry>>,
     pub(crate) digests: Vec<Vec<Digest>>,
 }
 
