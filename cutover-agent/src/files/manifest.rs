@@ -14,8 +14,12 @@ use super::blocks::{self, Digest};
 /// The most blocks one tree may have: 64 GiB of logical size, 128 MiB of digests.
 pub const TREE_BLOCKS_MAX: u64 = 1 << 22;
 
+/// Entries that are hashed together.
+const RUN_ENTRIES: usize = 4096;
 /// Bytes given to the hash function at once: it does several chunks of 1 KiB side by side.
 const HASHED_AT_ONCE: usize = 64 << 10;
+/// Threads that hash a list of entries.
+const ROOT_THREADS_MAX: usize = 8;
 
 /// The longest relative path, in bytes; the kernel's PATH_MAX.
 pub const PATH_BYTES_MAX: usize = 4095;
@@ -201,32 +205,62 @@ impl Manifest {
             .count() as u64
     }
 
-    /// The hash of everything: metadata, content, names. Equal roots mean equal trees.
+    /// The hash of everything: metadata, content, names. Equal roots mean equal trees. It is the hash of the hashes of
+    /// runs of entries, which several threads make.
     #[must_use]
     pub fn root(&self) -> Digest {
-        let mut hasher = blake3::Hasher::new_derive_key("hopgate tree manifest 1");
-        let mut bytes = Vec::with_capacity(2 * HASHED_AT_ONCE);
-        for (entry, digests) in self.entries.iter().zip(&self.digests) {
-            let start = bytes.len();
-            bytes.extend_from_slice(&[0; 8]);
-            // Serialising these plain types into memory cannot fail; what is lost would only change the hash.
-            bytes = postcard::to_extend(&**entry, bytes).unwrap_or_default();
-            let length = bytes.len().saturating_sub(start + 8) as u64;
-            if let Some(before) = bytes.get_mut(start..start + 8) {
-                before.copy_from_slice(&length.to_le_bytes());
-            }
-            bytes.extend_from_slice(&(digests.len() as u64).to_le_bytes());
-            digests
-                .iter()
-                .for_each(|digest| bytes.extend_from_slice(&digest.0));
+        let runs: Vec<Run<'_>> = self
+            .entries
+            .chunks(RUN_ENTRIES)
+            .zip(self.digests.chunks(RUN_ENTRIES))
+            .collect();
+        let threads = std::thread::available_parallelism().map_or(1, usize::from);
+        let share = runs.len().div_ceil(threads.min(ROOT_THREADS_MAX)).max(1);
+        let mut hasher = blake3::Hasher::new_derive_key("hopgate tree manifest 2");
+        let mut add = |hashes: Vec<blake3::Hash>| {
+            hashes.iter().for_each(|hash| {
+                hasher.update(hash.as_bytes());
+            });
+        };
+        let hash = |runs: &[Run<'_>]| runs.iter().map(hash_run).collect();
+        if share == runs.len() {
+            add(hash(&runs));
+        } else {
+            std::thread::scope(|scope| {
+                let shares = runs.chunks(share);
+                let threads: Vec<_> = shares.map(|runs| scope.spawn(move || hash(runs))).collect();
+                // A thread that panics would change the hash, and the tree be refused.
+                let hashes = threads
+                    .into_iter()
+                    .map(|thread| thread.join().unwrap_or_default());
+                hashes.for_each(&mut add);
+            });
+        }
+        Digest(*hasher.finalize().as_bytes())
+    }
+}
+
+/// Some consecutive entries of a tree with their digests.
+type Run<'a> = (&'a [Arc<Entry>], &'a [Arc<Vec<Digest>>]);
+
+fn hash_run((entries, digests): &Run<'_>) -> blake3::Hash {
+    let mut hasher = blake3::Hasher::new();
+    let mut bytes = Vec::with_capacity(2 * HASHED_AT_ONCE);
+    for (entry, digests) in entries.iter().zip(*digests) {
+        // Serialising these plain types into memory cannot fail; what is lost would only change the hash. Each says
+        // itself where it ends.
+        bytes = postcard::to_extend(&**entry, bytes).unwrap_or_default();
+        bytes.extend_from_slice(&(digests.len() as u64).to_le_bytes());
+        for digest in digests.iter() {
+            bytes.extend_from_slice(&digest.0);
             if bytes.len() >= HASHED_AT_ONCE {
                 hasher.update(&bytes);
                 bytes.clear();
             }
         }
-        hasher.update(&bytes);
-        Digest(*hasher.finalize().as_bytes())
     }
+    hasher.update(&bytes);
+    hasher.finalize()
 }
 
 /// Checks entries that a peer sent.

@@ -212,9 +212,12 @@ pub(crate) fn walk(
         .unwrap_or_else(PoisonError::into_inner);
     let mut found = folders.in_order(first)?;
     mark_hard_links(&mut found);
+    let count = found.len();
     let mut walked = Walked {
+        entries: Vec::with_capacity(count),
+        stamps: Vec::with_capacity(count),
+        known: Vec::with_capacity(count),
         started_ns,
-        ..Walked::default()
     };
     for item in found {
         walked.entries.push(item.entry);
@@ -268,8 +271,10 @@ impl Folders {
         if let Some(failure) = self.failure {
             return Err(failure);
         }
+        let count = self.found.iter().map(Vec::len).sum::<usize>() + 1;
         let mut folders: Vec<_> = self.found.into_iter().map(Vec::into_iter).collect();
-        let mut found = vec![root];
+        let mut found = Vec::with_capacity(count);
+        found.push(root);
         let mut blocks: u64 = 0;
         // The folders that we are in.
         let mut inside = vec![0];
