@@ -7,7 +7,8 @@
 //! If CRIU is killed while parked, its tasks would wake; so the cgroup is frozen and the network fenced before
 //! anything is told to the agent. The hook outlives a killed agent, and the next agent finds its socket.
 //!
-//! At `pre-dump` the cgroup is frozen as well: CRIU's own freezer looks once whether it is, and then only every
+//! A dump is parked once before, at `pre-dump`: CRIU has found out what the kernel can do, the container still runs, and
+//! clients need not wait for it. Exit code 0 there freezes the cgroup first: CRIU's own freezer looks once whether it is, and then only every
 //! 100 ms (`wait_freezer_state_change` in seize.c). Finding it frozen, CRIU thaws it when it holds the tasks, and
 //! freezes it again when it lets them go alive; whoever gives a veto thaws it after that.
 
@@ -74,7 +75,13 @@ pub fn run(folder: &Path) -> ExitCode {
 fn act(folder: &Path, action: &str) -> std::io::Result<bool> {
     let spec: Spec = serde_json::from_slice(&std::fs::read(folder.join(SPEC_FILE))?)?;
     match (action, spec.at) {
-        ("pre-dump", ParkAt::Dump) => freeze(folder).map(|_| true),
+        ("pre-dump", ParkAt::Dump) => {
+            let released = park(folder)?;
+            if released {
+                freeze(folder)?;
+            }
+            Ok(released)
+        }
         ("post-dump", ParkAt::Dump) => {
             let criu = rustix::process::getppid();
             let frozen = freeze(folder)?;

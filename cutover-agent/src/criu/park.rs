@@ -190,14 +190,14 @@ impl Park {
 }
 
 impl Waiting {
-    /// Waits until the hook says that it is parked.
+    /// Waits until the hook says that it is parked; a dump's is so twice.
     ///
     /// # Errors
     /// When it ends without saying so.
     ///
     /// # Cancel safety
     /// Dropping the future loses nothing: the hook stays parked and its own socket finds it.
-    pub async fn parked(self) -> Result<(), ParkError> {
+    pub async fn parked(&self) -> Result<(), ParkError> {
         let read = async {
             let (mut stream, _) = self.listener.accept().await?;
             let mut word = [0; 7];
@@ -250,10 +250,13 @@ fn hook_error(path: &Path) -> String {
 /// a program replaced on disk while it runs exceeds.
 const GHOST_BYTES_MAX: u64 = 256 << 20;
 
+/// The script's name.
+pub(super) const SCRIPT: &str = "hook.sh";
+
 /// CRIU runs one path without arguments, so a short script carries the folder to our own binary.
 fn write_script(folder: &Path, cgroup_root: Option<&str>) -> std::io::Result<()> {
     let program = std::env::current_exe()?;
-    let script = folder.join("hook.sh");
+    let script = folder.join(SCRIPT);
     let mut file = std::fs::File::create(&script)?;
     // The shell answers the steps that are none of ours: each costs clients the start of a program.
     writeln!(

@@ -11,7 +11,6 @@ use cutover_protocol::wire::{Request, Response, Severity};
 
 use super::link::SyncJob;
 use super::{Driver, patience};
-use crate::engine::Dump;
 use crate::open_files;
 use crate::report::{Moving, Progress, eta_seconds};
 
@@ -38,7 +37,11 @@ impl Driver {
             Action::OpenTunnel => self.open_tunnel().await,
             Action::SyncFiles => self.unless_aborted(Self::sync_files).await.map(done),
             Action::PreCopy { round } => self.pre_copy(round).await,
-            Action::Hold { .. } => self.unless_aborted(Self::hold).await.map(done),
+            Action::Hold { .. } => {
+                // While nobody waits. Not given up half-way: what begins then would meet the next hop's.
+                self.begin_dumps().await?;
+                self.unless_aborted(Self::hold).await.map(done)
+            }
             Action::Checkpoint => self.checkpoint().await.map(done),
             Action::Transfer => self.transfer().await.map(done),
             Action::Restore => self.restore().await.map(done),
@@ -290,11 +293,15 @@ impl Driver {
             // Whoever depends on another stops before it.
             for name in self.containers().iter().rev() {
                 self.host
-                    .checkpoint(engine, name, Dump::default(), limit)
+                    .stop(name, limit)
                     .await
                     .map_err(|error| error.to_string())?;
             }
             return Ok(());
+        }
+        if self.begun.is_empty() {
+            // Another agent has held.
+            self.begin_dumps().await?;
         }
         match self.header.tracking {
             Tracking::SoftDirty => self.dump_to_images(limit).await?,

@@ -12,9 +12,9 @@ use cutover_protocol::schedule::Schedule;
 use super::Driver;
 use super::act::{PROGRESS_EVERY, UNHELD_MAX};
 use crate::cgroup::Cgroup;
-use crate::engine::{Dump, Host, pre_dump};
+use crate::engine::{Begun, Dump, Host, pre_dump};
 use crate::memory::{
-    DumpServer, Lanes, Moved, OwnLane, PAGE_BYTES, PageSource, Seal, Tally, read_container,
+    DumpServer, GiveUp, Lanes, Moved, OwnLane, PAGE_BYTES, PageSource, Seal, Tally, read_container,
     resident_bytes, spread_percent,
 };
 use crate::report::{Moving, eta_seconds};
@@ -122,16 +122,52 @@ impl Driver {
         }
     }
 
+    /// Begins the dump of every container, up to where it is frozen.
+    pub(super) async fn begin_dumps(&mut self) -> Result<(), String> {
+        if self.engine() != Engine::Criu {
+            return Ok(());
+        }
+        let rounds = match self.header.tracking {
+            Tracking::SoftDirty => u32::try_from(self.hop.rounds().len()).unwrap_or(u32::MAX),
+            Tracking::Content | Tracking::None => 0,
+        };
+        let has_server = self.header.tracking != Tracking::SoftDirty;
+        let limit = self.step_max();
+        let mut dumps = tokio::task::JoinSet::new();
+        for (index, name) in self.containers().into_iter().enumerate() {
+            let host = self.host.clone();
+            dumps.spawn(async move {
+                let begun = BegunDump::new(&host, name, (rounds, has_server), limit).await;
+                begun.map(|begun| (index, begun))
+            });
+        }
+        let mut begun = Vec::new();
+        while let Some(result) = dumps.join_next().await {
+            begun.push(result.map_err(|error| error.to_string())??);
+        }
+        begun.sort_unstable_by_key(|(index, _)| *index);
+        self.begun = begun.into_iter().map(|(_, begun)| begun).collect();
+        Ok(())
+    }
+
+    /// Lets go of every dump that has begun and frozen nothing.
+    pub(super) async fn dismiss_dumps(&mut self) -> Result<(), String> {
+        self.begun.clear();
+        for name in self.containers() {
+            self.host
+                .dismiss(&name, self.step_max())
+                .await
+                .map_err(|error| error.to_string())?;
+        }
+        Ok(())
+    }
+
     /// The final dump into images at the source, which the transfer copies.
     pub(super) async fn dump_to_images(&mut self, limit: Duration) -> Result<(), String> {
-        let dump = Dump {
-            rounds: u32::try_from(self.hop.rounds().len()).unwrap_or(u32::MAX),
-            page_server: None,
-        };
         let mut dumps = tokio::task::JoinSet::new();
-        for name in self.containers() {
+        for begun in std::mem::take(&mut self.begun) {
             let host = self.host.clone();
-            dumps.spawn(async move { host.checkpoint(Engine::Criu, &name, dump, limit).await });
+            dumps.spawn(async move { host.checkpoint(&begun.name, begun.dump, limit).await });
         }
         while let Some(result) = dumps.join_next().await {
             result
@@ -159,10 +195,10 @@ impl Driver {
         }
         let lanes = Lanes::new(self.schedule(), self.resident.clone());
         let mut dumps = tokio::task::JoinSet::new();
-        for (index, name) in self.containers().into_iter().enumerate() {
+        for (index, begun) in std::mem::take(&mut self.begun).into_iter().enumerate() {
             let (host, pages, tally) = (self.host.clone(), Arc::clone(&pages), Arc::clone(&tally));
             let lane = lanes.enter(index);
-            dumps.spawn(async move { dump(&host, &pages, &tally, lane, &name, limit).await });
+            dumps.spawn(async move { begun.serve(&host, &pages, &tally, lane, limit).await });
         }
         let dumping = async {
             let mut seals = Vec::new();
@@ -260,36 +296,67 @@ pub(super) async fn pids(host: &Host, name: &ContainerName) -> Result<Vec<u32>, 
     Ok(pids)
 }
 
-/// Dumps one container through a page server of its own.
-async fn dump(
-    host: &Host,
-    pages: &Arc<PageSource>,
-    tally: &Arc<Tally>,
-    lane: OwnLane,
-    name: &ContainerName,
-    limit: Duration,
-) -> Result<Seal, String> {
-    let (server, given_up) = DumpServer::bind().map_err(|error| error.to_string())?;
-    let dump = Dump {
-        rounds: 0,
-        page_server: Some(server.addr()),
-    };
-    let (source, container, counted) = (Arc::clone(pages), name.to_string(), Arc::clone(tally));
-    let serving = tokio::task::spawn_blocking(move || {
-        server.serve(&source, &container, &counted, lane, limit)
-    });
-    let dumped = host.checkpoint(Engine::Criu, name, dump, limit).await;
-    drop(given_up);
-    match dumped {
-        // A failed dump may leave CRIU connected until it is vetoed: its server is not waited for.
-        Err(error) if !serving.is_finished() => Err(error.to_string()),
-        Err(error) => match serving.await {
-            Ok(Err(cause)) => Err(format!("{error}: {cause}")),
-            _ => Err(error.to_string()),
-        },
-        Ok(()) => serving
-            .await
-            .map_err(|error| error.to_string())?
-            .map_err(|error| format!("the memory of {name}: {error}")),
+/// A container's final dump that has begun, and where its pages will go.
+#[derive(Debug)]
+pub(super) struct BegunDump {
+    name: ContainerName,
+    dump: Begun,
+    /// Takes the pages, where they go to the target as CRIU reads them.
+    server: Option<(DumpServer, GiveUp)>,
+}
+
+impl BegunDump {
+    async fn new(
+        host: &Host,
+        name: ContainerName,
+        (rounds, has_server): (u32, bool),
+        limit: Duration,
+    ) -> Result<Self, String> {
+        let server = has_server.then(DumpServer::bind).transpose();
+        let server = server.map_err(|error| error.to_string())?;
+        let page_server = server.as_ref().map(|(server, _)| server.addr());
+        let dump = Dump {
+            rounds,
+            page_server,
+        };
+        let begun = host.begin(&name, dump, limit).await;
+        Ok(Self {
+            dump: begun.map_err(|error| error.to_string())?,
+            name,
+            server,
+        })
+    }
+
+    /// Freezes the container, and takes its pages.
+    async fn serve(
+        self,
+        host: &Host,
+        pages: &Arc<PageSource>,
+        tally: &Arc<Tally>,
+        lane: OwnLane,
+        limit: Duration,
+    ) -> Result<Seal, String> {
+        let name = self.name;
+        let Some((server, given_up)) = self.server else {
+            return Err(format!("the dump of {name} has no page server"));
+        };
+        let (source, container, counted) = (Arc::clone(pages), name.to_string(), Arc::clone(tally));
+        let serving = tokio::task::spawn_blocking(move || {
+            server.serve(&source, &container, &counted, lane, limit)
+        });
+        let dumped = host.checkpoint(&name, self.dump, limit).await;
+        drop(given_up);
+        match dumped {
+            // A failed dump may leave CRIU connected until it is vetoed: its server is not waited for.
+            Err(error) if !serving.is_finished() => Err(error.to_string()),
+            Err(error) => match serving.await {
+                Ok(Err(cause)) => Err(format!("{error}: {cause}")),
+                _ => Err(error.to_string()),
+            },
+            Ok(()) => serving
+                .await
+                .map_err(|error| error.to_string())?
+                .map_err(|error| format!("the memory of {name}: {error}")),
+        }
     }
 }

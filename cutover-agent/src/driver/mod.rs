@@ -41,6 +41,7 @@ use crate::tunnel::Tunnel;
 use journal::{Header, Journal, JournalError};
 use lease::Lease;
 use link::Link;
+use memory::BegunDump;
 
 /// Pauses between tries to read the register or to finish a committed hop: doubled up to the last.
 const RETRY_FIRST: Duration = Duration::from_millis(100);
@@ -135,6 +136,8 @@ pub struct Driver {
     bytes: u64,
     /// What completes the memory of each container at the target, once it was dumped.
     seals: Vec<Seal>,
+    /// Dumps that have begun and wait, their containers running on.
+    begun: Vec<BegunDump>,
     /// What each container has in memory, as of the last round.
     resident: Vec<(String, u64)>,
     /// Processor time each container had used, in microseconds, when its last round began.
@@ -265,6 +268,7 @@ impl Driver {
             first,
             bytes: 0,
             seals: Vec::new(),
+            begun: Vec::new(),
             resident: Vec::new(),
             used: BTreeMap::new(),
         }

@@ -148,6 +148,7 @@ impl Driver {
             Undo::KillTarget => self.link.order(&Request::Kill { hop }, KILL_MAX).await,
             Undo::Thaw => self.thaw().await,
             Undo::Reopen => {
+                self.dismiss_dumps().await?;
                 for (service, epoch) in self.holds().into_iter().rev() {
                     self.give(&service, epoch, Site::Source).await?;
                 }

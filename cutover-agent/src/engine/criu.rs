@@ -64,12 +64,20 @@ fn fresh(images: &Path) {
     let _ = std::fs::create_dir_all(images);
 }
 
-pub(super) async fn checkpoint(
+/// A dump that has begun, and waits for the word to freeze its container. Dropped, it goes on waiting: see [`dismiss`].
+#[derive(Debug)]
+pub struct Begun {
+    runtime: Child,
+    waiting: Waiting,
+}
+
+pub(super) async fn begin(
     host: &Host,
     name: &ContainerName,
     dump: Dump,
     limit: Duration,
-) -> Result<(), EngineError> {
+) -> Result<Begun, EngineError> {
+    dismiss(host, name, limit).await?;
     let container = host.container(name)?;
     let park = host.park(name);
     let waiting = park.prepare(ParkAt::Dump, &container.network_namespace, None)?;
@@ -82,25 +90,51 @@ pub(super) async fn checkpoint(
         work: &work,
         parent: parent.as_deref(),
     };
-    let child = host.runc.checkpoint(
+    let runtime = host.runc.checkpoint(
         name.as_str(),
         folders,
         dump.page_server,
         &park.criu_configuration(),
     )?;
-    until_parked(
-        host,
-        child,
-        waiting,
-        Call {
-            verb: "checkpoint",
-            name,
-            work: &work,
-        },
-        limit,
-    )
-    .await
-    .map(drop)
+    let mut begun = Begun { runtime, waiting };
+    let call = Call {
+        verb: "checkpoint",
+        name,
+        work: &work,
+    };
+    until_parked(host, &mut begun.runtime, &begun.waiting, call, limit).await?;
+    Ok(begun)
+}
+
+/// Lets go of a dump that has begun and frozen nothing, if there is one; its container runs on.
+pub(super) async fn dismiss(
+    host: &Host,
+    name: &ContainerName,
+    limit: Duration,
+) -> Result<(), EngineError> {
+    let park = host.park(name);
+    if park.frozen().is_none() {
+        park.tell(Word::Veto, limit).await?;
+    }
+    Ok(())
+}
+
+pub(super) async fn checkpoint(
+    host: &Host,
+    name: &ContainerName,
+    mut begun: Begun,
+    limit: Duration,
+) -> Result<(), EngineError> {
+    if !host.park(name).tell(Word::Go, limit).await? {
+        return Err(begun.waiting.witness().not_parked().into());
+    }
+    let work = host.work(name).join(FINAL);
+    let call = Call {
+        verb: "checkpoint",
+        name,
+        work: &work,
+    };
+    until_parked(host, &mut begun.runtime, &begun.waiting, call, limit).await
 }
 
 struct Call<'a> {
@@ -112,17 +146,17 @@ struct Call<'a> {
 /// Waits for the hook, or for the runtime to end without it, or for the limit.
 async fn until_parked(
     host: &Host,
-    mut child: Child,
-    waiting: Waiting,
+    runtime: &mut Child,
+    waiting: &Waiting,
     call: Call<'_>,
     limit: Duration,
-) -> Result<Child, EngineError> {
+) -> Result<(), EngineError> {
     let witness = waiting.witness();
     tokio::select! {
         // The hook is asked first: a runtime that ends at once may have parked and been killed since.
         biased;
-        parked = waiting.parked() => parked.map(|()| child).map_err(EngineError::from),
-        ended = child.wait() => {
+        parked = waiting.parked() => parked.map_err(EngineError::from),
+        ended = runtime.wait() => {
             let judged = match ended {
                 Ok(status) => host.runc.judge(status, call.verb, call.name.as_str(), call.work),
                 Err(source) => return Err(spawn_error(host, source)),
@@ -251,7 +285,7 @@ pub(super) async fn build(
         work: &work,
         parent: None,
     };
-    let child = host.runc.restore(
+    let mut runtime = host.runc.restore(
         name.as_str(),
         &container.bundle,
         folders,
@@ -262,7 +296,8 @@ pub(super) async fn build(
         name,
         work: &work,
     };
-    until_parked(host, child, waiting, call, limit).await
+    until_parked(host, &mut runtime, &waiting, call, limit).await?;
+    Ok(runtime)
 }
 
 /// The cgroup of the bundle, where the unified hierarchy is the only one. There CRIU would put the tasks back where

@@ -20,7 +20,7 @@ use crate::criu::park::{Park, ParkError};
 use crate::fence::{self, FenceError};
 use crate::runtime::runc::{Runc, RuntimeError};
 
-pub use criu::pre_dump;
+pub use criu::{Begun, pre_dump};
 
 /// Something an engine tried on a container did not work.
 #[derive(Debug, thiserror::Error)]
@@ -130,20 +130,17 @@ impl Host {
         self.config.images(name).join(criu::FINAL)
     }
 
-    /// CRIU's own time for a container's final dump, from its start to where it is parked, in milliseconds.
+    /// CRIU's own time for a container's final dump, from the word to freeze it to where it is parked, in milliseconds.
     #[must_use]
     pub fn dump_ms(&self, name: &ContainerName) -> Option<u64> {
-        log::until_script_ms(
-            &self.work(name).join(criu::FINAL).join("dump.log"),
-            "post-dump",
-        )
+        log::dump_ms(&self.work(name).join(criu::FINAL).join("dump.log"))
     }
 
     /// CRIU's own time for a container's restore, from its start to where it is parked, in milliseconds.
     #[must_use]
     pub fn restore_ms(&self, name: &ContainerName) -> Option<u64> {
         let log = self.work(name).join(criu::RESTORE).join("restore.log");
-        log::until_script_ms(&log, "post-restore")
+        log::restore_ms(&log)
     }
 
     /// Bytes of pages in the images of a container's final dump; what an earlier round has is not in them.
@@ -170,21 +167,46 @@ impl Host {
         Park::new(&self.config.state_dir, name.as_str())
     }
 
-    /// Stops a running container so that it can still be thawed: frozen and fenced, everything written.
+    /// Begins the dump of a running container, which runs on until [`Self::checkpoint`].
+    ///
+    /// # Errors
+    /// [`EngineError`]; [`Self::dismiss`] then lets go of what has begun.
+    pub async fn begin(
+        &self,
+        name: &ContainerName,
+        dump: Dump,
+        limit: Duration,
+    ) -> Result<Begun, EngineError> {
+        criu::begin(self, name, dump, limit).await
+    }
+
+    /// Lets go of a dump that has begun and frozen nothing; nothing happens when there is none.
+    ///
+    /// # Errors
+    /// [`EngineError`]; it may be called again.
+    pub async fn dismiss(&self, name: &ContainerName, limit: Duration) -> Result<(), EngineError> {
+        criu::dismiss(self, name, limit).await
+    }
+
+    /// Stops a container whose dump has begun so that it can still be thawed: frozen and fenced, everything written.
     ///
     /// # Errors
     /// [`EngineError`]; [`Self::thaw`] then puts everything back.
     pub async fn checkpoint(
         &self,
-        engine: Engine,
         name: &ContainerName,
-        dump: Dump,
+        begun: Begun,
         limit: Duration,
     ) -> Result<(), EngineError> {
-        match engine {
-            Engine::Criu => criu::checkpoint(self, name, dump, limit).await,
-            Engine::Restart => restart::checkpoint(self, name, limit).await,
-        }
+        criu::checkpoint(self, name, begun, limit).await
+    }
+
+    /// Stops a container cleanly, for the engine `restart`; nothing of it runs any more.
+    ///
+    /// # Errors
+    /// [`EngineError`]; [`Self::thaw`] then starts it again.
+    pub async fn stop(&self, name: &ContainerName, limit: Duration) -> Result<(), EngineError> {
+        restart::stop(self, name, limit).await
     }
 
     /// Lets a checkpointed container run again at the source, wherever the checkpoint stood.

@@ -12,7 +12,7 @@ use crate::fence::Fence;
 const POLL: Duration = Duration::from_millis(10);
 
 /// Fences, then sends SIGTERM and waits until the container has ended.
-pub(super) async fn checkpoint(
+pub(super) async fn stop(
     host: &Host,
     name: &ContainerName,
     limit: Duration,

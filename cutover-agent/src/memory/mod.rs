@@ -43,7 +43,7 @@ pub use digest::{DigestKey, PAGE_BYTES, PageDigest};
 pub(crate) use fuzz::{FuzzedSink, fuzz_dump, fuzz_peer_words};
 pub(crate) use lanes::{Lanes, Moved, OwnLane, spread_percent};
 pub(crate) use live::{read_container, resident_bytes};
-pub(crate) use ship::{DumpServer, PageSource, Tally};
+pub(crate) use ship::{DumpServer, GiveUp, PageSource, Tally};
 pub use store::PageStore;
 pub(crate) use wire::Seal;
 pub use wire::{ImageId, PageFault, Region};

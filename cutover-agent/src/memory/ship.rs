@@ -226,12 +226,14 @@ impl Shipper {
 }
 
 /// A page server that waits for one container's dump.
+#[derive(Debug)]
 pub(crate) struct DumpServer {
     listener: Listener,
     is_given_up: Arc<AtomicBool>,
 }
 
 /// Ends the waiting of a [`DumpServer`] when dropped.
+#[derive(Debug)]
 pub(crate) struct GiveUp(Arc<AtomicBool>);
 
 impl Drop for GiveUp {

@@ -70,6 +70,8 @@ const PATIENCE_MAX: u32 = 32;
 /// Streams are idle because of the packing when it takes more than this part of a packer's time; a step up must leave
 /// it at half of that.
 const BUSY: f64 = 0.1;
+/// A longer pause before a frame tells nothing of the next one.
+const GAP_MAX: Duration = Duration::from_millis(50);
 /// Packing is strong, and large frames are worth it, when it leaves less than this, in thousandths.
 const STRONG_PERMILLE: u32 = 600;
 /// A frame is sampled at so many places, so many bytes each.
@@ -153,28 +155,28 @@ impl Gauge {
             }
             return;
         }
+        let busy = |rung: usize| {
+            let took = bytes as f64 / self.speed(rung);
+            took / (took + gap.min(GAP_MAX).as_secs_f64())
+        };
+        if look.idle == look.streams {
+            self.step(|rung| {
+                let mut stronger = (rung + 1..LADDER.len()).rev();
+                stronger.find(|next| busy(*next) < BUSY / 2.0)
+            });
+        }
         let (idle, streams) = (look.idle as u32, look.streams as u32);
         let idle = self.idle_in_a_row.fetch_add(idle, Ordering::Relaxed) + idle;
         let is_long = idle >= streams * (streams + IDLE_BEYOND_STREAMS);
-        let busy = |rung: usize| {
-            let took = bytes as f64 / self.speed(rung);
-            took / (took + gap.as_secs_f64())
-        };
         let is_slow = is_long && busy(self.rung.load(Ordering::Relaxed)) > BUSY;
         let wire = self.flow(|flow| flow.rest(look, now, is_slow));
-        if !is_long {
-            return;
+        if is_long {
+            // Half the way again until the next step.
+            self.idle_in_a_row.store(idle / 2, Ordering::Relaxed);
         }
-        // Half the way again until the next step.
-        self.idle_in_a_row.store(idle / 2, Ordering::Relaxed);
-        self.step(|rung| {
-            if is_slow {
-                self.better(rung, wire, &[-1])
-            } else {
-                let next = rung + 1;
-                (next < LADDER.len() && busy(next) < BUSY / 2.0).then_some(next)
-            }
-        });
+        if is_slow {
+            self.step(|rung| self.better(rung, wire, &[-1]));
+        }
     }
 
     /// Bytes a second that one thread packs on a rung.
@@ -499,7 +501,7 @@ mod tests {
         assert_eq!(gauge.rung.load(Ordering::Relaxed), 0);
         let slow = (64 << 10, Duration::from_millis(10));
         for _ in 0..100 * STREAMS {
-            gauge.look(look(2, 0), slow, Instant::now());
+            gauge.look(look(STREAMS, 0), slow, Instant::now());
         }
         let rung = gauge.rung.load(Ordering::Relaxed);
         assert_eq!(
