@@ -128,8 +128,7 @@ impl Pool {
         }
     }
 
-    /// A place on a connection that many requests share; makes one where there is none, and gives up as soon as the
-    /// gate no longer wants it made.
+    /// A place on a connection that many requests share; makes one where there is none, as [`Self::connect`] does.
     ///
     /// # Cancel safety
     /// Dropping the future drops the attempt.
@@ -141,17 +140,9 @@ impl Pool {
     ) -> Result<Slot, NoConnection> {
         let settings = self.current.settings();
         let connect = self.connect(ticket, server, connect_max);
-        let slot = self
-            .sessions
-            .slot(server.id(), ticket.register(), &settings.limits, connect);
-        let mut words = self.service.gate.subscribe();
-        // Whoever waits for another's attempt does not watch the gate there.
-        let moved = words.wait_for(|word| !ticket.is_allowed_by(*word));
-        tokio::select! {
-            biased;
-            slot = slot => slot,
-            _ = moved => Err(NoConnection::GateMoved),
-        }
+        self.sessions
+            .slot(server.id(), ticket.register(), &settings.limits, connect)
+            .await
     }
 
     /// Takes a connection back after a request: `sound` if it may serve another.
@@ -182,11 +173,12 @@ impl Pool {
             if age < idle_max && upstream.register == ticket.register() && upstream.is_silent(age) {
                 return Some(upstream);
             }
+            self.part(upstream);
         }
         None
     }
 
-    /// Makes a connection; gives up as soon as the gate no longer wants it made.
+    /// Makes a connection. When the gate no longer wants it made it is ended as others are, and counted until then.
     ///
     /// # Cancel safety
     /// Dropping the future drops the attempt.
@@ -205,10 +197,16 @@ impl Pool {
         let counted = Counted::new(gate, self.worker, Some(server.opens()));
         let moved = words.wait_for(|word| !ticket.is_allowed_by(*word));
         let attempt = timeout(connect_max, connect(server, server.sender(), connect_max));
+        tokio::pin!(attempt);
         let stream = tokio::select! {
             biased;
-            _ = moved => return Err(NoConnection::GateMoved),
-            made = attempt => made.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())),
+            _ = moved => {
+                // The server may have it already, and would be frozen with it.
+                let limit = self.current.settings().limits.upstream_close_max;
+                Box::pin(end_attempt(attempt, limit)).await;
+                return Err(NoConnection::GateMoved);
+            }
+            made = &mut attempt => made.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())),
         };
         Ok(Upstream {
             stream: stream.map_err(NoConnection::Failed)?,
@@ -233,6 +231,8 @@ impl Pool {
                 upstream,
                 since: clock::recently(),
             });
+        } else {
+            self.part(upstream);
         }
     }
 
@@ -259,8 +259,8 @@ impl Pool {
         self.idle.borrow_mut().retain(|server, kept| {
             let allowed = word.mode != Mode::Holding && leads_there(*server);
             let of_now = |entry: &mut Idle| allowed && word.register == entry.upstream.register;
-            parting.extend(kept.extract_if(.., |entry| !of_now(entry)));
-            kept.retain(|entry| entry.since.elapsed() < idle_max);
+            let is_over = |entry: &mut Idle| !of_now(entry) || entry.since.elapsed() >= idle_max;
+            parting.extend(kept.extract_if(.., is_over));
             count += kept.len();
             !kept.is_empty()
         });
@@ -308,6 +308,16 @@ impl Upstream {
             // without a look behind it, and a TLS session has tickets to read.
             Hearsay::Silent | Hearsay::Readable | Hearsay::None => self.stream.is_silent(),
         }
+    }
+}
+
+/// Waits for a connection that nobody wants any more, and closes it; each for a limited time.
+async fn end_attempt<T>(
+    attempt: impl Future<Output = Result<io::Result<Stream>, T>>,
+    limit: Duration,
+) {
+    if let Ok(Ok(Ok(stream))) = timeout(limit, attempt).await {
+        close_politely(&stream, limit).await;
     }
 }
 

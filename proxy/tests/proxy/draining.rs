@@ -297,3 +297,44 @@ fn a_request_that_waits_for_a_held_one_of_its_own_server_is_named() {
         [own.socket().local_addr().unwrap().to_string()]
     );
 }
+
+#[test]
+fn a_connection_that_is_being_made_when_the_gate_closes_is_waited_for() {
+    let source = Stage::new();
+    let folder = tempfile::tempdir().unwrap();
+    let authority = crate::tls::Authority::new();
+    std::fs::write(folder.path().join("ca.pem"), authority.pem()).unwrap();
+    let tls = format!(
+        "[upstream.tls]\nname = \"app.internal\"\nca = \"{}\"",
+        folder.path().join("ca.pem").display()
+    );
+    let group = |name: &str, server, tls: &str| {
+        format!(
+            "[[upstream]]\nname = \"{name}\"\nservers = [{{ address = \"{server}\" }}]\n{tls}\n"
+        )
+    };
+    let target = Nobody::new().address();
+    let world = Plan::new(source.address(), target)
+        .named("here", "there")
+        .table(&group("here", source.address(), &tls))
+        .table(&group("there", target, ""))
+        .limits("upstream_close_ms_max = 60_000")
+        .start();
+    let mut client = world.client();
+    client.send("GET / HTTP/1.1\r\nHost: h\r\n\r\n");
+    // Its handshake is never answered.
+    let upstream = source.accept();
+    thread::scope(|scope| {
+        let held = scope.spawn(|| world.control().say(&hold(Epoch(1), 60_000, 60_000)));
+        let status = world.until(|status| status.gate != Gate::Open);
+        assert_eq!(status.upstream_connections, 1, "{status:?}");
+        assert!(!held.is_finished());
+        drop(upstream);
+        let drained = done(held.join().unwrap());
+        assert_eq!(
+            (drained.gate, drained.upstream_connections),
+            (Gate::Holding, 0)
+        );
+    });
+    world.until_held(1);
+}
