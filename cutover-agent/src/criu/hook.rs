@@ -15,6 +15,7 @@
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
@@ -32,6 +33,12 @@ pub(super) const SPEC_FILE: &str = "hook.json";
 pub(super) const FROZEN_FILE: &str = "frozen.json";
 /// Why the hook refused, for the agent's message.
 pub(super) const ERROR_FILE: &str = "hook-error";
+
+/// How long a container may take to close what its peers have closed. Some never do.
+const CLOSING_MAX: Duration = Duration::from_millis(100);
+const CLOSING_PAUSE: Duration = Duration::from_millis(1);
+/// As the kernel writes it (include/net/tcp_states.h).
+const CLOSE_WAIT: &str = "08";
 
 /// Which end of a hop a hook parks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -78,6 +85,7 @@ fn act(folder: &Path, action: &str) -> std::io::Result<bool> {
         ("pre-dump", ParkAt::Dump) => {
             let released = park(folder)?;
             if released {
+                let_close(init_pid()?);
                 freeze(folder)?;
             }
             Ok(released)
@@ -99,13 +107,38 @@ fn act(folder: &Path, action: &str) -> std::io::Result<bool> {
     }
 }
 
+/// The first process of the container that CRIU dumps.
+fn init_pid() -> std::io::Result<u32> {
+    let named = std::env::var("CRTOOLS_INIT_PID").ok();
+    named.and_then(|pid| pid.parse().ok()).ok_or_else(|| {
+        std::io::Error::other("CRIU did not say which process it dumps (CRTOOLS_INIT_PID)")
+    })
+}
+
+/// Waits until the container has closed what its peers have closed, for a limited time: a socket that is frozen half
+/// closed cannot be restored where its address is another one, and one drain ends in many of them.
+fn let_close(init_pid: u32) {
+    let deadline = Instant::now() + CLOSING_MAX;
+    let is_closing = |table: &str| {
+        std::fs::read_to_string(format!("/proc/{init_pid}/net/{table}"))
+            .is_ok_and(|text| has_half_closed(&text))
+    };
+    while ["tcp", "tcp6"].into_iter().any(is_closing) && Instant::now() < deadline {
+        std::thread::sleep(CLOSING_PAUSE);
+    }
+}
+
+/// Whether a table of the kernel's (`/proc/net/tcp`) has a socket in the state CLOSE_WAIT.
+fn has_half_closed(table: &str) -> bool {
+    let mut states = table
+        .lines()
+        .skip(1)
+        .map(|line| line.split_whitespace().nth(3));
+    states.any(|state| state == Some(CLOSE_WAIT))
+}
+
 fn freeze(folder: &Path) -> std::io::Result<Frozen> {
-    let init_pid: u32 = std::env::var("CRTOOLS_INIT_PID")
-        .ok()
-        .and_then(|pid| pid.parse().ok())
-        .ok_or_else(|| {
-            std::io::Error::other("CRIU did not say which process it dumps (CRTOOLS_INIT_PID)")
-        })?;
+    let init_pid = init_pid()?;
     let cgroup = Cgroup::of(init_pid).map_err(std::io::Error::other)?;
     let frozen = Frozen { cgroup, init_pid };
     std::fs::write(folder.join(FROZEN_FILE), serde_json::to_vec(&frozen)?)?;
@@ -138,4 +171,30 @@ fn park(folder: &Path) -> std::io::Result<bool> {
     std::mem::forget((agent, word.1));
     let _ = std::fs::remove_file(folder.join(PARK_SOCKET));
     Ok(word.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_socket_that_its_peer_has_closed_is_seen_in_the_kernels_table() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let peer = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (socket, _) = listener.accept().unwrap();
+        let port = socket.local_addr().unwrap().port();
+        let of_ours = || {
+            let text = std::fs::read_to_string("/proc/self/net/tcp").unwrap();
+            let local = format!("0100007F:{port:04X}");
+            let is_ours = |line: &&str| line.split_whitespace().nth(1) == Some(&local);
+            let ours: Vec<&str> = text.lines().filter(is_ours).collect();
+            format!("sl\n{}", ours.join("\n"))
+        };
+        assert!(!has_half_closed(&of_ours()));
+        drop(peer);
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while !has_half_closed(&of_ours()) {
+            assert!(Instant::now() < deadline, "{}", of_ours());
+        }
+    }
 }
