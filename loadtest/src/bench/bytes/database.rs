@@ -106,9 +106,20 @@ impl Database {
                 what: said,
             });
         }
+        self.signal(Signal::STOP)
+    }
+
+    /// Lets the server and its writer go on.
+    ///
+    /// # Errors
+    /// When the server has ended.
+    pub fn thaw(&mut self) -> Result<()> {
+        self.signal(Signal::CONT)
+    }
+
+    fn signal(&self, signal: Signal) -> Result<()> {
         let pid = self.site.pid(ContainerKind::Db).and_then(Pid::from_raw);
-        let stopped = pid.is_some_and(|pid| kill_process(pid, Signal::STOP).is_ok());
-        if stopped {
+        if pid.is_some_and(|pid| kill_process(pid, signal).is_ok()) {
             return Ok(());
         }
         Err(LabError::Output {

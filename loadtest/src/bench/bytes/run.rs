@@ -28,6 +28,8 @@ const IPERF_S: u64 = 8;
 const IPERF_QUICK_S: u64 = 2;
 const OURS: &str = "hopgate";
 const RIVALS: [Rsync; 2] = [Rsync::Plain, Rsync::Compressed];
+/// Who copies, in turn.
+const SYSTEMS: [&str; 3] = [OURS, Rsync::Plain.name(), Rsync::Compressed.name()];
 
 /// Measures; `tell` hears of each case as soon as it is through.
 ///
@@ -159,16 +161,28 @@ impl One<'_> {
             failures: Vec::new(),
         };
         let mut ends = Ends::start(self.stage, self.folders)?;
+        let mut copy = |system, (name, word, is_still)| {
+            self.copy(system, (name, word, is_still), &mut ends, &mut report)
+        };
+        let delta = ("delta", Word::Frozen, true);
         if let Some(database) = &mut database {
             database.write(self.stage)?;
+            for system in SYSTEMS {
+                // Each has to make good what was written while it copied, as in a hop.
+                copy(system, ("first", Word::First, false))?;
+                database.freeze()?;
+                copy(system, delta)?;
+                database.thaw()?;
+            }
+        } else {
+            for system in SYSTEMS {
+                copy(system, ("first", Word::First, true))?;
+            }
+            set.change(size, &source)?;
+            for system in SYSTEMS {
+                copy(system, delta)?;
+            }
         }
-        let still = database.is_none();
-        self.copies("first", Word::First, still, &mut ends, &mut report)?;
-        match &mut database {
-            Some(database) => database.freeze()?,
-            None => set.change(size, &source)?,
-        }
-        self.copies("delta", Word::Frozen, true, &mut ends, &mut report)?;
         Ok(report)
     }
 
@@ -183,59 +197,55 @@ impl One<'_> {
             })
     }
 
-    /// One copy by each system; `still` trees are compared afterwards.
-    fn copies(
+    /// One copy by one system; a tree that is still is compared afterwards.
+    fn copy(
         &self,
-        copy: &'static str,
-        word: Word,
-        still: bool,
+        system: &'static str,
+        (copy, word, is_still): (&'static str, Word, bool),
         ends: &mut Ends,
         report: &mut CaseReport,
     ) -> Result<()> {
         let source = self.stage.source_tree();
-        for system in [OURS, Rsync::Plain.name(), Rsync::Compressed.name()] {
-            let rival = RIVALS.into_iter().find(|rival| rival.name() == system);
-            let folder = rival.map_or(OURS, Rsync::folder);
-            let target = self.stage.target_tree(folder);
-            let bytes_data = match copy {
-                "first" => tree::bytes(&source)?,
-                _ => tree::changed_blocks(&target, &source)? * (16 << 10),
-            };
-            self.progress
-                .now(format!("{}: {copy} copy by {system}", report.name));
-            Stage::settle();
-            let before = self.stage.sent()?;
-            let seconds = match rival {
-                Some(rival) => rivals::rsync(self.stage, rival, &source),
-                None => ends.source.tell(word).map(|copied: Copied| copied.seconds),
-            };
-            let bytes_wire = self.stage.sent()? - before;
-            let seconds = match seconds {
-                Ok(seconds) => seconds,
-                Err(_) if interrupt::requested() => return Err(LabError::Interrupted),
-                Err(error) => {
-                    report
-                        .failures
-                        .push(format!("{copy} copy by {system}: {error}"));
-                    continue;
-                }
-            };
-            report.rows.push(Row {
-                set: self.case.set.name(),
-                link: self.case.link.link.to_string(),
-                system,
-                copy,
-                seconds,
-                bytes_wire,
-                bytes_data,
-                memory_bytes_max: rival.is_none().then(|| ends.memory_bytes_max()),
-            });
-            if still {
-                let differences = tree::differences(&source, &target)?;
-                let named = differences.into_iter();
-                let failures = named.map(|what| format!("{copy} copy by {system}: {what}"));
-                report.failures.extend(failures);
+        let rival = RIVALS.into_iter().find(|rival| rival.name() == system);
+        let target = self.stage.target_tree(rival.map_or(OURS, Rsync::folder));
+        let bytes_data = match copy {
+            "first" => tree::bytes(&source)?,
+            _ => tree::changed_blocks(&target, &source)? * (16 << 10),
+        };
+        self.progress
+            .now(format!("{}: {copy} copy by {system}", report.name));
+        Stage::settle();
+        let before = self.stage.sent()?;
+        let seconds = match rival {
+            Some(rival) => rivals::rsync(self.stage, rival, &source),
+            None => ends.source.tell(word).map(|copied: Copied| copied.seconds),
+        };
+        let bytes_wire = self.stage.sent()? - before;
+        let seconds = match seconds {
+            Ok(seconds) => seconds,
+            Err(_) if interrupt::requested() => return Err(LabError::Interrupted),
+            Err(error) => {
+                report
+                    .failures
+                    .push(format!("{copy} copy by {system}: {error}"));
+                return Ok(());
             }
+        };
+        report.rows.push(Row {
+            set: self.case.set.name(),
+            link: self.case.link.link.to_string(),
+            system,
+            copy,
+            seconds,
+            bytes_wire,
+            bytes_data,
+            memory_bytes_max: rival.is_none().then(|| ends.memory_bytes_max()),
+        });
+        if is_still {
+            let differences = tree::differences(&source, &target)?;
+            let named = differences.into_iter();
+            let failures = named.map(|what| format!("{copy} copy by {system}: {what}"));
+            report.failures.extend(failures);
         }
         Ok(())
     }
