@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::{Parser, Subcommand};
+use cutover_protocol::hop::Phase;
 use loadtest::lab::app::App;
 use loadtest::lab::hop::{Again, Engine};
 use loadtest::lab::kill::Victim;
@@ -44,6 +45,9 @@ pub(crate) struct HopOptions {
     /// A process to kill with -9 while the source is frozen.
     #[arg(long)]
     pub(crate) kill: Option<Victim>,
+    /// A phase to cut the link in for five seconds, such as PreCopy or Transfer; repeat for several. The hop must go on.
+    #[arg(long, value_name = "PHASE")]
+    pub(crate) cut: Vec<Phase>,
     /// After a hop that was made to fail, hop again in the same world.
     #[arg(long)]
     pub(crate) then_hop_again: bool,
@@ -66,6 +70,7 @@ impl HopOptions {
             tunnel: self.tunnel,
             fault: self.fault,
             kill: self.kill,
+            cut: self.cut,
             again,
         }
     }

@@ -215,6 +215,9 @@ fn guest_script(wish: &Wish, folders: &Folders, kernel: &Kernel, out: &Path) -> 
         wish.tunnel.as_str(),
         quoted(out)
     );
+    for phase in &wish.cut {
+        options.push_str(&format!(" --cut {phase}"));
+    }
     if let Some(phase) = &wish.fault {
         options.push_str(&format!(" --fault '{phase}'"));
     }

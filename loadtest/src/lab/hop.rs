@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use clap::ValueEnum;
 
+use cutover_protocol::hop::Phase;
 use cutover_protocol::id::Site;
 
 use crate::client::{Load, Profile};
@@ -17,6 +18,7 @@ use crate::interrupt::{self, pause, wait_until};
 use crate::lab::actors::Actors;
 use crate::lab::app::App;
 use crate::lab::charon;
+use crate::lab::cut::Cutter;
 use crate::lab::error::{LabError, OnFile, Result};
 use crate::lab::evidence;
 use crate::lab::folders::Folders;
@@ -96,6 +98,8 @@ pub struct Script {
     pub fault: Option<String>,
     /// Process killed while the source is frozen.
     pub kill: Option<Victim>,
+    /// Phases that the link is cut in.
+    pub cut: Vec<Phase>,
     /// Whether a second hop follows.
     pub again: Again,
 }
@@ -265,24 +269,36 @@ fn one_hop(
     let traffic = Traffic::watch(actors.agents[0].pid(), world, progress);
     let parked = Cell::new(false);
     let mut killed = None;
+    let phases = if disturbed {
+        script.cut.as_slice()
+    } else {
+        &[]
+    };
+    let cutter = Cutter::new(world.run.names, phases);
+    let mut cutting = Ok(());
     let code = command.wait(
         Duration::from_secs(HOP_S),
         |line| {
             // The phase after the checkpoint begins: CRIU is parked with its tasks frozen.
             parked.set(parked.get() || line.starts_with("Transfer"));
+            cutter.hear(line);
             progress.say(format!("  {line}"));
         },
         || {
             traffic.show(progress);
+            cutting = cutter.tend(progress);
             if let (Some(victim), None, true) = (victim, killed, parked.get()) {
                 kill::strike(victim, world, actors, progress);
                 killed = Some(Instant::now());
             }
             // The command of a killed agent may not notice: the recovery below does not need it.
-            killed.is_none_or(|at| at.elapsed() < Duration::from_secs(REOPEN_S))
+            cutting.is_ok() && killed.is_none_or(|at| at.elapsed() < Duration::from_secs(REOPEN_S))
         },
     )?;
     traffic.remember();
+    cutting?;
+    let cuts = cutter.count();
+    drop(cutter);
     if let Some(victim) = victim.filter(|_| killed.is_some()) {
         kill::recover(victim, world, actors, progress)?;
     }
@@ -292,6 +308,12 @@ fn one_hop(
     let read = fs::read_to_string(&file)
         .ok()
         .and_then(|text| serde_json::from_str(&text).ok());
+    if code == Some(0) && cuts < phases.len() as u32 {
+        return Err(LabError::Output {
+            program: "the hop",
+            what: format!("it was over after {cuts} cuts of the link"),
+        });
+    }
     let outcome = match code {
         Some(0) => "committed",
         Some(3) => "undone",

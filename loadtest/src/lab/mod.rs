@@ -7,6 +7,7 @@ pub mod by_hand;
 pub mod charon;
 pub mod container;
 pub mod criu;
+pub mod cut;
 pub mod delay;
 pub mod error;
 pub mod evidence;

@@ -1,6 +1,7 @@
 //! Where a hop runs: on this host where CRIU can, otherwise in a guest, otherwise here without checkpoints.
 
 use clap::ValueEnum;
+use cutover_protocol::hop::Phase;
 
 use crate::lab::app::App;
 use crate::lab::error::{LabError, Result};
@@ -44,6 +45,8 @@ pub struct Wish {
     pub fault: Option<String>,
     /// Process killed while the source is frozen.
     pub kill: Option<Victim>,
+    /// Phases that the link is cut in.
+    pub cut: Vec<Phase>,
     /// Whether a second hop follows.
     pub again: Again,
 }
@@ -107,6 +110,7 @@ pub fn script(wish: &Wish, engine: Engine, place: &'static str) -> Script {
         tunnel: wish.tunnel,
         fault: wish.fault.clone(),
         kill: wish.kill,
+        cut: wish.cut.clone(),
         again: wish.again,
     }
 }

@@ -6,6 +6,8 @@ use std::process::Stdio;
 use std::thread;
 use std::time::Duration;
 
+use cutover_protocol::hop::Phase;
+
 use crate::bench::{self, case};
 use crate::command::{Shell, kill_group};
 use crate::interrupt;
@@ -53,6 +55,7 @@ fn wish(app: App, clients: usize) -> Wish {
         tunnel: Tunnel::None,
         fault: None,
         kill: None,
+        cut: Vec::new(),
         again: Again::No,
     }
 }
@@ -127,6 +130,14 @@ fn cases() -> Vec<Case> {
             name: "a target agent killed before the commit leaves exactly one side serving",
             wish: Wish {
                 kill: Some(Victim::TargetAgent),
+                ..counter.clone()
+            },
+            shows: nothing_more,
+        },
+        Case {
+            name: "a hop goes on over a link that is cut in its memory rounds and while the source is frozen",
+            wish: Wish {
+                cut: vec![Phase::PreCopy, Phase::Transfer],
                 ..counter.clone()
             },
             shows: nothing_more,
