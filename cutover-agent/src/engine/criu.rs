@@ -64,7 +64,7 @@ fn fresh(images: &Path) {
     let _ = std::fs::create_dir_all(images);
 }
 
-/// A dump that has begun, and waits for the word to freeze its container. Dropped, it goes on waiting: see [`dismiss`].
+/// A dump that has begun, and waits for the word to freeze its container. Dropped, it goes on waiting until it is dismissed.
 #[derive(Debug)]
 pub struct Begun {
     runtime: Child,

@@ -511,7 +511,7 @@ fn mark_hard_links(found: &mut [Found]) {
 /// What a tree holds, for a preflight: bytes of files and number of entries.
 ///
 /// # Errors
-/// As [`walk`].
+/// When something cannot be read, or the tree exceeds [`manifest::TREE_BLOCKS_MAX`].
 pub fn size(root: &Root, cancel: &AtomicBool) -> Result<(u64, u64), FilesError> {
     let walked = walk(root, None, WALKERS, cancel)?;
     Ok((
@@ -534,6 +534,8 @@ pub(crate) fn timespec(ns: i64) -> rustix::fs::Timespec {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
     use super::*;
 
     #[test]
@@ -566,5 +568,40 @@ mod tests {
         assert_eq!(kinds[1], (&b"a"[..], Kind::File { size: 1 }));
         assert_eq!(kinds[2], (&b"b"[..], Kind::HardLink { to: b"a".to_vec() }));
         assert_eq!(kinds.len(), 3);
+    }
+
+    #[test]
+    fn what_is_remembered_is_taken_over_only_where_nothing_changed() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = |name: &str| folder.path().join(name);
+        for name in [
+            "a/b/deep", "a b", "c", "gone/x", "linked", "moded", "turned/x",
+        ] {
+            std::fs::create_dir_all(path(name).parent().unwrap()).unwrap();
+            std::fs::write(path(name), name).unwrap();
+        }
+        let root = Root::open(folder.path()).unwrap();
+        let fresh = || walk(&root, None, WALKERS, &AtomicBool::new(false)).unwrap();
+        let before = fresh();
+        let stamps: Vec<_> = before.stamps.iter().copied().map(Some).collect();
+        std::fs::set_permissions(path("moded"), PermissionsExt::from_mode(0o600)).unwrap();
+        std::fs::remove_dir_all(path("gone")).unwrap();
+        std::fs::hard_link(path("linked"), path("a/another name")).unwrap();
+        std::fs::remove_dir_all(path("turned")).unwrap();
+        std::fs::write(path("turned"), "a file now").unwrap();
+        std::fs::write(path("a/b/new"), "").unwrap();
+        // As if the first walk had been long after everything it saw.
+        let remembered = Remembered::new(&before.entries, &stamps, i64::MAX);
+        for threads in [1, 4] {
+            let cancel = AtomicBool::new(false);
+            let after = walk(&root, Some(&remembered), threads, &cancel).unwrap();
+            assert_eq!(after.entries, fresh().entries);
+            let taken_over = after
+                .entries
+                .iter()
+                .filter(|entry| before.entries.iter().any(|known| Arc::ptr_eq(known, entry)));
+            let paths: Vec<_> = taken_over.map(|entry| entry.path.as_slice()).collect();
+            assert_eq!(paths, [&b"a/b/deep"[..], b"a b", b"c"]);
+        }
     }
 }

@@ -67,8 +67,8 @@ const IDLE_BEYOND_STREAMS: u32 = 4;
 const FASTER: f64 = 1.5;
 /// How often that must come about, at most, before the wire is thought faster.
 const PATIENCE_MAX: u32 = 32;
-/// Streams are idle because of the packing when it takes more than this part of a packer's time; a step up must leave
-/// it at half of that.
+/// Streams are idle because of the packing when it takes more than this part of a packer's time; a step up because
+/// frames come slowly must leave it at half of that.
 const BUSY: f64 = 0.1;
 /// The strongest rung for frames that come slowly: with a stronger one a burst of them would have to wait.
 const LEISURE_RUNG: usize = ZSTD_RUNG;
@@ -102,7 +102,7 @@ struct Flow {
     sent: u64,
     /// What the wire takes, at least; nothing as long as frames have never waited for it.
     bytes_per_second: Option<f64>,
-    /// Whether that was raised since it was measured.
+    /// Whether that was raised by a guess since it was measured.
     is_raised: bool,
     /// How often streams were idle for long since then, and how often they have to be before it is raised.
     long_idle: u32,
@@ -274,7 +274,7 @@ impl Flow {
         self.long_idle += u32::from(is_slow);
         if self.long_idle >= self.patience {
             self.long_idle = 0;
-            self.is_raised = true;
+            self.is_raised = self.bytes_per_second.is_some();
             self.bytes_per_second = self.bytes_per_second.map(|wire| wire * FASTER);
         }
     }
