@@ -18,6 +18,6 @@ mount -t 9p -o "$share" out "/root$out"
 for name in proc sys dev; do mount --move "/$name" "/root/$name"; done
 mkdir -p /root/dev/pts /root/dev/shm
 mount -t devpts -o ptmxmode=666,gid=5 devpts /root/dev/pts
-for path in dev/shm run tmp; do mount -t tmpfs tmpfs "/root/$path"; done
+for path in dev/shm run; do mount -t tmpfs tmpfs "/root/$path"; done
 mount -t cgroup2 cgroup2 /root/sys/fs/cgroup
 exec switch_root /root /bin/sh "$out/guest.sh"
