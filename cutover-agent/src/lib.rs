@@ -2,6 +2,7 @@
 
 pub mod cgroup;
 pub mod config;
+mod connections;
 pub mod control;
 pub mod criu;
 pub mod driver;

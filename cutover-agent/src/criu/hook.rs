@@ -8,9 +8,9 @@
 //! anything is told to the agent. The hook outlives a killed agent, and the next agent finds its socket.
 //!
 //! A dump is parked once before, at `pre-dump`: CRIU has found out what the kernel can do, the container still runs, and
-//! clients need not wait for it. Exit code 0 there freezes the cgroup first: CRIU's own freezer looks once whether it is, and then only every
-//! 100 ms (`wait_freezer_state_change` in seize.c). Finding it frozen, CRIU thaws it when it holds the tasks, and
-//! freezes it again when it lets them go alive; whoever gives a veto thaws it after that.
+//! clients need not wait for it. Before exit code 0 there the cgroup is frozen: CRIU's own freezer looks once whether
+//! it is, and then only every 100 ms (`wait_freezer_state_change` in seize.c). Finding it frozen, CRIU thaws it when it
+//! holds the tasks, and freezes it again when it lets them go alive; whoever gives a veto thaws it after that.
 
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
@@ -20,6 +20,7 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 
 use crate::cgroup::Cgroup;
+use crate::connections;
 use crate::fence::{self, Fence};
 use crate::sockets;
 
@@ -37,8 +38,6 @@ pub(super) const ERROR_FILE: &str = "hook-error";
 /// How long a container may take to close what its peers have closed. Some never do.
 const CLOSING_MAX: Duration = Duration::from_millis(100);
 const CLOSING_PAUSE: Duration = Duration::from_millis(1);
-/// As the kernel writes it (include/net/tcp_states.h).
-const CLOSE_WAIT: &str = "08";
 
 /// Which end of a hop a hook parks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -121,20 +120,11 @@ fn let_close(init_pid: u32) {
     let deadline = Instant::now() + CLOSING_MAX;
     let is_closing = |table: &str| {
         std::fs::read_to_string(format!("/proc/{init_pid}/net/{table}"))
-            .is_ok_and(|text| has_half_closed(&text))
+            .is_ok_and(|text| connections::has_half_closed(&text))
     };
     while ["tcp", "tcp6"].into_iter().any(is_closing) && Instant::now() < deadline {
         std::thread::sleep(CLOSING_PAUSE);
     }
-}
-
-/// Whether a table of the kernel's (`/proc/net/tcp`) has a socket in the state CLOSE_WAIT.
-fn has_half_closed(table: &str) -> bool {
-    let mut states = table
-        .lines()
-        .skip(1)
-        .map(|line| line.split_whitespace().nth(3));
-    states.any(|state| state == Some(CLOSE_WAIT))
 }
 
 fn freeze(folder: &Path) -> std::io::Result<Frozen> {
@@ -171,30 +161,4 @@ fn park(folder: &Path) -> std::io::Result<bool> {
     std::mem::forget((agent, word.1));
     let _ = std::fs::remove_file(folder.join(PARK_SOCKET));
     Ok(word.0)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_socket_that_its_peer_has_closed_is_seen_in_the_kernels_table() {
-        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        let peer = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-        let (socket, _) = listener.accept().unwrap();
-        let port = socket.local_addr().unwrap().port();
-        let of_ours = || {
-            let text = std::fs::read_to_string("/proc/self/net/tcp").unwrap();
-            let local = format!("0100007F:{port:04X}");
-            let is_ours = |line: &&str| line.split_whitespace().nth(1) == Some(&local);
-            let ours: Vec<&str> = text.lines().filter(is_ours).collect();
-            format!("sl\n{}", ours.join("\n"))
-        };
-        assert!(!has_half_closed(&of_ours()));
-        drop(peer);
-        let deadline = Instant::now() + Duration::from_secs(10);
-        while !has_half_closed(&of_ours()) {
-            assert!(Instant::now() < deadline, "{}", of_ours());
-        }
-    }
 }

@@ -291,11 +291,9 @@ pub(crate) fn finish(
     for (index, entry) in new.iter().enumerate() {
         let old = pairs.old_of(index).map(|at| &base.entries[at]);
         let is_same = old.is_some_and(|old| manifest::is_same(old, entry));
-        if entry.kind == Kind::Directory {
-            // A closed one was opened to work in it.
-            if !is_same || !is_open_directory(entry) {
-                disturbed.insert(&entry.path);
-            }
+        // A closed one was opened to work in it.
+        if entry.kind == Kind::Directory && !(is_same && is_open_directory(entry)) {
+            disturbed.insert(&entry.path);
         }
         if old.is_none_or(|old| !has_shape(&old.kind, &entry.kind)) {
             disturbed.extend(parent_of(&entry.path));

@@ -5,7 +5,6 @@
 //! makes an end is kept in the state folder, readable by nobody else, so that an agent that was killed makes the same
 //! end again: the other end notices nothing but a pause. This module never decides when to open, flip or close.
 
-mod connections;
 mod echo;
 mod end;
 mod ipsec;
@@ -28,6 +27,7 @@ use ipnet::IpNet;
 use tokio::sync::{Mutex, watch};
 
 use crate::config::TunnelSettings;
+use crate::connections;
 use crate::durable;
 use echo::{Asker, Echo};
 use end::{Adopt, End, Flip, Made};

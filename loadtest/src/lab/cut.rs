@@ -1,12 +1,12 @@
 //! A link that is cut in the middle of a hop: for a while no packet passes, in either direction, and nobody is told.
 
-use std::cell::{Cell, RefCell};
+use std::cell::Cell;
 use std::time::{Duration, Instant};
 
 use cutover_protocol::hop::Phase;
 
-use crate::command::Shell;
-use crate::lab::error::Result;
+use crate::lab::error::{LabError, Result};
+use crate::lab::link::rule_on_arrival;
 use crate::lab::netns::{Names, SITES};
 use crate::progress::Progress;
 
@@ -18,7 +18,7 @@ pub const CUT: Duration = Duration::from_secs(5);
 pub struct Cutter<'a> {
     names: Names,
     phases: &'a [Phase],
-    wanted: RefCell<Option<Phase>>,
+    wanted: Cell<Option<Phase>>,
     since: Cell<Option<Instant>>,
     count: Cell<u32>,
 }
@@ -30,7 +30,7 @@ impl<'a> Cutter<'a> {
         Self {
             names,
             phases,
-            wanted: RefCell::new(None),
+            wanted: Cell::new(None),
             since: Cell::new(None),
             count: Cell::new(0),
         }
@@ -40,7 +40,7 @@ impl<'a> Cutter<'a> {
     pub fn hear(&self, line: &str) {
         let began = line.strip_suffix(" ...").and_then(|name| name.parse().ok());
         if let Some(phase) = began.filter(|phase| self.phases.contains(phase)) {
-            *self.wanted.borrow_mut() = Some(phase);
+            self.wanted.set(Some(phase));
         }
     }
 
@@ -68,9 +68,19 @@ impl<'a> Cutter<'a> {
         Ok(())
     }
 
-    /// How often it was cut.
-    pub const fn count(&self) -> u32 {
-        self.count.get()
+    /// Ends with the hop: the link is whole.
+    ///
+    /// # Errors
+    /// When the packet filter cannot be changed, or the hop committed before every phase had its cut.
+    pub fn end(self, is_committed: bool) -> Result<()> {
+        self.mend()?;
+        if is_committed && (self.count.get() as usize) < self.phases.len() {
+            return Err(LabError::Output {
+                program: "the hop",
+                what: format!("it was over after {} cuts of the link", self.count.get()),
+            });
+        }
+        Ok(())
     }
 
     fn mend(&self) -> Result<()> {
@@ -81,12 +91,9 @@ impl<'a> Cutter<'a> {
     }
 
     fn filter(&self, verb: &str) -> Result<()> {
-        for site in SITES {
-            let rule = ["-t", "raw", verb, "PREROUTING", "-i", "wan", "-j", "DROP"];
-            let iptables = Shell::new("iptables-legacy").args(rule);
-            iptables.inside(&self.names.path(site)).run()?;
-        }
-        Ok(())
+        SITES
+            .into_iter()
+            .try_for_each(|site| rule_on_arrival(&self.names.path(site), verb, &["-j", "DROP"]))
     }
 }
 

@@ -180,14 +180,7 @@ pub fn shape(
         }
         emulation = "tbf, iptables statistic and a delaying queue";
         tc(&["tbf", "rate", &rate, "burst", "256k", "latency", "50ms"]).run()?;
-        let iptables = |words: &[&str]| {
-            let append = ["-t", "raw", "-A", "PREROUTING", "-i", "wan"];
-            Shell::new("iptables-legacy")
-                .args(append)
-                .args(words)
-                .inside(&namespace)
-                .run()
-        };
+        let iptables = |words: &[&str]| rule_on_arrival(&namespace, "-A", words);
         if loss_percent > 0.0 {
             let probability = format!("{:.6}", loss_percent / 100.0);
             iptables(&[
@@ -210,6 +203,19 @@ pub fn shape(
         }
     }
     Ok((emulation, delays))
+}
+
+/// Changes the rules for what arrives over the link: `-A` and `-I` add one, `-D` takes it away.
+///
+/// # Errors
+/// When the packet filter refuses.
+pub(super) fn rule_on_arrival(namespace: &Path, verb: &str, words: &[&str]) -> Result<()> {
+    Shell::new("iptables-legacy")
+        .args(["-t", "raw", verb, "PREROUTING", "-i", "wan"])
+        .args(words)
+        .inside(namespace)
+        .run()?;
+    Ok(())
 }
 
 /// Waits until the kernel hands the link's packets to a delay program.
