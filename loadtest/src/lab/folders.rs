@@ -36,6 +36,8 @@ impl Folders {
             .to_owned();
         let lab = target.join("lab");
         fs::create_dir_all(&lab).on("create", &lab)?;
+        // The kernel's list of mounts, by which runs are taken down, has no links in its paths.
+        let lab = fs::canonicalize(&lab).on("find", &lab)?;
         Ok(Self {
             workspace,
             lab,
