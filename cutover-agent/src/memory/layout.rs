@@ -6,8 +6,8 @@ use super::wire::{ImageHead, ImageId, Piece, Region};
 use super::{MemoryError, server::frames::FLAG_PRESENT};
 use crate::memory::wire::IMAGES_MAX;
 
-/// Pages in one piece at most: 16 MiB of image, so that the target assembles while CRIU still dumps.
-const PIECE_PAGES: u32 = 4096;
+/// Pages in one piece at most: 4 MiB of image. The target assembles while CRIU still dumps, and the last piece is waited for.
+const PIECE_PAGES: u32 = 1024;
 
 /// One hash over all that makes a container's page images: what lies where, and what it contains.
 ///
