@@ -1,6 +1,8 @@
 //! The target's side of a hop: it does what the source's agent asks and never decides. What it built stays parked
 //! or fenced until it is told otherwise, also across a restart of this agent.
 
+mod fences;
+
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -20,6 +22,7 @@ use crate::fence::Fence;
 use crate::memory::PageStore;
 use crate::tunnel::{self, Tunnel, TunnelError};
 use crate::{preflight, probe};
+use fences::Fences;
 
 /// How long taking down one container may take.
 const KILL_MAX: Duration = Duration::from_secs(15);
@@ -28,10 +31,9 @@ const KILL_MAX: Duration = Duration::from_secs(15);
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Stage {
-    /// Files arrive; nothing was built.
+    /// Files arrive, containers are built; nothing runs.
+    #[serde(alias = "built")]
     Staging,
-    /// Containers are built or being built; nothing runs.
-    Built,
     /// Containers run behind the fence.
     Fenced,
     /// The target serves.
@@ -45,8 +47,6 @@ pub struct Standing {
     pub hop: HopId,
     /// Its containers in dependency order.
     pub containers: Vec<ContainerName>,
-    /// How they are moved.
-    pub engine: Engine,
     /// How far it has come.
     pub stage: Stage,
 }
@@ -58,10 +58,9 @@ pub struct Target {
     pages: Arc<PageStore>,
     tunnel: Arc<Tunnel>,
     standing: Mutex<Option<Standing>>,
-    /// What was built and has not run. Lost with the agent: the source then takes the hop back.
+    /// What was built for the current hop and has not run. Lost with the agent: the source then takes the hop back.
     built: Mutex<BTreeMap<ContainerName, Built>>,
-    /// The hop whose fences this agent has shut and not moved since.
-    shut: Mutex<Option<HopId>>,
+    fences: Fences,
 }
 
 /// The target could not do what it was asked.
@@ -121,7 +120,7 @@ impl Target {
             tunnel,
             standing: Mutex::new(standing),
             built: Mutex::default(),
-            shut: Mutex::default(),
+            fences: Fences::default(),
         })
     }
 
@@ -239,28 +238,13 @@ impl Target {
         let begun = Standing {
             hop,
             containers,
-            engine: Engine::Criu,
             stage: Stage::Staging,
         };
-        self.keep(&mut standing, Some(begun.clone()))?;
+        self.keep(&mut standing, Some(begun.clone())).await?;
         // Now, while nobody waits.
-        self.shut_fences(&begun.hop, &begun.containers).await?;
+        let (hop, containers) = (&begun.hop, &begun.containers);
+        self.fences.shut(&self.host, hop, containers).await?;
         Ok(Response::Done)
-    }
-
-    /// Shuts the fences of a hop's containers, unless that has been done.
-    async fn shut_fences(
-        &self,
-        hop: &HopId,
-        containers: &[ContainerName],
-    ) -> Result<(), TargetError> {
-        let mut shut = self.shut.lock().await;
-        if shut.as_ref() != Some(hop) {
-            *shut = None;
-            self.move_fences(containers, Some(Fence::Shut)).await?;
-            *shut = Some(hop.clone());
-        }
-        Ok(())
     }
 
     async fn restore(
@@ -270,24 +254,41 @@ impl Target {
         engine: Engine,
         limit: Duration,
     ) -> Result<Response, TargetError> {
-        let mut standing = self.standing.lock().await;
+        let standing = self.standing.lock().await;
         Self::check(&standing, &hop)?;
-        // Kept before the first task exists, so that a killed agent knows what to take down.
-        self.keep(
-            &mut standing,
-            Some(Standing {
-                hop: hop.clone(),
-                containers: containers.clone(),
-                engine,
-                stage: Stage::Built,
-            }),
-        )?;
-        self.shut_fences(&hop, &containers).await?;
-        self.place_pages(&containers).await?;
+        if self.built.lock().await.is_empty() {
+            self.fences.shut(&self.host, &hop, &containers).await?;
+            self.place_pages(&containers).await?;
+            let (built, ()) = tokio::join!(
+                self.build(engine, &containers, limit),
+                self.fences.prepare(&self.host, &containers, Fence::Inside)
+            );
+            if built.is_err() {
+                self.take_down(&containers).await?;
+            }
+            *self.built.lock().await = built?;
+            // While the answer is on its way. Every fence is moved before the first task runs: a container may talk to a
+            // later one at once.
+            self.fences.begin().await;
+        }
+        let own_ms = containers
+            .iter()
+            .filter_map(|name| self.host.restore_ms(name));
+        Ok(Response::Restored {
+            restore_ms: own_ms.max().unwrap_or(0),
+        })
+    }
+
+    /// Builds every container; when one cannot be, the others have come to an end, too.
+    async fn build(
+        &self,
+        engine: Engine,
+        containers: &[ContainerName],
+        limit: Duration,
+    ) -> Result<BTreeMap<ContainerName, Built>, TargetError> {
         // Nothing runs yet, so the order of dependencies does not matter before `verify`.
-        let names = containers.clone();
         let mut builds = tokio::task::JoinSet::new();
-        for name in containers {
+        for name in containers.iter().cloned() {
             let host = self.host.clone();
             builds.spawn(async move {
                 host.build(engine, &name, limit)
@@ -295,16 +296,11 @@ impl Target {
                     .map(|built| (name, built))
             });
         }
-        let mut all = BTreeMap::new();
+        let mut outcomes = Vec::new();
         while let Some(built) = builds.join_next().await {
-            let (name, built) = built.map_err(EngineError::from)??;
-            all.insert(name, built);
+            outcomes.push(built.map_err(EngineError::from)?);
         }
-        *self.built.lock().await = all;
-        let own_ms = names.iter().filter_map(|name| self.host.restore_ms(name));
-        Ok(Response::Restored {
-            restore_ms: own_ms.max().unwrap_or(0),
-        })
+        Ok(outcomes.into_iter().collect::<Result<_, _>>()?)
     }
 
     /// Puts the assembled page images beside the others.
@@ -343,14 +339,22 @@ impl Target {
         let mut standing = self.standing.lock().await;
         let mut current = Self::check(&standing, hop)?.clone();
         current.stage = Stage::Fenced;
-        self.keep(&mut standing, Some(current.clone()))?;
-        *self.shut.lock().await = None;
-        // Every fence is moved before the first task runs: a container may talk to a later one at once.
-        self.move_fences(&current.containers, Some(Fence::Inside))
+        let containers = current.containers.clone();
+        self.fences
+            .set(&self.host, &containers, Fence::Inside)
             .await?;
-        self.run(&current.containers, limit).await?;
+        // Whoever takes the hop down does not ask whether anything ran: only what follows needs to know it.
+        let (ran, kept) = tokio::join!(
+            self.run(&containers, limit),
+            self.keep(&mut standing, Some(current))
+        );
+        ran?;
+        kept?;
         // What the source's disks had, ours must have before the commit; meanwhile the probes are asked.
-        let synced = self.sync_to_disk(&current.containers)?;
+        let synced = self.sync_to_disk(&containers)?;
+        self.fences
+            .prepare(&self.host, &containers, Fence::Lifted)
+            .await;
         let mut told = Vec::with_capacity(probes.len());
         for probe in probes {
             told.push(probe::ask(probe).await.map_err(TargetError::Probe)?);
@@ -381,28 +385,6 @@ impl Target {
         Ok(())
     }
 
-    /// Moves the fences of these containers, all at once: clients may be waiting.
-    async fn move_fences(
-        &self,
-        containers: &[ContainerName],
-        fence: Option<Fence>,
-    ) -> Result<(), TargetError> {
-        let mut moves = tokio::task::JoinSet::new();
-        for name in containers {
-            let (host, name) = (self.host.clone(), name.clone());
-            moves.spawn(async move {
-                match fence {
-                    Some(fence) => host.fence(&name, fence).await,
-                    None => host.lift(&name).await,
-                }
-            });
-        }
-        while let Some(moved) = moves.join_next().await {
-            moved.map_err(EngineError::from)??;
-        }
-        Ok(())
-    }
-
     /// Makes every tree of these containers durable, on a thread of its own.
     fn sync_to_disk(
         &self,
@@ -427,9 +409,11 @@ impl Target {
         if !matches!(current.stage, Stage::Fenced | Stage::Serving) {
             return Err(TargetError::NotVerified(hop.clone()));
         }
-        self.move_fences(&current.containers, None).await?;
+        self.fences
+            .set(&self.host, &current.containers, Fence::Lifted)
+            .await?;
         current.stage = Stage::Serving;
-        self.keep(&mut standing, Some(current))?;
+        self.keep(&mut standing, Some(current)).await?;
         Ok(Response::Done)
     }
 
@@ -445,7 +429,7 @@ impl Target {
                     stage: Stage::Staging,
                     ..current.clone()
                 };
-                self.keep(&mut standing, Some(staged))?;
+                self.keep(&mut standing, Some(staged)).await?;
             }
             // Another hop has begun meanwhile and took ours down, or ours never began here.
             _ => {}
@@ -454,7 +438,8 @@ impl Target {
     }
 
     async fn take_down(&self, containers: &[ContainerName]) -> Result<(), TargetError> {
-        *self.shut.lock().await = None;
+        self.fences.forget().await;
+        self.built.lock().await.clear();
         for name in containers.iter().rev() {
             self.host.kill(name, KILL_MAX).await?;
         }
@@ -490,7 +475,7 @@ impl Target {
             }
         }
         self.clear_pages().await?;
-        self.keep(&mut standing, None)?;
+        self.keep(&mut standing, None).await?;
         Ok(Response::Done)
     }
 
@@ -519,13 +504,17 @@ impl Target {
             .ok_or_else(|| TargetError::UnknownHop(hop.clone()))
     }
 
-    fn keep(
+    async fn keep(
         &self,
         standing: &mut Option<Standing>,
         new: Option<Standing>,
     ) -> Result<(), TargetError> {
-        let path = standing_path(&self.host.config);
-        durable::write_json(&path, &new).map_err(|source| TargetError::State { path, source })?;
+        let (path, written) = (standing_path(&self.host.config), new.clone());
+        let writing = tokio::task::spawn_blocking(move || {
+            durable::write_json(&path, &written)
+                .map_err(|source| TargetError::State { path, source })
+        });
+        writing.await.map_err(EngineError::from)??;
         *standing = new;
         Ok(())
     }

@@ -1,11 +1,8 @@
-//! What to do by hand when CRIU died while it was parked: sockets stuck in repair mode, CRIU's own packet filter
-//! left behind. Only ever called while the container's cgroup is frozen by us.
+//! What to do by hand when CRIU died while it was parked: sockets stuck in repair mode, mounts left behind.
 
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::Path;
-use std::process::Stdio;
 
-use crate::fence::in_namespace;
 use crate::lender::Lender;
 
 /// `TCP_REPAIR_OFF_NO_WP`: leave repair mode without a window probe (tcp.h); the fence still stands anyway.
@@ -61,45 +58,6 @@ fn repair_off(socket: &OwnedFd) -> bool {
         )
     };
     written == 0
-}
-
-/// Deletes the packet filters CRIU locks a network namespace with, in each form its versions use.
-///
-/// Nothing found is success: the call is made after any death of CRIU, wherever it stood.
-pub fn unlock_network(namespace: &Path) {
-    for tool in ["iptables", "ip6tables"] {
-        for chain in ["INPUT", "OUTPUT"] {
-            delete(namespace, tool, &["-w", "-D", chain, "-j", "CRIU"]);
-        }
-        delete(namespace, tool, &["-w", "-F", "CRIU"]);
-        delete(namespace, tool, &["-w", "-X", "CRIU"]);
-    }
-    let listed = in_namespace(namespace)
-        .args(["nft", "list", "tables"])
-        .stdin(Stdio::null())
-        .output();
-    let text = listed
-        .map(|output| String::from_utf8_lossy(&output.stdout).into_owned())
-        .unwrap_or_default();
-    for line in text.lines() {
-        // "table inet CRIU-1234"
-        if let [_, family, name] = line.split_whitespace().collect::<Vec<_>>()[..]
-            && name.starts_with("CRIU")
-        {
-            delete(namespace, "nft", &["delete", "table", family, name]);
-        }
-    }
-}
-
-fn delete(namespace: &Path, tool: &str, arguments: &[&str]) {
-    // Each of these fails when there is nothing to delete, which is what we want.
-    let _ = in_namespace(namespace)
-        .arg(tool)
-        .args(arguments)
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .status();
 }
 
 /// Unmounts the cgroup mounts a killed CRIU leaves in its working folder, so that the folder can be removed.

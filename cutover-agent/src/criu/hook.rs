@@ -8,7 +8,8 @@
 //! anything is told to the agent. The hook outlives a killed agent, and the next agent finds its socket.
 //!
 //! A dump is parked once before, at `pre-dump`: CRIU has found out what the kernel can do, the container still runs, and
-//! clients need not wait for it. Before exit code 0 there the cgroup is frozen: CRIU's own freezer looks once whether
+//! clients need not wait for it, nor for the start of the tool that fences the network once the word is there. Before
+//! exit code 0 there the cgroup is frozen: CRIU's own freezer looks once whether
 //! it is, and then only every 100 ms (`wait_freezer_state_change` in seize.c). Finding it frozen, CRIU thaws it when it
 //! holds the tasks, and freezes it again when it lets them go alive; whoever gives a veto thaws it after that.
 
@@ -21,7 +22,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::cgroup::Cgroup;
 use crate::connections;
-use crate::fence::{self, Fence};
+use crate::fence::{self, Fence, Ready};
 use crate::sockets;
 
 /// The hook's own listening socket, in its park folder.
@@ -47,6 +48,16 @@ pub enum ParkAt {
     Dump,
     /// At `post-restore`, at the target.
     Restore,
+}
+
+impl ParkAt {
+    /// The steps of CRIU that the hook has to do with, as a pattern of the shell.
+    pub(super) const fn actions(self) -> &'static str {
+        match self {
+            Self::Dump => "pre-dump|post-dump|network-unlock",
+            Self::Restore => "post-restore",
+        }
+    }
 }
 
 /// The hook's orders.
@@ -82,17 +93,25 @@ fn act(folder: &Path, action: &str) -> std::io::Result<bool> {
     let spec: Spec = serde_json::from_slice(&std::fs::read(folder.join(SPEC_FILE))?)?;
     match (action, spec.at) {
         ("pre-dump", ParkAt::Dump) => {
+            let fence = Ready::new(&spec.network_namespace, Fence::Shut);
+            let fence = fence.map_err(std::io::Error::other)?;
             let released = park(folder)?;
             if released {
                 let_close(init_pid()?);
-                freeze(folder)?;
+                std::thread::scope(|threads| {
+                    let fencing = threads.spawn(|| fence.map_or(Ok(()), Ready::apply));
+                    freeze(folder)?;
+                    match fencing.join() {
+                        Ok(fenced) => fenced.map_err(std::io::Error::other),
+                        Err(_) => Err(std::io::Error::other("the fence was not set")),
+                    }
+                })?;
             }
             Ok(released)
         }
         ("post-dump", ParkAt::Dump) => {
             let criu = rustix::process::getppid();
             let frozen = freeze(folder)?;
-            fence::set(&spec.network_namespace, Fence::Shut).map_err(std::io::Error::other)?;
             let released = park(folder)?;
             // Under CRIU's hands the tasks stay stopped, and a dump that goes on would hang on a frozen v1 cgroup.
             // Without CRIU nothing but the freeze stops them: the agent cures them first.
@@ -100,6 +119,11 @@ fn act(folder: &Path, action: &str) -> std::io::Result<bool> {
                 frozen.cgroup.thaw().map_err(std::io::Error::other)?;
             }
             Ok(released)
+        }
+        // A dump that failed or was vetoed: the tasks are about to run on.
+        ("network-unlock", ParkAt::Dump) => {
+            let set = fence::set(&spec.network_namespace, Fence::Loopback);
+            set.map_err(std::io::Error::other).map(|()| true)
         }
         ("post-restore", ParkAt::Restore) => park(folder),
         _ => Ok(true),

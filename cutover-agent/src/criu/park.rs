@@ -103,7 +103,7 @@ impl Park {
         };
         let spec = serde_json::to_vec(&spec).map_err(std::io::Error::other);
         self.make(|folder| std::fs::write(folder.join(SPEC_FILE), spec?))?;
-        self.make(|folder| write_script(folder, cgroup_root))?;
+        self.make(|folder| write_script(folder, at, cgroup_root))?;
         let path = self.folder.join(AGENT_SOCKET);
         let listener = sockets::listen(&path).map_err(|source| ParkError::File { path, source })?;
         Ok(Waiting {
@@ -254,20 +254,21 @@ const GHOST_BYTES_MAX: u64 = 256 << 20;
 pub(super) const SCRIPT: &str = "hook.sh";
 
 /// CRIU runs one path without arguments, so a short script carries the folder to our own binary.
-fn write_script(folder: &Path, cgroup_root: Option<&str>) -> std::io::Result<()> {
+fn write_script(folder: &Path, at: ParkAt, cgroup_root: Option<&str>) -> std::io::Result<()> {
     let program = std::env::current_exe()?;
     let script = folder.join(SCRIPT);
     let mut file = std::fs::File::create(&script)?;
     // The shell answers the steps that are none of ours: each costs clients the start of a program.
     writeln!(
         file,
-        "#!/bin/sh\ncase \"$CRTOOLS_SCRIPT_ACTION\" in\npre-dump|post-dump|post-restore) exec {} hook --folder {};;\nesac",
+        "#!/bin/sh\ncase \"$CRTOOLS_SCRIPT_ACTION\" in\n{}) exec {} hook --folder {};;\nesac",
+        at.actions(),
         quote(&program),
         quote(folder)
     )?;
     file.set_permissions(std::fs::Permissions::from_mode(0o700))?;
     let mut configuration = format!(
-        "action-script {}\nghost-limit {GHOST_BYTES_MAX}\n",
+        "action-script {}\nghost-limit {GHOST_BYTES_MAX}\nnetwork-lock skip\n",
         script.display()
     );
     if let Some(root) = cgroup_root {

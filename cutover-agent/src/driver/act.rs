@@ -9,10 +9,13 @@ use cutover_protocol::id::{ContainerName, Epoch, ServiceName};
 use cutover_protocol::plan::{Engine, Tracking};
 use cutover_protocol::wire::{Request, Response, Severity};
 
-use super::link::SyncJob;
+use super::link::{SyncJob, unless_failed};
 use super::{Driver, patience};
+use crate::memory::Seal;
 use crate::open_files;
+use crate::peer::Part;
 use crate::report::{Moving, Progress, eta_seconds};
+use crate::transfer::TreeName;
 
 /// Passes over the files while the source runs: one for the bulk, one for what changed meanwhile.
 const FILE_PASSES: u32 = 2;
@@ -312,6 +315,7 @@ impl Driver {
 
     async fn transfer(&mut self) -> Result<(), String> {
         let limit = self.step_max();
+        self.ask_to_restore().await?;
         let images = match self.engine() {
             Engine::Criu => self.image_jobs(limit),
             Engine::Restart => Vec::new(),
@@ -325,14 +329,58 @@ impl Driver {
         sealed
     }
 
-    async fn restore(&mut self) -> Result<(), String> {
-        let request = Request::Restore {
+    fn restore_request(&self) -> Request {
+        Request::Restore {
             hop: self.header.hop.clone(),
             containers: self.containers(),
             engine: self.engine(),
             timeout_ms: self.step_ms(),
+        }
+    }
+
+    /// Asks the target to restore as soon as it has everything that the transfer is about to move: clients wait one
+    /// round trip less than if it were asked then.
+    async fn ask_to_restore(&mut self) -> Result<(), String> {
+        let mut parts = Vec::new();
+        for name in self.containers() {
+            let container = self
+                .host
+                .container(&name)
+                .map_err(|error| error.to_string())?;
+            let mut trees: Vec<&str> = container.trees.iter().map(|tree| &*tree.name).collect();
+            if self.engine() == Engine::Criu {
+                trees.push(crate::config::IMAGES_TREE);
+            }
+            for tree in trees {
+                let tree = TreeName::new(&format!("{name}/{tree}"));
+                parts.push(Part::Tree(tree.map_err(|error| error.to_string())?));
+            }
+        }
+        let memory = |seal: &Seal| Part::Memory(seal.container.clone());
+        parts.extend(self.seals.iter().map(memory));
+        let (request, limit) = (self.restore_request(), self.step_max() * 2);
+        let asked = self.link.call_after(&parts, &request, limit).await;
+        // It is asked again when everything has moved, over connections that are whole.
+        self.restoring = asked
+            .inspect_err(|error| tracing::debug!(%error, "the target is asked to restore later"))
+            .ok();
+        Ok(())
+    }
+
+    async fn restore(&mut self) -> Result<(), String> {
+        let asked = match self.restoring.take() {
+            Some(answering) => answering.answer().await.ok(),
+            None => None,
         };
-        match self.link.call(&request, self.step_max()).await? {
+        // Whatever became of a request that was lost with its connections, this one comes to the same.
+        let response = match asked {
+            Some(response) => unless_failed(response)?,
+            None => {
+                let request = self.restore_request();
+                self.link.call(&request, self.step_max()).await?
+            }
+        };
+        match response {
             Response::Restored { restore_ms } => {
                 self.report.memory.restore_ms = restore_ms;
                 Ok(())

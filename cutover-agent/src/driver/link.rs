@@ -15,7 +15,7 @@ use cutover_protocol::wire::{Request, Response};
 
 use crate::config::{Config, IMAGES_TREE};
 use crate::memory::PageSource;
-use crate::peer::{self, PeerTimeouts, Session};
+use crate::peer::{self, Answering, Part, PeerTimeouts, Session};
 use crate::tls::{ClientTls, TlsPaths};
 use crate::transfer::{Progress, SyncOptions, TreeName};
 use crate::tunnel::Tunnel;
@@ -156,10 +156,19 @@ impl Link {
             .call(request, limit)
             .await
             .map_err(|error| error.to_string())?;
-        match response {
-            Response::Failed { message } => Err(message),
-            other => Ok(other),
-        }
+        unless_failed(response)
+    }
+
+    /// Asks for what the target does once these parts have arrived, counted from now.
+    pub(super) async fn call_after(
+        &self,
+        parts: &[Part],
+        request: &Request,
+        limit: Duration,
+    ) -> Result<Answering<Response>, String> {
+        let session = self.session().await?;
+        let asked = session.call_after(parts, request, limit).await;
+        asked.map_err(|error| error.to_string())
     }
 
     /// Asks for something that is just done.
@@ -258,5 +267,13 @@ impl Link {
     /// Closes the session, if one is open; the next one takes the way there is then.
     pub(super) async fn close(&self) {
         *self.session.lock().await = None;
+    }
+}
+
+/// The target's own failure is ours.
+pub(super) fn unless_failed(response: Response) -> Result<Response, String> {
+    match response {
+        Response::Failed { message } => Err(message),
+        other => Ok(other),
     }
 }

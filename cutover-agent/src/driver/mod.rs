@@ -1,7 +1,8 @@
 //! The driver: the only owner of a hop. It journals an event, steps the machine, does the action, and so on.
 //!
-//! What it never does: act before the event that led there is durable, keep two actions outstanding, or decide
-//! anything that the machine or the register should decide.
+//! What it never does: act before the event that led there is durable, keep two actions outstanding (but that the target
+//! restores while the end of the transfer is on its way back), or decide anything that the machine or the register should
+//! decide.
 
 mod act;
 mod costs;
@@ -34,6 +35,7 @@ use crate::control::Checked;
 use crate::engine::Host;
 use crate::memory::Seal;
 use crate::names::Names;
+use crate::peer::Answering;
 use crate::preflight;
 use crate::proxy::{Proxy, ProxyError};
 use crate::report::{Outcome, Progress, Report};
@@ -136,6 +138,8 @@ pub struct Driver {
     bytes: u64,
     /// What completes the memory of each container at the target, once it was dumped.
     seals: Vec<Seal>,
+    /// The target's answer to come: it restores as soon as everything has arrived.
+    restoring: Option<Answering<Response>>,
     /// Dumps that have begun and wait, their containers running on.
     begun: Vec<BegunDump>,
     /// What each container has in memory, as of the last round.
@@ -268,6 +272,7 @@ impl Driver {
             first,
             bytes: 0,
             seals: Vec::new(),
+            restoring: None,
             begun: Vec::new(),
             resident: Vec::new(),
             used: BTreeMap::new(),

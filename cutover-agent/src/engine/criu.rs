@@ -13,6 +13,7 @@ use crate::config::Container;
 use crate::criu::hook::ParkAt;
 use crate::criu::park::{Park, Waiting, Word};
 use crate::criu::{cure, stats};
+use crate::fence::{self, Fence};
 use crate::runtime::runc::ImageFolders;
 
 /// The folder of the final dump below a container's images.
@@ -200,12 +201,12 @@ pub(super) async fn thaw(
         let namespace = container.network_namespace.clone();
         tokio::task::spawn_blocking(move || {
             let _ = cure::leave_repair_mode(&frozen.cgroup.pids());
-            cure::unlock_network(&namespace);
-            frozen.cgroup.thaw()
+            fence::set(&namespace, Fence::Loopback)?;
+            Ok::<_, EngineError>(frozen.cgroup.thaw()?)
         })
         .await??;
     }
-    host.lift(name).await?;
+    host.fence(name, Fence::Lifted).await?;
     Ok(park.clear()?)
 }
 
@@ -246,20 +247,13 @@ pub(super) async fn retire(
     name: &ContainerName,
     limit: Duration,
 ) -> Result<(), EngineError> {
-    let container = host.container(name)?.clone();
     let park = host.park(name);
     park.tell(Word::Go, limit).await?;
     if let Some(frozen) = park.frozen() {
         // CRIU kills what it dumped. If CRIU died while parked, its tasks are left for us, frozen.
         until_untraced("retire", name, &frozen.cgroup, (&park, Word::Go), limit).await?;
-        let namespace = container.network_namespace.clone();
-        tokio::task::spawn_blocking(move || {
-            frozen.cgroup.kill()?;
-            // The fence stays; CRIU's lock would outlive it and shut the address for a hop back.
-            cure::unlock_network(&namespace);
-            Ok::<_, EngineError>(())
-        })
-        .await??;
+        // The fence stays.
+        tokio::task::spawn_blocking(move || frozen.cgroup.kill()).await??;
     }
     host.runc.delete(name.as_str(), &host.work(name)).await?;
     Ok(park.clear()?)
@@ -345,11 +339,6 @@ pub(super) async fn kill(
     park.tell(Word::Veto, limit).await?;
     let work = host.work(name);
     host.runc.delete(name.as_str(), &work).await?;
-    let namespace = container.network_namespace.clone();
-    tokio::task::spawn_blocking(move || {
-        cure::unlock_network(&namespace);
-        cure::unmount_leftovers(&work.join(RESTORE));
-    })
-    .await?;
+    tokio::task::spawn_blocking(move || cure::unmount_leftovers(&work.join(RESTORE))).await?;
     Ok(park.clear()?)
 }

@@ -293,7 +293,7 @@ impl Host {
         let container = self.container(name)?.clone();
         criu::kill(self, &container, limit).await?;
         overlay::unmount(&container)?;
-        self.lift(name).await
+        self.fence(name, fence::Fence::Lifted).await
     }
 
     /// Moves the fence of a container.
@@ -307,14 +307,5 @@ impl Host {
     ) -> Result<(), EngineError> {
         let namespace = self.container(name)?.network_namespace.clone();
         Ok(tokio::task::spawn_blocking(move || fence::set(&namespace, fence)).await??)
-    }
-
-    /// Lifts the fence of a container.
-    ///
-    /// # Errors
-    /// [`EngineError`].
-    pub async fn lift(&self, name: &ContainerName) -> Result<(), EngineError> {
-        let namespace = self.container(name)?.network_namespace.clone();
-        Ok(tokio::task::spawn_blocking(move || fence::lift(&namespace)).await??)
     }
 }

@@ -41,7 +41,7 @@ pub(super) async fn stop(
         }
         tokio::time::sleep(POLL).await;
     }
-    host.fence(name, Fence::Shut).await
+    host.fence(name, Fence::Loopback).await
 }
 
 /// Starts the container again if it has ended. One that still runs is left alone.
@@ -64,5 +64,5 @@ pub(super) async fn thaw(host: &Host, name: &ContainerName) -> Result<(), Engine
             host.runc.start(name.as_str(), &work).await?;
         }
     }
-    host.lift(name).await
+    host.fence(name, Fence::Lifted).await
 }

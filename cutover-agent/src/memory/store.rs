@@ -18,7 +18,7 @@ use super::digest::{DIGEST_BYTES, DigestKey, PAGE_BYTES, PageDigest};
 use super::runs::{Run, SLOTS_MAX, Slot, ZERO};
 use super::wire::{FRAME_PAGES_MAX, PageAnswer, PageAsk, PageFault, PagesHead, Piece, Seal};
 use crate::peer::message::{Outbox, Topic};
-use crate::peer::{Frame, FrameError};
+use crate::peer::{Arrivals, Frame, FrameError, Part};
 use crate::transfer::{Codec, unpack};
 
 /// Frames that are unpacked, checked and written at once; each takes about 2 MiB.
@@ -75,6 +75,7 @@ impl PageStore {
         number: u64,
         bytes: &[u8],
         outbox: Outbox,
+        arrivals: &Arc<Arrivals>,
         tasks: &mut JoinSet<()>,
     ) {
         let ask = postcard::from_bytes::<PageAsk>(bytes);
@@ -83,10 +84,10 @@ impl PageStore {
             self.piece(piece, tasks);
             return;
         }
-        let store = Arc::clone(self);
+        let (store, arrivals) = (Arc::clone(self), Arc::clone(arrivals));
         tasks.spawn(async move {
             let answer = match ask {
-                Ok(ask) => store.carry_out(ask).await,
+                Ok(ask) => store.carry_out(ask, &arrivals).await,
                 Err(_) => Err(PageFault::Garbled),
             };
             let answer = answer.unwrap_or_else(PageAnswer::Failed);
@@ -96,7 +97,11 @@ impl PageStore {
         });
     }
 
-    async fn carry_out(self: &Arc<Self>, ask: PageAsk) -> Result<PageAnswer, PageFault> {
+    async fn carry_out(
+        self: &Arc<Self>,
+        ask: PageAsk,
+        arrivals: &Arrivals,
+    ) -> Result<PageAnswer, PageFault> {
         match ask {
             PageAsk::Open { key } => {
                 let folder = self.folder.clone();
@@ -108,7 +113,11 @@ impl PageStore {
             PageAsk::Missing { frames } => {
                 return self.current()?.missing(frames).map(PageAnswer::Missing);
             }
-            PageAsk::Seal(seal) => self.seal(seal).await?,
+            PageAsk::Seal(seal) => {
+                let container = seal.container.clone();
+                self.seal(seal).await?;
+                arrivals.note(Part::Memory(container));
+            }
             PageAsk::Piece(_) => return Err(PageFault::Garbled),
         }
         Ok(PageAnswer::Done)

@@ -23,7 +23,9 @@ const OUTBOX_PARTS: usize = 16;
 pub(crate) enum Topic {
     /// A request of the agent's own vocabulary.
     Call,
-    /// The answer to one, under the same number.
+    /// One that is carried out once parts of the hop have arrived.
+    CallAfter,
+    /// The answer to either, under the same number.
     Reply,
     /// The request cannot be decoded there.
     Unreadable,

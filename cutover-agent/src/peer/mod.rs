@@ -10,6 +10,8 @@
 //! is in charge at an acceptor at any moment: a second one is told so, unless the first is dead, or the second says that
 //! it comes in its place. A round under way when connections break takes a session up again ([`Session::revive`]), asks
 //! what has arrived, and goes on from there; a request under way fails, because nobody knows whether it was carried out.
+//! A request that needs what is still on its way can be made at once ([`Session::call_after`]): the acceptor hands it to
+//! its handler when everything is there, and the round trip that asking later would take is saved.
 //!
 //! ```no_run
 //! # use std::{sync::Arc, time::Duration};
@@ -28,6 +30,7 @@
 //! # Ok(()) }
 //! ```
 
+mod arrivals;
 mod doors;
 mod frame;
 mod hello;
@@ -43,14 +46,16 @@ use std::time::Duration;
 
 use thiserror::Error;
 
+pub use arrivals::Part;
 pub use doors::{Accept, Doors};
 pub use frame::{FRAME_BYTES_MAX, FrameError};
 pub use hello::{Refusal, STREAMS_MAX};
 pub use message::MESSAGE_BYTES_MAX;
 pub use serve::{Handler, Trees, serve};
-pub use session::{Session, connect};
+pub use session::{Answering, Session, connect};
 pub use socket::slows_down_after_idle;
 
+pub(crate) use arrivals::Arrivals;
 pub(crate) use frame::{Channel, Frame, Parcel, encode, encode_on, parcel};
 pub(crate) use queue::Queue;
 pub(crate) use session::Link;

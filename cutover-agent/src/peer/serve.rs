@@ -16,8 +16,8 @@ use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 
 use super::hello::{self, Hello, Purpose, Refusal, SessionId, VERSION, Welcome};
-use super::message::{self, Inbox, Outbox, Topic};
-use super::{Accept, Channel, FrameError, PeerError, PeerTimeouts, frame, socket};
+use super::message::{self, Inbox, Message, Outbox, Topic};
+use super::{Accept, Channel, FrameError, Part, PeerError, PeerTimeouts, frame, socket};
 use crate::memory::PageStore;
 use crate::tls::{self, ServerTls};
 use crate::transfer::{Receiver, TreeName};
@@ -313,30 +313,8 @@ impl Server {
                     Ok(Ok(None)) => break "the peer closed the connection".to_owned(),
                     Ok(Ok(Some(message))) => message,
                 };
-                let (number, outbox) = (message.number, outbox.clone());
-                match message.topic {
-                    Topic::Call => {
-                        let job = Job::Call {
-                            number,
-                            bytes: message.bytes,
-                            outbox,
-                        };
-                        if self.jobs.try_send(job).is_err() {
-                            break format!("more than {CALLS_QUEUED} requests at once");
-                        }
-                    }
-                    Topic::Ask => receiver.ask(number, &message.bytes, outbox, &mut asks),
-                    Topic::PageAsk => {
-                        let Some(pages) = &self.pages else {
-                            break "the peer asked about pages, and nobody keeps any here"
-                                .to_owned();
-                        };
-                        pages.ask(number, &message.bytes, outbox, &mut asks);
-                    }
-                    Topic::Ping => {
-                        outbox.offer(Topic::Pong, number, &[]);
-                    }
-                    _ => {}
+                if let Err(reason) = self.hand_on(message, &outbox, receiver, &mut asks) {
+                    break reason;
                 }
             }
         };
@@ -355,6 +333,54 @@ impl Server {
         let reason = tokio::select! { reason = reading => reason, reason = attaching => reason, reason = failing => reason };
         drain(&mut data, receiver).await;
         reason
+    }
+
+    /// Gives a message to whom it is for; an error ends the session.
+    fn hand_on(
+        &self,
+        message: Message,
+        outbox: &Outbox,
+        receiver: &Arc<Receiver>,
+        asks: &mut JoinSet<()>,
+    ) -> Result<(), String> {
+        let (number, bytes, outbox) = (message.number, message.bytes, outbox.clone());
+        match message.topic {
+            Topic::Call => {
+                let job = Job::Call {
+                    number,
+                    bytes,
+                    outbox,
+                };
+                let queued = self.jobs.try_send(job);
+                queued.map_err(|_| format!("more than {CALLS_QUEUED} requests at once"))?;
+            }
+            Topic::CallAfter => {
+                let (parts, bytes): (Vec<Part>, Vec<u8>) = postcard::from_bytes(&bytes)
+                    .map_err(|_| "the peer does not say what its request waits for".to_owned())?;
+                let (arrived, jobs) = (receiver.arrivals().after(&parts), self.jobs.clone());
+                asks.spawn(async move {
+                    arrived.await;
+                    let job = Job::Call {
+                        number,
+                        bytes,
+                        outbox,
+                    };
+                    // The queue only closes with the server itself.
+                    let _ = jobs.send(job).await;
+                });
+            }
+            Topic::Ask => receiver.ask(number, &bytes, outbox, asks),
+            Topic::PageAsk => {
+                let pages = self.pages.as_ref();
+                let pages = pages.ok_or("the peer asked about pages, and nobody keeps any here")?;
+                pages.ask(number, &bytes, outbox, receiver.arrivals(), asks);
+            }
+            Topic::Ping => {
+                outbox.offer(Topic::Pong, number, &[]);
+            }
+            _ => {}
+        }
+        Ok(())
     }
 }
 

@@ -18,7 +18,7 @@ use super::wire::{Answer, Ask, Base, DataHead, Fault, Listing, Packed, Space};
 use crate::files::blocks::Digest;
 use crate::files::{FilesError, Manifest, apply, content, walk};
 use crate::peer::message::{Outbox, Topic};
-use crate::peer::{Frame, FrameError, Trees};
+use crate::peer::{Arrivals, Frame, FrameError, Part, Trees};
 
 /// Frames that are unpacked and written at once; each takes about 2 MiB.
 const FRAMES_AT_ONCE: u32 = 4;
@@ -40,6 +40,7 @@ pub(crate) struct Receiver {
     dead_after: Duration,
     /// Frames that streams have handed in.
     taken: AtomicU64,
+    arrivals: Arc<Arrivals>,
 }
 
 #[derive(Default)]
@@ -63,6 +64,7 @@ impl Receiver {
             cancel: Arc::default(),
             dead_after,
             taken: AtomicU64::new(0),
+            arrivals: Arc::default(),
         }
     }
 
@@ -108,6 +110,11 @@ impl Receiver {
             // Without a reader the session is ending.
             outbox.send(Topic::Answer, number, &bytes).await;
         });
+    }
+
+    /// What has arrived whole in this session.
+    pub(crate) fn arrivals(&self) -> &Arc<Arrivals> {
+        &self.arrivals
     }
 
     fn enter(&self, number: u64) -> Arc<Round> {
@@ -232,6 +239,7 @@ impl Receiver {
         self.lock()
             .known
             .insert(tree.clone(), (Arc::new(manifest), root));
+        self.arrivals.note(Part::Tree(tree.clone()));
         Ok(())
     }
 

@@ -3,7 +3,7 @@
 use std::fs;
 use std::time::Duration;
 
-use cutover_agent::peer::{self, PeerError, PeerTimeouts, Refusal};
+use cutover_agent::peer::{self, Part, PeerError, PeerTimeouts, Refusal};
 use cutover_agent::pki;
 use cutover_agent::tls::ClientTls;
 use cutover_agent::transfer::{SyncOptions, TransferError};
@@ -30,6 +30,46 @@ async fn a_request_is_answered_and_a_round_trip_measured() {
     );
     let wrong: Result<String, _> = session.call(&(1_u8, 255_u8, 3_u8), LIMIT).await;
     assert!(matches!(wrong, Err(PeerError::Vocabulary)), "{wrong:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_request_that_waits_for_a_tree_is_carried_out_when_that_is_sealed() {
+    let world = World::new().await;
+    fs::write(world.here().join("page"), "one").unwrap();
+    let session = world.connect().await;
+    // What arrived before does not count.
+    world.sync(&session).await.unwrap();
+    let parts = [Part::Tree(volume())];
+    let asked = session.call_after(&parts, &"restore", LIMIT).await;
+    let mut answer = std::pin::pin!(asked.unwrap().answer());
+    let other = session.call::<_, String>(&"first", LIMIT);
+    tokio::select! {
+        early = &mut answer => panic!("answered before the tree was there: {early:?}"),
+        first = other => assert_eq!(first.unwrap(), "first indeed"),
+    }
+    fs::write(world.here().join("page"), "two").unwrap();
+    world.sync(&session).await.unwrap();
+    let answer: String = answer.await.unwrap();
+    assert_eq!(answer, "restore indeed");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_request_that_waits_ends_with_its_connections() {
+    let world = World::new().await;
+    let cable = Cable::to(world.addr).await;
+    let session = peer::connect(cable.addr, world.tls(), TIMEOUTS, 2)
+        .await
+        .unwrap();
+    let parts = [Part::Tree(volume())];
+    let asked = session.call_after(&parts, &"restore", LIMIT).await.unwrap();
+    cable.cut.send_replace(Cut::Closed);
+    let answer: Result<String, _> = asked.answer().await;
+    assert!(matches!(answer, Err(PeerError::Lost { .. })), "{answer:?}");
+    let late = session
+        .call_after::<_, String>(&[], &"restore", LIMIT)
+        .await;
+    assert!(matches!(late, Err(PeerError::Lost { .. })), "{late:?}");
+    world.handler.ended.notified().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
