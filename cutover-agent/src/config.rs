@@ -2,7 +2,9 @@
 //! folder of the file that names it. Unknown keys are refused with the nearest known one.
 
 use std::collections::BTreeSet;
+use std::ffi::OsStr;
 use std::net::{IpAddr, SocketAddr};
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use cutover_protocol::id::{ContainerName, Site};
@@ -408,6 +410,21 @@ impl Config {
             .iter()
             .find(|known| known.name == tree)
             .map(|known| known.path.clone())
+    }
+
+    /// The read-only layers of every container's root file system.
+    #[must_use]
+    pub fn layers(&self) -> BTreeSet<PathBuf> {
+        let overlays = self
+            .containers
+            .iter()
+            .filter_map(|one| one.overlay.as_ref());
+        // As mount(8) writes several: one behind the other.
+        let lower =
+            overlays.flat_map(|one| one.lower.as_os_str().as_bytes().split(|byte| *byte == b':'));
+        lower
+            .map(|path| PathBuf::from(OsStr::from_bytes(path)))
+            .collect()
     }
 }
 

@@ -323,9 +323,22 @@ impl Visit for HashOnly {
 /// # Errors
 /// When something cannot be read.
 pub(crate) fn scan(root: &Root, cancel: &AtomicBool) -> Result<Manifest, FilesError> {
+    scan_files(root, |_| true, cancel)
+}
+
+/// As [`scan`], but hashes only the files that are wanted; the others have no digests.
+///
+/// # Errors
+/// When something cannot be read.
+pub(crate) fn scan_files(
+    root: &Root,
+    mut is_wanted: impl FnMut(&Entry) -> bool,
+    cancel: &AtomicBool,
+) -> Result<Manifest, FilesError> {
     let walked = walk::walk(root, None, WALKERS, cancel)?;
+    let mut is_wanted = |entry: &Entry| matches!(entry.kind, Kind::File { .. }) && is_wanted(entry);
     let wanted: Vec<usize> = (0..walked.entries.len())
-        .filter(|at| matches!(walked.entries[*at].kind, Kind::File { .. }))
+        .filter(|at| is_wanted(&walked.entries[*at]))
         .collect();
     let contents = read(
         root,

@@ -56,8 +56,37 @@ pub trait Handler: Send + Sync + 'static {
     }
 }
 
+type Find = dyn Fn(&TreeName) -> Option<PathBuf> + Send + Sync;
+
 /// Where the trees are at this site: by our own configuration only, a peer can never name a path.
-pub type Trees = Arc<dyn Fn(&TreeName) -> Option<PathBuf> + Send + Sync>;
+#[derive(Clone)]
+pub struct Trees {
+    find: Arc<Find>,
+    pub(crate) seeds: Arc<[PathBuf]>,
+}
+
+impl Trees {
+    /// The trees that `find` finds.
+    pub fn new(find: impl Fn(&TreeName) -> Option<PathBuf> + Send + Sync + 'static) -> Self {
+        Self {
+            find: Arc::new(find),
+            seeds: Arc::default(),
+        }
+    }
+
+    /// Has files in these folders used for new trees with the same content. Nothing is ever written there.
+    #[must_use]
+    pub fn with_seeds(self, folders: impl IntoIterator<Item = PathBuf>) -> Self {
+        Self {
+            seeds: folders.into_iter().collect(),
+            ..self
+        }
+    }
+
+    pub(crate) fn path(&self, tree: &TreeName) -> Option<PathBuf> {
+        (self.find)(tree)
+    }
+}
 
 enum Job {
     Call {
@@ -265,7 +294,7 @@ impl Server {
     /// Runs a session to its end.
     async fn control(&self, mut stream: Stream, session: SessionId, dead_after: Duration) {
         let (tx, streams) = mpsc::channel(usize::from(hello::STREAMS_MAX));
-        let receiver = Arc::new(Receiver::new(Arc::clone(&self.trees), dead_after));
+        let receiver = Arc::new(Receiver::new(self.trees.clone(), dead_after));
         self.current.send_replace(Some(Current {
             id: session,
             streams: tx,

@@ -4,6 +4,8 @@
 //! source                                                   target
 //!   (first round only)  have? ───────────────────────────►  scans its tree
 //!                       ◄───────────────────── manifest, digest of each block
+//!   (first round only)  seeds? (sizes of new files) ──────►  looks in the layers of its images
+//!                       ◄───────────────────── digests of files of these sizes
 //!   walks, reads, hashes   begin(entries that changed) ──►  makes room
 //!     changed blocks, packed, over K streams ────────────►  checks each digest, writes in place
 //!                          seal(frames, root hash) ──────►  metadata, deletions, compares the root hash
@@ -20,6 +22,7 @@ mod pack;
 mod plan;
 mod receive;
 mod round;
+mod seeds;
 mod send;
 mod wire;
 

@@ -1,12 +1,13 @@
 //! What a round of the source consists of: which files must be read, and what their reading gave.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use super::collect::{Collector, Outlet, Tally};
+use super::seeds::SEED_BYTES_MIN;
 use super::wire::{Ask, Packed};
 use super::{SyncReport, TransferError, Writers};
 use crate::files::apply;
@@ -17,7 +18,7 @@ use crate::files::walk::{self, Remembered, Stamp, WALKERS, Walked};
 use crate::files::{FilesError, Kind, Root};
 
 /// Blocks of files that are gone by which renamed ones are recognised: 4 GiB of them, about 12 MiB of memory.
-const MOVED_BLOCKS_MAX: usize = 1 << 18;
+pub(super) const MOVED_BLOCKS_MAX: usize = 1 << 18;
 /// Threads that read, hash and pack. Two keep a link of several Gbit/s busy, and leave the rest to the containers.
 const READERS: usize = 2;
 /// Threads that walk while the containers are frozen: beyond that they wait for each other.
@@ -64,8 +65,10 @@ pub(super) struct Plan {
     kept: Vec<Option<Arc<Vec<Digest>>>>,
     /// What the target has, per entry.
     pub(super) base: Vec<Option<Arc<Vec<Digest>>>>,
-    /// Where the target has blocks of files that are there no more.
+    /// Where the target has blocks of files that are there no more, and of seeds.
     pub(super) moved: Moved,
+    /// Entries of what the target has.
+    based_on: usize,
     /// The root hash of what the target has; absent when it begins with nothing.
     pub(super) origin: Option<Digest>,
     pub(super) steps: Packed,
@@ -76,6 +79,35 @@ impl Plan {
     pub(super) fn bytes(&self) -> u64 {
         let sizes = self.wanted.iter().map(|at| self.walked.entries[*at].size());
         sizes.sum()
+    }
+
+    /// The sizes, sorted, of files that are new at the target, or have another size there: what seeds may be for.
+    pub(super) fn new_sizes(&self) -> Vec<u64> {
+        let is_new = |at: usize, size: u64| {
+            let there = self.base[at].as_ref().map_or(0, |there| there.len() as u64);
+            there != blocks::count(size) && size >= SEED_BYTES_MIN
+        };
+        let sizes = self
+            .wanted
+            .iter()
+            .map(|at| (*at, self.walked.entries[*at].size()));
+        let new: BTreeSet<u64> = sizes
+            .filter(|(at, size)| is_new(*at, *size))
+            .map(|(_, size)| size)
+            .collect();
+        new.into_iter().collect()
+    }
+
+    /// Takes in what the target told of its seeds.
+    pub(super) fn add_seeds(&mut self, seeds: &[Vec<Digest>]) {
+        for (place, digests) in (self.based_on..).zip(seeds) {
+            if self.moved.len() + digests.len() > MOVED_BLOCKS_MAX {
+                break;
+            }
+            // There are fewer than u32::MAX blocks of the base and of seeds.
+            let places = (0..).map(|at| (place as u32, at));
+            self.moved.extend(digests.iter().copied().zip(places));
+        }
     }
 }
 
@@ -144,13 +176,14 @@ pub(super) fn plan(
         kept,
         base,
         moved,
+        based_on: has.entries.len(),
         origin,
         steps,
     })
 }
 
 /// Blocks the target has, until the end of the round, in files that are not part of the new tree, by digest: which entry
-/// of the base, which block. A renamed file is found through them.
+/// of the base, or behind its last which seed, and which block. A renamed file is found through them.
 pub(super) type Moved = HashMap<Digest, (u32, u32)>;
 
 fn moved(has: &Manifest, entries: &[Arc<Entry>], pairs: &Pairing) -> Moved {

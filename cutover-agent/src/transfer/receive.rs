@@ -14,6 +14,7 @@ use tokio::task::JoinSet;
 
 use super::TreeName;
 use super::round::{Round, open_tree};
+use super::seeds::Seeds;
 use super::wire::{Answer, Ask, Base, DataHead, Fault, Listing, Packed, Space};
 use crate::files::blocks::Digest;
 use crate::files::{FilesError, Manifest, apply, content, walk};
@@ -48,6 +49,7 @@ struct Registry {
     rounds: HashMap<u64, Arc<Round>>,
     active: HashSet<TreeName>,
     known: HashMap<TreeName, (Arc<Manifest>, Digest)>,
+    seeds: HashMap<TreeName, Arc<Seeds>>,
 }
 
 impl Receiver {
@@ -164,6 +166,7 @@ impl Receiver {
                 outcome.map(|_| Answer::Done)
             }
             Ask::Have { tree } => self.have(tree).await,
+            Ask::Seeds { tree, sizes } => self.seeds(tree, sizes).await,
             Ask::Forget { tree } => {
                 self.lock().known.remove(&tree);
                 Ok(Answer::Done)
@@ -212,12 +215,13 @@ impl Receiver {
         self.enter_tree(tree).await?;
         let outcome = async {
             let (round, cancel) = (Arc::clone(opened), Arc::clone(&self.cancel));
+            let seeds = self.lock().seeds.get(tree).cloned().unwrap_or_default();
             self.work(move || {
                 let root = open_tree(&path)?;
                 if base.is_none() {
                     apply::clear(&root, &cancel)?;
                 }
-                round.prepare(root, base.unwrap_or_default(), &steps)
+                round.prepare(root, (base.unwrap_or_default(), seeds), &steps)
             })
             .await?;
             opened
@@ -264,7 +268,23 @@ impl Receiver {
         self.leave_tree(&tree);
         let (manifest, root, list) = scanned?;
         self.lock().known.insert(tree, (Arc::new(manifest), root));
-        Ok(Answer::Have { list, root })
+        Ok(Answer::Have {
+            list,
+            root,
+            has_seeds: !self.trees.seeds.is_empty(),
+        })
+    }
+
+    async fn seeds(self: &Arc<Self>, tree: TreeName, sizes: Packed) -> Result<Answer, Fault> {
+        let (folders, cancel) = (Arc::clone(&self.trees.seeds), Arc::clone(&self.cancel));
+        let looked = self.work(move || {
+            let sizes: HashSet<u64> = sizes.open()?;
+            let (seeds, digests) = Seeds::find(&folders, &sizes, &cancel)?;
+            Ok((seeds, Packed::of(&digests)?))
+        });
+        let (seeds, list) = looked.await?;
+        self.lock().seeds.insert(tree, Arc::new(seeds));
+        Ok(Answer::Seeds(list))
     }
 
     /// Reserves a tree, and forgets what it held. A round that was just given up has a moment to let go of it.
@@ -291,7 +311,9 @@ impl Receiver {
     }
 
     fn path(&self, tree: &TreeName) -> Result<PathBuf, Fault> {
-        (self.trees)(tree).ok_or_else(|| Fault::UnknownTree(tree.clone()))
+        self.trees
+            .path(tree)
+            .ok_or_else(|| Fault::UnknownTree(tree.clone()))
     }
 
     /// Runs file work on a blocking thread; [`Self::close`] waits for it.

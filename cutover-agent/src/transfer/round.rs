@@ -10,6 +10,7 @@ use rustix::io::Errno;
 use tokio::sync::watch;
 
 use super::TreeName;
+use super::seeds::Seeds;
 use super::wire::{Blocks, Codec, DATA_BYTES_MAX, DataHead, Fault, Packed, Piece};
 use crate::files::blocks::{self, BLOCK_BYTES, Digest};
 use crate::files::manifest::{self, Entry, Manifest, Pairing, Step};
@@ -42,6 +43,7 @@ pub(super) struct Round {
 struct Body {
     root: Root,
     base: Arc<Manifest>,
+    seeds: Arc<Seeds>,
     entries: Vec<Arc<Entry>>,
     pairs: Pairing,
     digests: Vec<Mutex<Arc<Vec<Digest>>>>,
@@ -68,7 +70,7 @@ impl Round {
     pub(super) fn prepare(
         &self,
         root: Root,
-        base: Arc<Manifest>,
+        (base, seeds): (Arc<Manifest>, Arc<Seeds>),
         steps: &Packed,
     ) -> Result<(), Fault> {
         let steps: Vec<Step> = steps.open()?;
@@ -88,6 +90,7 @@ impl Round {
         let _ = self.body.set(Body {
             root,
             base,
+            seeds,
             entries,
             pairs,
             digests,
@@ -229,7 +232,22 @@ impl Body {
 }
 
 impl Body {
-    /// Copies blocks of a file of the base that is not part of the new tree; nobody else writes there.
+    /// Opens a file of the base that is not part of the new tree, so nobody else writes there; or a seed.
+    fn open_other(&self, from: u32) -> Result<OwnedFd, Fault> {
+        let from = from as usize;
+        let Some(entry) = self.base.entries.get(from) else {
+            return self.seeds.open(from - self.base.entries.len());
+        };
+        if !matches!(entry.kind, Kind::File { .. }) {
+            return Err(Fault::Garbled);
+        }
+        let failed = |errno| FilesError::read(self.root.shown(&entry.path), errno);
+        let flags = OFlags::RDONLY | OFlags::NONBLOCK;
+        let opened = self.root.open_beneath(&entry.path, flags, 0);
+        Ok(opened.map_err(failed)?)
+    }
+
+    /// Copies blocks of another file.
     fn copy(
         &self,
         from: u32,
@@ -237,12 +255,8 @@ impl Body {
         digests: &[Digest],
         (path, file, start, length): (&[u8], &OwnedFd, u64, u64),
     ) -> Result<(), Fault> {
-        let known = self.base.entries.get(from as usize);
-        let known = known.filter(|entry| matches!(entry.kind, Kind::File { .. }));
-        let other = &known.ok_or(Fault::Garbled)?.path;
-        let failed = |errno| Fault::from(FilesError::read(self.root.shown(other), errno));
-        let flags = OFlags::RDONLY | OFlags::NONBLOCK;
-        let opened = self.root.open_beneath(other, flags, 0).map_err(failed)?;
+        let opened = self.open_other(from)?;
+        let failed = |errno| Fault::from(FilesError::read(self.root.shown(path), errno));
         let mut data = vec![0; (length as usize).min(DATA_BYTES_MAX)];
         let mut done = 0;
         for digests in digests.chunks(DATA_BYTES_MAX / BLOCK_BYTES) {
@@ -325,6 +339,10 @@ mod tests {
     use crate::files::manifest::difference;
 
     fn round(folder: &std::path::Path, size: u64) -> Round {
+        round_with(Seeds::default(), folder, size)
+    }
+
+    fn round_with(seeds: Seeds, folder: &std::path::Path, size: u64) -> Round {
         let entry = |path: &[u8], kind| Entry {
             path: path.to_vec(),
             kind,
@@ -343,7 +361,11 @@ mod tests {
         let pairs = Pairing::of(&[], &entries);
         let steps = Packed::of(&difference(&[], &entries, &pairs)).unwrap();
         round
-            .prepare(open_tree(folder).unwrap(), Arc::default(), &steps)
+            .prepare(
+                open_tree(folder).unwrap(),
+                (Arc::default(), Arc::new(seeds)),
+                &steps,
+            )
             .unwrap();
         round
     }
@@ -374,6 +396,37 @@ mod tests {
         assert_eq!(std::fs::read(folder.path().join("file")).unwrap(), b"");
         assert_eq!(round.apply(&sent, b"whole"), Ok(()));
         assert_eq!(std::fs::read(folder.path().join("file")).unwrap(), b"whole");
+    }
+
+    #[test]
+    fn a_seed_is_compared_once_more_when_it_is_used() {
+        let (folder, layer) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let (copy, seed) = (folder.path().join("file"), layer.path().join("app.php"));
+        std::fs::write(&seed, [7; 5000]).unwrap();
+        let (folders, sizes) = ([layer.path().to_owned()], HashSet::from([5000]));
+        let found = Seeds::find(&folders, &sizes, &AtomicBool::new(false));
+        let (seeds, told) = found.unwrap();
+        let round = round_with(seeds, folder.path(), 5000);
+        let place = |from| {
+            let blocks = Blocks::Moved {
+                from,
+                at: 0,
+                digests: told[0].to_vec(),
+            };
+            let mut head = head(0, Vec::new());
+            head.pieces[0].blocks = blocks;
+            round.apply(&head, b"")
+        };
+        let is_damaged = |outcome| matches!(outcome, Err(Fault::Damaged { .. }));
+        std::fs::write(&seed, [8; 5000]).unwrap();
+        assert!(is_damaged(place(0)));
+        std::fs::remove_file(&seed).unwrap();
+        assert!(is_damaged(place(0)));
+        assert_eq!(std::fs::read(&copy).unwrap(), b"");
+        assert_eq!(place(1), Err(Fault::Garbled), "there is only one");
+        std::fs::write(&seed, [7; 5000]).unwrap();
+        assert_eq!(place(0), Ok(()));
+        assert_eq!(std::fs::read(&copy).unwrap(), [7; 5000]);
     }
 
     #[test]

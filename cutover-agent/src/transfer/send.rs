@@ -10,7 +10,9 @@ use tokio::runtime::Handle;
 
 use super::collect::Outlet;
 use super::plan::{self, Memory, Moved, Plan, Sealed};
-use super::wire::{Answer, Ask, Base, Codec, DATA_BYTES_MAX, DataHead, Fault, Listing, Space};
+use super::wire::{
+    Answer, Ask, Base, Codec, DATA_BYTES_MAX, DataHead, Fault, Listing, Packed, Space,
+};
 use super::{
     Durability, Measured, Origin, SyncOptions, SyncReport, TransferError, TreeName, Writers,
 };
@@ -398,9 +400,24 @@ impl Sender {
         // The walk and the target's answer take their time together.
         let sealed = sealed(link, tree, options, remembered);
         let (walked, sealed) = tokio::join!(walk, sealed);
-        let ((root, walked), sealed) = (walked?, sealed?);
+        let ((root, walked), (sealed, has_seeds)) = (walked?, sealed?);
         let rehash = options.always_rehash.clone();
-        off(move || plan::plan(root, walked, sealed, ours, &rehash)).await
+        let mut plan = off(move || plan::plan(root, walked, sealed, ours, &rehash)).await?;
+        let sizes = plan.new_sizes();
+        if has_seeds && !sizes.is_empty() {
+            let ask = Ask::Seeds {
+                tree: tree.clone(),
+                sizes: Packed::of(&sizes)?,
+            };
+            match request(link, &ask, "what else the target has", options.limit).await? {
+                Answer::Seeds(list) => {
+                    let seeds: Vec<Vec<Digest>> = off(move || Ok(list.open()?)).await?;
+                    plan.add_seeds(&seeds);
+                }
+                _ => return Err(PeerError::Vocabulary.into()),
+            }
+        }
+        Ok(plan)
     }
 
     /// Announces the round, and gives its number.
@@ -446,19 +463,24 @@ fn outlet(
     }
 }
 
-/// What the target holds: as remembered, or as it says; `None` when it shall begin with nothing.
+/// What the target holds, as remembered, or as it says (`None` when it shall begin with nothing); and whether to ask for
+/// seeds.
 async fn sealed(
     link: &Link,
     tree: &TreeName,
     options: &SyncOptions,
     remembered: Option<Sealed>,
-) -> Result<Option<Sealed>, TransferError> {
+) -> Result<(Option<Sealed>, bool), TransferError> {
     if remembered.is_some() || options.origin == Origin::Nothing {
-        return Ok(remembered);
+        return Ok((remembered, false));
     }
     let ask = Ask::Have { tree: tree.clone() };
     match request(link, &ask, "what the target has", options.limit).await? {
-        Answer::Have { list, root } => {
+        Answer::Have {
+            list,
+            root,
+            has_seeds,
+        } => {
             let unpacked = off(move || {
                 let listing: Listing = list.open()?;
                 if listing.entries.len() != listing.digests.len() {
@@ -469,10 +491,11 @@ async fn sealed(
                     digests: listing.digests.into_iter().map(Arc::new).collect(),
                 })
             });
-            Ok(Some(Sealed {
+            let sealed = Sealed {
                 manifest: Arc::new(unpacked.await?),
                 root,
-            }))
+            };
+            Ok((Some(sealed), has_seeds))
         }
         _ => Err(PeerError::Vocabulary.into()),
     }

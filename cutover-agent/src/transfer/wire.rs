@@ -21,6 +21,11 @@ pub(crate) enum Ask {
     Have {
         tree: TreeName,
     },
+    /// Which other files the target has of these sizes (sorted, a packed `Vec<u64>`). They are for rounds of this tree.
+    Seeds {
+        tree: TreeName,
+        sizes: Packed,
+    },
     Begin {
         round: u64,
         tree: TreeName,
@@ -66,10 +71,19 @@ pub(crate) enum Base {
 /// What the target answers.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) enum Answer {
-    Have { list: Packed, root: Digest },
+    Have {
+        list: Packed,
+        root: Digest,
+        has_seeds: bool,
+    },
+    /// A packed `Vec<Vec<Digest>>`, one of each seed.
+    Seeds(Packed),
     Done,
     Space(Space),
-    Size { bytes: u64, entries: u64 },
+    Size {
+        bytes: u64,
+        entries: u64,
+    },
     Failed(Fault),
 }
 
@@ -184,7 +198,7 @@ pub(crate) enum Blocks {
     Data(Vec<Digest>),
     Zeros(u32),
     /// Consecutive blocks of a file of the round's base, by its place there. The file is not part of the new tree, so
-    /// it stays as it is until the seal.
+    /// it stays as it is until the seal. A place behind the base's last is that of a seed.
     Moved {
         from: u32,
         at: u32,

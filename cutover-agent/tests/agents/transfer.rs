@@ -284,6 +284,42 @@ async fn a_renamed_file_costs_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn what_is_in_a_layer_at_the_target_does_not_cross() {
+    let world = World::new().await;
+    let (here, layer) = (world.here(), world.folder.path().join("layer"));
+    fs::create_dir_all(layer.join("usr/src")).unwrap();
+    for (name, seed, bytes) in [("large", 20, 40 * 16384 + 5), ("page.php", 21, 5000)] {
+        let content = pattern(seed, bytes);
+        fs::write(layer.join("usr/src").join(name), &content).unwrap();
+        fs::write(here.join(format!("copy of {name}")), &content).unwrap();
+    }
+    // Of the same size, and with most of its blocks.
+    let changed = here.join("changed");
+    fs::copy(here.join("copy of large"), &changed).unwrap();
+    let open = fs::OpenOptions::new().write(true).open(&changed).unwrap();
+    open.write_all_at(b"changed", 7 * 16384).unwrap();
+    fs::write(here.join("own"), pattern(22, 3000)).unwrap();
+    let session = world.connect().await;
+    let report = world.sync(&session).await.unwrap();
+    assert_eq!(picture(&here), picture(&world.there()));
+    assert_eq!(report.bytes_data, 16384 + 3000);
+    // Later rounds go by what was sealed.
+    fs::write(here.join("own"), pattern(23, 3000)).unwrap();
+    assert_eq!(world.sync(&session).await.unwrap().bytes_data, 3000);
+    assert_eq!(picture(&here), picture(&world.there()));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_layer_that_is_not_there_is_done_without() {
+    let world = World::new().await;
+    fs::remove_dir(world.folder.path().join("layer")).unwrap();
+    fs::write(world.here().join("page.php"), pattern(24, 5000)).unwrap();
+    let session = world.connect().await;
+    assert_eq!(world.sync(&session).await.unwrap().bytes_data, 5000);
+    assert_eq!(picture(&world.here()), picture(&world.there()));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_file_may_take_the_place_of_a_folder_that_was_renamed() {
     let world = World::new().await;
     let here = world.here();

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use cutover_agent::peer::{self, Handler, PeerError, PeerTimeouts, Session};
+use cutover_agent::peer::{self, Handler, PeerError, PeerTimeouts, Session, Trees};
 use cutover_agent::pki;
 use cutover_agent::tls::{ClientTls, ServerTls, TlsPaths};
 use cutover_agent::transfer::{SyncOptions, SyncReport, TransferError, TreeName};
@@ -62,7 +62,9 @@ impl World {
 
     pub(crate) async fn within(folder: tempfile::TempDir) -> Self {
         pki::create(&folder.path().join("tls")).unwrap();
-        std::fs::create_dir(folder.path().join("here")).unwrap();
+        for name in ["here", "layer"] {
+            std::fs::create_dir(folder.path().join(name)).unwrap();
+        }
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let mut world = Self {
             addr: listener.local_addr().unwrap(),
@@ -86,7 +88,9 @@ impl World {
                 .contains(&tree.as_str())
                 .then(|| there.join(tree.as_str()))
         };
-        let (handler, trees) = (Arc::clone(&self.handler), Arc::new(trees));
+        let layer = self.folder.path().join("layer");
+        let trees = Trees::new(trees).with_seeds([layer]);
+        let handler = Arc::clone(&self.handler);
         self.tasks.spawn(async move {
             let Err(error) = peer::serve(listener, tls, TIMEOUTS, handler, trees).await;
             panic!("{error}");

@@ -10,7 +10,7 @@ use std::process::{Child, ChildStdin, ChildStdout, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use cutover_agent::peer::{self, Handler, PeerTimeouts, Session};
+use cutover_agent::peer::{self, Handler, PeerTimeouts, Session, Trees};
 use cutover_agent::tls::{ClientTls, ServerTls, TlsPaths};
 use cutover_agent::transfer::{SyncOptions, TreeName};
 use serde::{Deserialize, Serialize};
@@ -72,8 +72,7 @@ pub fn target(listen: SocketAddr, tls: &Path, tree: PathBuf) -> anyhow::Result<I
     let tls = ServerTls::load(&identity(tls, "target"), "source")?;
     runtime()?.block_on(async move {
         let listener = tokio::net::TcpListener::bind(listen).await?;
-        let trees =
-            Arc::new(move |name: &TreeName| (name.as_str() == "bench/tree").then(|| tree.clone()));
+        let trees = Trees::new(move |name| (name.as_str() == "bench/tree").then(|| tree.clone()));
         Ok(peer::serve(listener, tls, TIMEOUTS, Arc::new(Deaf), trees).await?)
     })
 }
