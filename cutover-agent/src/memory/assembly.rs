@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, OnceLock, PoisonError};
 
 use tokio::sync::watch;
 
@@ -25,6 +25,8 @@ pub(super) struct Assembly {
     folder: PathBuf,
     places: Mutex<Places>,
     standing: watch::Sender<Standing>,
+    /// The root that was sealed. From then on the images belong to whoever restores them.
+    sealed: OnceLock<[u8; 32]>,
 }
 
 #[derive(Debug, Clone, Default)]
@@ -40,7 +42,13 @@ impl Assembly {
             folder,
             places: Mutex::default(),
             standing: watch::Sender::default(),
+            sealed: OnceLock::new(),
         }
+    }
+
+    /// Whether the images are complete, and no more changed whatever comes a second time.
+    pub(super) fn is_sealed(&self) -> bool {
+        self.sealed.get().is_some()
     }
 
     /// Notes a piece; false when it cannot be right, which whoever waits for the images is told.
@@ -123,6 +131,10 @@ impl Assembly {
     pub(super) fn finish(&self, store: &Store, seal: &Seal) -> Result<(), PageFault> {
         let places = self.places.lock().unwrap_or_else(PoisonError::into_inner);
         let not_sealed = || PageFault::NotSealed(seal.container.clone());
+        if let Some(sealed) = self.sealed.get() {
+            // The answer was lost with its connection.
+            return (*sealed == seal.root).then_some(()).ok_or_else(not_sealed);
+        }
         let root = root(&places, store, seal).ok_or_else(not_sealed)?;
         if root != seal.root {
             return Err(not_sealed());
@@ -134,6 +146,7 @@ impl Assembly {
             let path = self.folder.join(pagemap::name(head.id));
             write(&path, &pagemap::encode(number, head))?;
         }
+        let _ = self.sealed.set(root);
         Ok(())
     }
 }

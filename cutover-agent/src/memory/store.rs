@@ -129,7 +129,7 @@ impl PageStore {
         let Ok(assembly) = store.assembly(&piece.container) else {
             return;
         };
-        if !assembly.enter(&piece) {
+        if assembly.is_sealed() || !assembly.enter(&piece) {
             return;
         }
         let piece_place = (piece.image, piece.first);

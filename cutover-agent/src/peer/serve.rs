@@ -3,7 +3,7 @@
 
 use std::convert::Infallible;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use serde::Serialize;
@@ -20,7 +20,7 @@ use super::message::{self, Inbox, Message, Outbox, Topic};
 use super::{Accept, Channel, FrameError, Part, PeerError, PeerTimeouts, frame, socket};
 use crate::memory::PageStore;
 use crate::tls::{self, ServerTls};
-use crate::transfer::{Receiver, TreeName};
+use crate::transfer::{Known, Receiver, TreeName};
 
 /// Connections that may be greeting at once; more wait in the kernel.
 const GREETINGS_MAX: usize = 64;
@@ -116,6 +116,8 @@ struct Server {
     /// One permit: the session in charge holds it until its last write is done.
     charge: Arc<Semaphore>,
     current: watch::Sender<Option<Current>>,
+    /// What the last session knew of its trees.
+    left: Mutex<Option<(SessionId, Known)>>,
 }
 
 /// Serves sessions until it is dropped.
@@ -141,6 +143,7 @@ pub async fn serve<H: Handler>(
         jobs,
         charge: Arc::new(Semaphore::new(1)),
         current: watch::Sender::new(None),
+        left: Mutex::new(None),
     });
     let mut tasks = JoinSet::new();
     tasks.spawn(work(handler, queue));
@@ -218,7 +221,8 @@ impl Server {
                 let Ok(Ok(charge)) = charge else {
                     return answer(&mut stream, &Welcome::Refused(Refusal::Busy)).await;
                 };
-                self.control(stream, hello.session, dead_after).await;
+                self.control(stream, (hello.session, instead_of), dead_after)
+                    .await;
                 drop(charge);
                 Ok(())
             }
@@ -283,6 +287,10 @@ impl Server {
         current.as_ref().map(|known| known.streams.clone())
     }
 
+    fn left(&self) -> MutexGuard<'_, Option<(SessionId, Known)>> {
+        self.left.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Ends a session of which its own peer says that it is broken.
     fn end(&self, session: Option<SessionId>) {
         let current = self.current.borrow().clone();
@@ -292,9 +300,17 @@ impl Server {
     }
 
     /// Runs a session to its end.
-    async fn control(&self, mut stream: Stream, session: SessionId, dead_after: Duration) {
+    async fn control(
+        &self,
+        mut stream: Stream,
+        (session, instead_of): (SessionId, Option<SessionId>),
+        dead_after: Duration,
+    ) {
         let (tx, streams) = mpsc::channel(usize::from(hello::STREAMS_MAX));
-        let receiver = Arc::new(Receiver::new(self.trees.clone(), dead_after));
+        let left = self.left().take();
+        let known = left.filter(|(id, _)| Some(*id) == instead_of);
+        let known = known.map(|(_, known)| known).unwrap_or_default();
+        let receiver = Arc::new(Receiver::new(self.trees.clone(), dead_after, known));
         self.current.send_replace(Some(Current {
             id: session,
             streams: tx,
@@ -307,6 +323,7 @@ impl Server {
         self.current.send_replace(None);
         tracing::info!(reason, "the session with the peer ended");
         receiver.close().await;
+        *self.left() = Some((session, receiver.known()));
         // The queue only closes with the server itself.
         let _ = self.jobs.send(Job::Lost).await;
     }

@@ -38,7 +38,7 @@ use crate::files::{FilesError, ManifestError};
 use crate::peer::PeerError;
 
 pub(crate) use pack::{Gauge, Look, Packer};
-pub(crate) use receive::Receiver;
+pub(crate) use receive::{Known, Receiver};
 pub(crate) use round::unpack;
 pub(crate) use send::Sender;
 pub(crate) use wire::Codec;

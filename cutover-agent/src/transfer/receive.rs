@@ -44,20 +44,26 @@ pub(crate) struct Receiver {
     arrivals: Arc<Arrivals>,
 }
 
+/// What each tree was sealed with, while nobody has written there since.
+pub(crate) type Known = HashMap<TreeName, (Arc<Manifest>, Digest)>;
+
 #[derive(Default)]
 struct Registry {
     rounds: HashMap<u64, Arc<Round>>,
     active: HashSet<TreeName>,
-    known: HashMap<TreeName, (Arc<Manifest>, Digest)>,
+    known: Known,
     seeds: HashMap<TreeName, Arc<Seeds>>,
 }
 
 impl Receiver {
-    /// A receiver that writes only where `trees` says.
-    pub(crate) fn new(trees: Trees, dead_after: Duration) -> Self {
+    /// A receiver that writes only where `trees` says. `known` is what the session knew in whose place this one comes.
+    pub(crate) fn new(trees: Trees, dead_after: Duration, known: Known) -> Self {
         Self {
             trees,
-            registry: Mutex::default(),
+            registry: Mutex::new(Registry {
+                known,
+                ..Registry::default()
+            }),
             begun: watch::Sender::new(0),
             failure: watch::Sender::new(None),
             left: watch::Sender::new(()),
@@ -112,6 +118,11 @@ impl Receiver {
             // Without a reader the session is ending.
             outbox.send(Topic::Answer, number, &bytes).await;
         });
+    }
+
+    /// What is known of the trees, for the session that comes in the place of this one.
+    pub(crate) fn known(&self) -> Known {
+        self.lock().known.clone()
     }
 
     /// What has arrived whole in this session.
@@ -248,11 +259,19 @@ impl Receiver {
     }
 
     async fn have(self: &Arc<Self>, tree: TreeName) -> Result<Answer, Fault> {
+        // Not looked at again: a container may have been built on it since.
+        let known = self.lock().known.get(&tree).cloned();
         let path = self.enter_tree(&tree).await?;
         let cancel = Arc::clone(&self.cancel);
         let scanned = self.work(move || {
-            let manifest = content::scan(&open_tree(&path)?, &cancel)?;
-            let root = manifest.root();
+            let (manifest, root) = match known {
+                Some(known) => known,
+                None => {
+                    let manifest = content::scan(&open_tree(&path)?, &cancel)?;
+                    let root = manifest.root();
+                    (Arc::new(manifest), root)
+                }
+            };
             let digests = manifest
                 .digests
                 .iter()
@@ -267,7 +286,7 @@ impl Receiver {
         let scanned = scanned.await;
         self.leave_tree(&tree);
         let (manifest, root, list) = scanned?;
-        self.lock().known.insert(tree, (Arc::new(manifest), root));
+        self.lock().known.insert(tree, (manifest, root));
         Ok(Answer::Have {
             list,
             root,

@@ -73,6 +73,34 @@ async fn breaks_and_heals(cut: Cut, options: SyncOptions) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_tree_that_was_sealed_is_left_alone_when_only_the_answer_was_lost() {
+    let world = World::new().await;
+    let cable = Cable::to(world.addr).await;
+    let timeouts = PeerTimeouts {
+        resume_within: LIMIT,
+        ..TIMEOUTS
+    };
+    fs::write(world.here().join("file"), "sealed").unwrap();
+    let session = peer::connect(cable.addr, world.tls(), timeouts, 2)
+        .await
+        .unwrap();
+    world.sync(&session).await.unwrap();
+    // What a container does that is built on it: CRIU puts files there that were open and deleted.
+    fs::write(world.there().join("ghost"), "restored").unwrap();
+    cable.cut.send_replace(Cut::Closed);
+    session.lost().await;
+    cable.cut.send_replace(Cut::Whole);
+    let again = world.sync(&session).await.unwrap();
+    assert_eq!(again.bytes_data, 0);
+    assert!(world.there().join("ghost").exists());
+    // Another session looks for itself.
+    drop(session);
+    let session = world.connect().await;
+    world.sync(&session).await.unwrap();
+    assert!(!world.there().join("ghost").exists());
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_round_goes_on_after_every_connection_was_closed() {
     breaks_and_heals(Cut::Closed, SyncOptions::live(LIMIT)).await;
 }
