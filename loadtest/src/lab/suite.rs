@@ -143,6 +143,14 @@ fn cases() -> Vec<Case> {
             shows: nothing_more,
         },
         Case {
+            name: "WordPress hops over a link that is cut while all of it may have arrived",
+            wish: Wish {
+                cut: vec![Phase::Transfer],
+                ..wish(App::Wordpress, 20)
+            },
+            shows: nothing_more,
+        },
+        Case {
             name: "a counter hops by clean stop and start",
             wish: Wish {
                 engine: Engine::Restart,
