@@ -14,6 +14,7 @@ use serde::de::DeserializeOwned;
 
 use crate::names::Name;
 use crate::names::cloud::Cloud;
+use crate::peer::Folder;
 use crate::tls::TlsPaths;
 
 /// Name of the tree that holds a container's memory images; no configured tree may take it.
@@ -394,37 +395,37 @@ impl Config {
         self.state_dir.join("images").join(name.as_str())
     }
 
-    /// The folder a tree name (`container/tree`) means here; `None` when this site knows no such tree.
+    /// The folder a tree name (`container/tree`) means here, and the layers of the container's image; `None` when this
+    /// site knows no such tree.
     #[must_use]
-    pub fn tree_path(&self, name: &str) -> Option<PathBuf> {
+    pub fn folder(&self, name: &str) -> Option<Folder> {
         let (container, tree) = name.split_once('/')?;
         let container = self
             .containers
             .iter()
             .find(|known| known.name.as_str() == container)?;
         if tree == IMAGES_TREE {
-            return Some(self.images(&container.name));
+            return Some(Folder {
+                path: self.images(&container.name),
+                seeds: Vec::new(),
+            });
         }
-        container
+        let path = container
             .trees
             .iter()
             .find(|known| known.name == tree)
-            .map(|known| known.path.clone())
-    }
-
-    /// The read-only layers of every container's root file system.
-    #[must_use]
-    pub fn layers(&self) -> BTreeSet<PathBuf> {
-        let overlays = self
-            .containers
-            .iter()
-            .filter_map(|one| one.overlay.as_ref());
-        // As mount(8) writes several: one behind the other.
-        let lower =
-            overlays.flat_map(|one| one.lower.as_os_str().as_bytes().split(|byte| *byte == b':'));
-        lower
-            .map(|path| PathBuf::from(OsStr::from_bytes(path)))
-            .collect()
+            .map(|known| known.path.clone())?;
+        let layers = |overlay: &Overlay| {
+            // As mount(8) writes several: one behind the other.
+            let lower = overlay
+                .lower
+                .as_os_str()
+                .as_bytes()
+                .split(|byte| *byte == b':');
+            lower.map(|path| OsStr::from_bytes(path).into()).collect()
+        };
+        let seeds = container.overlay.as_ref().map(layers).unwrap_or_default();
+        Some(Folder { path, seeds })
     }
 }
 
@@ -579,6 +580,33 @@ mod tests {
             parse_error(text),
             "PLAN: line 3: `streams`: invalid type: string \"four\", expected a whole number"
         );
+    }
+
+    #[test]
+    fn a_tree_is_found_with_the_layers_of_its_containers_image() {
+        let mut config = Config::load(Path::new(concat!(
+            env!("CARGO_MANIFEST_DIR"),
+            "/../configs/agent/target.toml"
+        )))
+        .unwrap();
+        let container = &mut config.containers[0];
+        container.overlay = Some(Overlay {
+            lower: "/images/web/2:/images/web/1".into(),
+            upper: "/srv/upper".into(),
+            work: "/srv/work".into(),
+        });
+        let (name, tree) = (container.name.clone(), container.trees[0].clone());
+        let folder = config.folder(&format!("{name}/{}", tree.name)).unwrap();
+        assert_eq!(folder.path, tree.path);
+        assert_eq!(
+            folder.seeds,
+            ["/images/web/2", "/images/web/1"].map(PathBuf::from)
+        );
+        let images = config.folder(&format!("{name}/{IMAGES_TREE}")).unwrap();
+        assert_eq!(images.path, config.images(&name));
+        assert!(images.seeds.is_empty());
+        assert!(config.folder(&format!("{name}/nothing")).is_none());
+        assert!(config.folder("nobody/volume").is_none());
     }
 
     #[test]

@@ -3,8 +3,9 @@
 //! A frozen application looks alive: the kernel goes on accepting connections into its backlog, and all of them
 //! would run when it thaws. So the source is fenced from the freeze until it is released from it in either direction,
 //! and the target before its first task exists. That does what CRIU's own lock of the network is for, which is left out
-//! (`network-lock skip`): its four calls of iptables take longer than all of ours. One nftables table in the `inet` family covers IPv4 and IPv6;
-//! it is replaced and removed in one transaction.
+//! (`network-lock skip`): its four calls of iptables take longer than all of ours.
+//!
+//! One nftables table in the `inet` family covers IPv4 and IPv6; it is replaced and removed in one transaction.
 
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
@@ -113,11 +114,13 @@ impl Ready {
             .stderr(Stdio::piped())
             .spawn()
             .map_err(FenceError::Spawn)?;
-        Ok(Some(Self {
+        let mut ready = Self {
             tool,
-            rules: rules(namespace, fence)?,
+            rules: String::new(),
             namespace: namespace.to_owned(),
-        }))
+        };
+        ready.rules = rules(namespace, fence)?;
+        Ok(Some(ready))
     }
 
     /// Moves the fence.

@@ -190,8 +190,7 @@ async fn stop_signal() {
 
 async fn serve_peers(listener: TcpListener, tls: ServerTls, agent: Arc<Agent>) {
     let config = agent.host.config.clone();
-    let layers = config.layers();
-    let trees = peer::Trees::new(move |name| config.tree_path(name.as_str())).with_seeds(layers);
+    let trees: peer::Trees = Arc::new(move |name| config.folder(name.as_str()));
     let handler = Arc::new(PeerHandler(Arc::clone(&agent.target)));
     let doors = Doors::new(listener, agent.tunnel.door());
     let Err(error) = peer::serve(doors, tls, PEER_TIMEOUTS, handler, trees).await;

@@ -263,8 +263,11 @@ impl Target {
                 self.build(engine, &containers, limit),
                 self.fences.prepare(&self.host, &containers, Fence::Inside)
             );
-            if built.is_err() {
-                self.take_down(&containers).await?;
+            if built.is_err()
+                && let Err(error) = self.take_down(&containers).await
+            {
+                // The source will ask for it once more.
+                tracing::warn!(%error, "what could not be built was not taken down");
             }
             *self.built.lock().await = built?;
             // While the answer is on its way. Every fence is moved before the first task runs: a container may talk to a

@@ -8,10 +8,10 @@
 //! anything is told to the agent. The hook outlives a killed agent, and the next agent finds its socket.
 //!
 //! A dump is parked once before, at `pre-dump`: CRIU has found out what the kernel can do, the container still runs, and
-//! clients need not wait for it, nor for the start of the tool that fences the network once the word is there. Before
-//! exit code 0 there the cgroup is frozen: CRIU's own freezer looks once whether
-//! it is, and then only every 100 ms (`wait_freezer_state_change` in seize.c). Finding it frozen, CRIU thaws it when it
-//! holds the tasks, and freezes it again when it lets them go alive; whoever gives a veto thaws it after that.
+//! clients need not wait for it, nor for the start of the tool that fences the network. Given the word there, the hook
+//! freezes the cgroup and shuts the fence. CRIU's own freezer looks once whether the cgroup is frozen, and then only every
+//! 100 ms (`wait_freezer_state_change` in seize.c). Finding it frozen, CRIU thaws it when it holds the tasks, and freezes
+//! it again when it lets them go alive; whoever gives a veto thaws it after that.
 
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
@@ -120,8 +120,8 @@ fn act(folder: &Path, action: &str) -> std::io::Result<bool> {
             }
             Ok(released)
         }
-        // A dump that failed or was vetoed: the tasks are about to run on.
-        ("network-unlock", ParkAt::Dump) => {
+        // A dump that failed or was vetoed: what was frozen is about to run on.
+        ("network-unlock", ParkAt::Dump) if folder.join(FROZEN_FILE).exists() => {
             let set = fence::set(&spec.network_namespace, Fence::Loopback);
             set.map_err(std::io::Error::other).map(|()| true)
         }

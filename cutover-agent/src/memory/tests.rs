@@ -108,7 +108,7 @@ impl World {
         let server = ServerTls::load(&identity(&tls, "target"), "source").unwrap();
         let keeper = Arc::new(Keeper(Arc::clone(&store)));
         let mut tasks = JoinSet::new();
-        let no_trees = peer::Trees::new(|_| None);
+        let no_trees = Arc::new(|_: &crate::transfer::TreeName| None);
         tasks.spawn(peer::serve(listener, server, TIMEOUTS, keeper, no_trees));
         let client = ClientTls::load(&identity(&tls, "source"), "target").unwrap();
         let cable = Cable::to(addr, &mut tasks).await;

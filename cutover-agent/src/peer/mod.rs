@@ -51,7 +51,7 @@ pub use doors::{Accept, Doors};
 pub use frame::{FRAME_BYTES_MAX, FrameError};
 pub use hello::{Refusal, STREAMS_MAX};
 pub use message::MESSAGE_BYTES_MAX;
-pub use serve::{Handler, Trees, serve};
+pub use serve::{Folder, Handler, Trees, serve};
 pub use session::{Answering, Session, connect};
 pub use socket::slows_down_after_idle;
 

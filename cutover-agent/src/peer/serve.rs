@@ -56,36 +56,16 @@ pub trait Handler: Send + Sync + 'static {
     }
 }
 
-type Find = dyn Fn(&TreeName) -> Option<PathBuf> + Send + Sync;
-
 /// Where the trees are at this site: by our own configuration only, a peer can never name a path.
-#[derive(Clone)]
-pub struct Trees {
-    find: Arc<Find>,
-    pub(crate) seeds: Arc<[PathBuf]>,
-}
+pub type Trees = Arc<dyn Fn(&TreeName) -> Option<Folder> + Send + Sync>;
 
-impl Trees {
-    /// The trees that `find` finds.
-    pub fn new(find: impl Fn(&TreeName) -> Option<PathBuf> + Send + Sync + 'static) -> Self {
-        Self {
-            find: Arc::new(find),
-            seeds: Arc::default(),
-        }
-    }
-
-    /// Has files in these folders used for new trees with the same content. Nothing is ever written there.
-    #[must_use]
-    pub fn with_seeds(self, folders: impl IntoIterator<Item = PathBuf>) -> Self {
-        Self {
-            seeds: folders.into_iter().collect(),
-            ..self
-        }
-    }
-
-    pub(crate) fn path(&self, tree: &TreeName) -> Option<PathBuf> {
-        (self.find)(tree)
-    }
+/// The place of a tree.
+#[derive(Debug, Clone)]
+pub struct Folder {
+    /// Where it is.
+    pub path: PathBuf,
+    /// Folders with files that may be in it as well, such as the layers of an image. Nothing is ever written there.
+    pub seeds: Vec<PathBuf>,
 }
 
 enum Job {
@@ -310,7 +290,7 @@ impl Server {
         let left = self.left().take();
         let known = left.filter(|(id, _)| Some(*id) == instead_of);
         let known = known.map(|(_, known)| known).unwrap_or_default();
-        let receiver = Arc::new(Receiver::new(self.trees.clone(), dead_after, known));
+        let receiver = Arc::new(Receiver::new(Arc::clone(&self.trees), dead_after, known));
         self.current.send_replace(Some(Current {
             id: session,
             streams: tx,

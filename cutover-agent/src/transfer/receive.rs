@@ -286,16 +286,21 @@ impl Receiver {
         let scanned = scanned.await;
         self.leave_tree(&tree);
         let (manifest, root, list) = scanned?;
+        let has_seeds = !self.seed_folders(&tree).is_empty();
         self.lock().known.insert(tree, (manifest, root));
         Ok(Answer::Have {
             list,
             root,
-            has_seeds: !self.trees.seeds.is_empty(),
+            has_seeds,
         })
     }
 
+    fn seed_folders(&self, tree: &TreeName) -> Vec<PathBuf> {
+        (self.trees)(tree).map_or_else(Vec::new, |folder| folder.seeds)
+    }
+
     async fn seeds(self: &Arc<Self>, tree: TreeName, sizes: Packed) -> Result<Answer, Fault> {
-        let (folders, cancel) = (Arc::clone(&self.trees.seeds), Arc::clone(&self.cancel));
+        let (folders, cancel) = (self.seed_folders(&tree), Arc::clone(&self.cancel));
         let looked = self.work(move || {
             let sizes: HashSet<u64> = sizes.open()?;
             let (seeds, digests) = Seeds::find(&folders, &sizes, &cancel)?;
@@ -330,8 +335,8 @@ impl Receiver {
     }
 
     fn path(&self, tree: &TreeName) -> Result<PathBuf, Fault> {
-        self.trees
-            .path(tree)
+        (self.trees)(tree)
+            .map(|folder| folder.path)
             .ok_or_else(|| Fault::UnknownTree(tree.clone()))
     }
 

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use cutover_agent::peer::{self, Handler, PeerError, PeerTimeouts, Session, Trees};
+use cutover_agent::peer::{self, Folder, Handler, PeerError, PeerTimeouts, Session};
 use cutover_agent::pki;
 use cutover_agent::tls::{ClientTls, ServerTls, TlsPaths};
 use cutover_agent::transfer::{SyncOptions, SyncReport, TransferError, TreeName};
@@ -83,14 +83,16 @@ impl World {
         )
         .unwrap();
         let there = self.folder.path().join("there");
+        let layer = self.folder.path().join("layer");
         let trees = move |tree: &TreeName| {
             ["db/volume", "web/upper"]
                 .contains(&tree.as_str())
-                .then(|| there.join(tree.as_str()))
+                .then(|| Folder {
+                    path: there.join(tree.as_str()),
+                    seeds: vec![layer.clone()],
+                })
         };
-        let layer = self.folder.path().join("layer");
-        let trees = Trees::new(trees).with_seeds([layer]);
-        let handler = Arc::clone(&self.handler);
+        let (handler, trees) = (Arc::clone(&self.handler), Arc::new(trees));
         self.tasks.spawn(async move {
             let Err(error) = peer::serve(listener, tls, TIMEOUTS, handler, trees).await;
             panic!("{error}");

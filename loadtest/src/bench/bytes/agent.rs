@@ -10,7 +10,7 @@ use std::process::{Child, ChildStdin, ChildStdout, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use cutover_agent::peer::{self, Handler, PeerTimeouts, Session, Trees};
+use cutover_agent::peer::{self, Folder, Handler, PeerTimeouts, Session};
 use cutover_agent::tls::{ClientTls, ServerTls, TlsPaths};
 use cutover_agent::transfer::{SyncOptions, TreeName};
 use serde::{Deserialize, Serialize};
@@ -70,9 +70,14 @@ pub fn target(listen: SocketAddr, tls: &Path, tree: PathBuf) -> anyhow::Result<I
         async fn handle(&self, (): ()) {}
     }
     let tls = ServerTls::load(&identity(tls, "target"), "source")?;
+    let folder = Folder {
+        path: tree,
+        seeds: Vec::new(),
+    };
     runtime()?.block_on(async move {
         let listener = tokio::net::TcpListener::bind(listen).await?;
-        let trees = Trees::new(move |name| (name.as_str() == "bench/tree").then(|| tree.clone()));
+        let trees =
+            Arc::new(move |name: &TreeName| (name.as_str() == "bench/tree").then(|| folder.clone()));
         Ok(peer::serve(listener, tls, TIMEOUTS, Arc::new(Deaf), trees).await?)
     })
 }
