@@ -51,8 +51,6 @@ pub(super) struct Collector<'a> {
     outlet: &'a Outlet,
     pieces: Vec<Piece>,
     bytes: Vec<u8>,
-    /// Of the blocks in `bytes`.
-    digests: Vec<Digest>,
     packer: Packer,
     /// Whether the last frame became smaller by packing.
     is_packable: bool,
@@ -65,7 +63,6 @@ impl<'a> Collector<'a> {
             outlet,
             pieces: Vec::new(),
             bytes: Vec::with_capacity(DATA_BYTES_MAX),
-            digests: Vec::new(),
             packer: Packer::new(outlet.compress),
             is_packable: true,
             flushed: 0,
@@ -94,10 +91,8 @@ impl<'a> Collector<'a> {
         let head = DataHead {
             round: self.outlet.round,
             codec,
-            digest: Digest::over(&self.digests),
             pieces: std::mem::take(&mut self.pieces),
         };
-        self.digests.clear();
         // Frames are far below the bound on frames; see DATA_BYTES_MAX and PIECES_MAX.
         let frame = parcel(&head, body).map_err(|_| FilesError::Cancelled)?;
         let length = frame.len() as u64;
@@ -140,7 +135,6 @@ impl<'a> Collector<'a> {
         };
         if matches!(block, Block::Data) {
             self.bytes.extend_from_slice(bytes);
-            self.digests.push(digest);
         }
         let last = self.pieces.last_mut();
         let is_next = last.is_some_and(|last| last.extend(entry, index, digest, block));
@@ -160,14 +154,11 @@ enum Block {
 
 impl Piece {
     fn new(entry: u32, first: u32, digest: Digest, block: Block) -> Self {
+        let digests = vec![digest];
         let blocks = match block {
-            Block::Data => Blocks::Data(1),
+            Block::Data => Blocks::Data(digests),
             Block::Zeros => Blocks::Zeros(1),
-            Block::Moved(from, at) => Blocks::Moved {
-                from,
-                at,
-                digests: vec![digest],
-            },
+            Block::Moved(from, at) => Blocks::Moved { from, at, digests },
         };
         Self {
             entry,
@@ -183,7 +174,7 @@ impl Piece {
             return false;
         }
         match (&mut self.blocks, block) {
-            (Blocks::Data(blocks), Block::Data) => *blocks += 1,
+            (Blocks::Data(digests), Block::Data) => digests.push(digest),
             (Blocks::Zeros(zeros), Block::Zeros) => *zeros += 1,
             (Blocks::Moved { from, at, digests }, Block::Moved(file, place))
                 if *from == file && *at + count == place =>
