@@ -76,8 +76,9 @@ pub fn target(listen: SocketAddr, tls: &Path, tree: PathBuf) -> anyhow::Result<I
     };
     runtime()?.block_on(async move {
         let listener = tokio::net::TcpListener::bind(listen).await?;
-        let trees =
-            Arc::new(move |name: &TreeName| (name.as_str() == "bench/tree").then(|| folder.clone()));
+        let trees = Arc::new(move |name: &TreeName| {
+            (name.as_str() == "bench/tree").then(|| folder.clone())
+        });
         Ok(peer::serve(listener, tls, TIMEOUTS, Arc::new(Deaf), trees).await?)
     })
 }
