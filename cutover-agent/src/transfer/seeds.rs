@@ -45,10 +45,11 @@ impl Seeds {
         sizes: &HashSet<u64>,
         cancel: &AtomicBool,
     ) -> Result<(Self, Told), FilesError> {
-        let (mut seeds, mut found, mut blocks) = (Vec::new(), Vec::new(), 0);
+        let (mut seeds, mut found) = (Vec::new(), Vec::new());
+        let mut room = MOVED_BLOCKS_MAX as u64;
         let mut seen = HashSet::new();
         for folder in folders {
-            let (root, manifest) = match look(folder, sizes, cancel) {
+            let (root, manifest) = match look(folder, sizes, &mut room, cancel) {
                 Ok(looked) => looked,
                 Err(FilesError::Cancelled) => return Err(FilesError::Cancelled),
                 Err(error) => {
@@ -59,10 +60,6 @@ impl Seeds {
             for (entry, digests) in manifest {
                 if !seen.insert(Arc::clone(&digests)) {
                     continue;
-                }
-                blocks += digests.len();
-                if blocks > MOVED_BLOCKS_MAX {
-                    return Ok((Self(seeds), found));
                 }
                 seeds.push(Seed {
                     root: Arc::clone(&root),
@@ -93,17 +90,17 @@ type Found = Vec<(Vec<u8>, Arc<Vec<Digest>>)>;
 fn look(
     folder: &Path,
     sizes: &HashSet<u64>,
+    room: &mut u64,
     cancel: &AtomicBool,
 ) -> Result<(Arc<Root>, Found), FilesError> {
     let root = Root::open(folder).map_err(|errno| FilesError::read(folder.to_owned(), errno))?;
-    let mut room = MOVED_BLOCKS_MAX as u64;
     let manifest = content::scan_files(
         &root,
         |entry| {
             let is_wanted = matches!(entry.kind, Kind::File { size } if sizes.contains(&size));
             let count = blocks::count(entry.size());
-            let fits = is_wanted && count <= room;
-            room -= if fits { count } else { 0 };
+            let fits = is_wanted && count <= *room;
+            *room -= if fits { count } else { 0 };
             fits
         },
         cancel,
