@@ -31,6 +31,7 @@
 //! ```
 
 mod arrivals;
+mod calls;
 mod doors;
 mod frame;
 mod hello;
@@ -47,12 +48,13 @@ use std::time::Duration;
 use thiserror::Error;
 
 pub use arrivals::Part;
+pub use calls::Answering;
 pub use doors::{Accept, Doors};
 pub use frame::{FRAME_BYTES_MAX, FrameError};
 pub use hello::{Refusal, STREAMS_MAX};
 pub use message::MESSAGE_BYTES_MAX;
 pub use serve::{Folder, Handler, Trees, serve};
-pub use session::{Answering, Session, connect};
+pub use session::{Session, connect};
 pub use socket::slows_down_after_idle;
 
 pub(crate) use arrivals::Arrivals;

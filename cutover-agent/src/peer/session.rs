@@ -6,8 +6,6 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use serde::Serialize;
-use serde::de::DeserializeOwned;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, ReadHalf, WriteHalf};
 use tokio::net::TcpStream;
 use tokio::sync::{oneshot, watch};
@@ -18,7 +16,7 @@ use tokio_rustls::client::TlsStream;
 use super::hello::{self, Hello, Purpose, Refusal, SessionId, VERSION, Welcome};
 use super::message::{self, Inbox, Message, Outbox, Topic};
 use super::pace::{PIECE_BYTES, Pace};
-use super::{Parcel, Part, PeerError, PeerTimeouts, Queue, socket};
+use super::{Parcel, PeerError, PeerTimeouts, Queue, socket};
 use crate::tls::{self, ClientTls};
 use crate::transfer::{Gauge, Look, Sender};
 
@@ -305,62 +303,6 @@ impl Session {
         Err(link.lost_error())
     }
 
-    /// Asks the peer's [`super::Handler`] and waits for its answer, at most `limit`. Calls are handled one after the
-    /// other, in the order in which they were made; one whose time ran out may still be carried out there.
-    ///
-    /// # Errors
-    /// When the time is over, the session is lost, or either side does not know the other's type.
-    pub async fn call<Q: Serialize + Sync, R: DeserializeOwned>(
-        &self,
-        request: &Q,
-        limit: Duration,
-    ) -> Result<R, PeerError> {
-        let bytes = postcard::to_stdvec(request).map_err(|_| PeerError::Vocabulary)?;
-        let link = self.link();
-        reply(&link.ask(Topic::Call, bytes, "a request", limit).await?)
-    }
-
-    /// As [`Self::call`], of a request that the peer carries out once each of `parts` has arrived there whole, counted
-    /// from the moment when this returns: what is to be waited for begins after that.
-    ///
-    /// # Errors
-    /// When the session is lost, or the request cannot be encoded; what else may go wrong is in the answer.
-    pub async fn call_after<Q: Serialize + Sync, R: DeserializeOwned + Send + 'static>(
-        &self,
-        parts: &[Part],
-        request: &Q,
-        limit: Duration,
-    ) -> Result<Answering<R>, PeerError> {
-        let encoded = postcard::to_stdvec(request)
-            .and_then(|bytes| postcard::to_stdvec(&(parts, bytes)))
-            .map_err(|_| PeerError::Vocabulary)?;
-        let (link, (told, is_told)) = (self.link(), oneshot::channel());
-        let mut waiting = JoinSet::new();
-        waiting.spawn(async move {
-            let number = link.number();
-            let answer = link.expect(number);
-            let waiting = async {
-                link.tell(Topic::CallAfter, number, &encoded).await?;
-                // Nobody waits any more: neither do we.
-                let _ = told.send(());
-                reply(&link.answer(answer).await?)
-            };
-            let what = "a request that waits for what arrives";
-            let waited = tokio::time::timeout(limit, waiting).await;
-            waited.map_err(|_| PeerError::Deadline { what, limit })?
-        });
-        let answering = Answering { waiting };
-        match is_told.await {
-            Ok(()) => Ok(answering),
-            // It ended before: its answer says why.
-            Err(_) => Err(answering
-                .answer()
-                .await
-                .err()
-                .unwrap_or(PeerError::Vocabulary)),
-        }
-    }
-
     /// How long a round trip takes now: the best of `times` (at least one), each at most `limit`.
     ///
     /// # Errors
@@ -394,34 +336,6 @@ impl Session {
     #[must_use]
     pub fn is_alive(&self) -> bool {
         self.link().is_alive()
-    }
-}
-
-fn reply<R: DeserializeOwned>(answer: &Message) -> Result<R, PeerError> {
-    match answer.topic {
-        Topic::Reply => postcard::from_bytes(&answer.bytes).map_err(|_| PeerError::Vocabulary),
-        _ => Err(PeerError::Vocabulary),
-    }
-}
-
-/// The answer to come of [`Session::call_after`]. Dropped, it is no longer waited for.
-#[derive(Debug)]
-pub struct Answering<R> {
-    waiting: JoinSet<Result<R, PeerError>>,
-}
-
-impl<R: Send + 'static> Answering<R> {
-    /// Waits for the answer.
-    ///
-    /// # Errors
-    /// As [`Session::call`].
-    pub async fn answer(mut self) -> Result<R, PeerError> {
-        match self.waiting.join_next().await {
-            Some(Ok(answer)) => answer,
-            _ => Err(PeerError::Lost {
-                reason: "nobody waits for the answer any more".into(),
-            }),
-        }
     }
 }
 
