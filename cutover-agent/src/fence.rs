@@ -174,7 +174,7 @@ fn rules(namespace: &Path, fence: Fence) -> Result<String, FenceError> {
             ));
         }
     };
-    // Priority -400 comes before connection tracking and before CRIU's own lock.
+    // Priority -400 comes before connection tracking.
     Ok(format!(
         "table inet {TABLE} {{}}\n\
          delete table inet {TABLE}\n\

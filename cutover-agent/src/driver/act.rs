@@ -11,6 +11,7 @@ use cutover_protocol::wire::{Request, Response, Severity};
 
 use super::link::{SyncJob, unless_failed};
 use super::{Driver, patience};
+use crate::config::{Container, IMAGES_TREE};
 use crate::memory::Seal;
 use crate::open_files;
 use crate::peer::Part;
@@ -68,6 +69,10 @@ impl Driver {
 
     pub(super) fn containers(&self) -> Vec<ContainerName> {
         self.header.plan.order().to_vec()
+    }
+
+    pub(super) fn container(&self, name: &ContainerName) -> Result<&Container, String> {
+        self.host.container(name).map_err(|error| error.to_string())
     }
 
     pub(super) fn step_max(&self) -> Duration {
@@ -145,10 +150,7 @@ impl Driver {
     pub(super) fn tree_jobs(&self, frozen: bool, limit: Duration) -> Result<Vec<SyncJob>, String> {
         let mut jobs = Vec::new();
         for name in self.containers() {
-            let container = self
-                .host
-                .container(&name)
-                .map_err(|error| error.to_string())?;
+            let container = self.container(&name)?;
             // What a frozen container has open for writing; a stopped one has nothing.
             let init = frozen.then(|| self.host.frozen_init(&name)).flatten();
             let written = init.map(open_files::being_written).unwrap_or_default();
@@ -171,7 +173,7 @@ impl Driver {
         let job = |name: ContainerName| {
             let images = self.host.config.images(&name);
             self.link.sync(
-                format!("{name}/{}", crate::config::IMAGES_TREE),
+                format!("{name}/{}", IMAGES_TREE),
                 images,
                 true,
                 HashSet::new(),
@@ -343,13 +345,10 @@ impl Driver {
     async fn ask_to_restore(&mut self) -> Result<(), String> {
         let mut parts = Vec::new();
         for name in self.containers() {
-            let container = self
-                .host
-                .container(&name)
-                .map_err(|error| error.to_string())?;
+            let container = self.container(&name)?;
             let mut trees: Vec<&str> = container.trees.iter().map(|tree| &*tree.name).collect();
             if self.engine() == Engine::Criu {
-                trees.push(crate::config::IMAGES_TREE);
+                trees.push(IMAGES_TREE);
             }
             for tree in trees {
                 let tree = TreeName::new(&format!("{name}/{tree}"));

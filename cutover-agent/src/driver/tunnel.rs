@@ -96,10 +96,7 @@ impl Driver {
         }
         let mut namespaces = Vec::new();
         for name in self.containers() {
-            let container = self
-                .host
-                .container(&name)
-                .map_err(|error| error.to_string())?;
+            let container = self.container(&name)?;
             namespaces.push(container.network_namespace.clone());
         }
         let mut peers = self.host.config.tunnel.carried.clone();
