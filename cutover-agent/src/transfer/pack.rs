@@ -24,7 +24,7 @@ enum Method {
     Zstd(i32),
 }
 
-/// A rung of the ladder, with what it is taken to do until it was measured.
+/// A rung of the ladder, and how it compares with the others: what is measured of one tells of those that were not.
 struct Rung {
     method: Method,
     /// MB/s of one thread on a modest core.
@@ -89,12 +89,16 @@ const WINDOW: Duration = Duration::from_millis(50);
 pub(crate) struct Gauge {
     rung: AtomicUsize,
     idle_in_a_row: AtomicU32,
-    /// Measured speed of each rung, MB/s of one thread.
-    speeds: [AtomicU32; LADDER.len()],
-    /// What each rung leaves of frames that can shrink, in thousandths; 0 until it was measured.
-    left_permille: [AtomicU32; LADDER.len()],
+    /// Speed of each rung, MB/s of one thread.
+    speeds: Measured,
+    /// What each rung leaves of frames that can shrink, in thousandths.
+    left_permille: Measured,
     flow: Mutex<Flow>,
 }
+
+/// A figure of each rung; 0 until it was measured.
+#[derive(Debug)]
+struct Measured([AtomicU32; LADDER.len()]);
 
 #[derive(Debug)]
 struct Flow {
@@ -127,8 +131,8 @@ impl Gauge {
         Self {
             rung: AtomicUsize::new(FIRST_RUNG),
             idle_in_a_row: AtomicU32::new(0),
-            speeds: LADDER.map(|rung| AtomicU32::new(rung.speed)),
-            left_permille: std::array::from_fn(|_| AtomicU32::new(0)),
+            speeds: Measured::none(),
+            left_permille: Measured::none(),
             flow: Mutex::new(Flow {
                 since: Instant::now(),
                 sent: 0,
@@ -181,26 +185,31 @@ impl Gauge {
         }
     }
 
-    /// Bytes a second that one thread packs on a rung.
+    /// Bytes a second that one thread packs on a rung: as measured, or as the nearest one that was lets expect.
     fn speed(&self, rung: usize) -> f64 {
-        f64::from(self.speeds[rung].load(Ordering::Relaxed)) * 1e6
+        let usual = |rung: usize| f64::from(LADDER[rung].speed) * 1e6;
+        let like = if rung == 0 {
+            None
+        } else {
+            self.speeds.nearest(rung)
+        };
+        like.map_or(usual(rung), |(like, speed)| {
+            speed * 1e6 * usual(rung) / usual(like)
+        })
     }
 
-    /// What a rung leaves of frames that can shrink, as a part of them: as measured, or as the nearest one that was.
+    /// What a rung leaves of frames that can shrink, as a part of them: as measured, or as the nearest one that was lets
+    /// expect.
     fn left(&self, rung: usize) -> f64 {
         if rung == 0 {
             return 1.0;
         }
-        let measured = |rung: usize| match self.left_permille[rung].load(Ordering::Relaxed) {
-            0 => None,
-            left => Some((rung, f64::from(left) / 1e3)),
-        };
-        let (like, left) = (1..LADDER.len())
-            .filter_map(measured)
-            .min_by_key(|(known, _)| known.abs_diff(rung))
-            .unwrap_or((ZSTD_RUNG, 0.5));
         let leaves = |rung: usize| f64::from(LADDER[rung].leaves_percent);
-        (left * leaves(rung) / leaves(like)).min(1.0)
+        let (like, left) = self
+            .left_permille
+            .nearest(rung)
+            .unwrap_or((ZSTD_RUNG, 500.0));
+        (left / 1e3 * leaves(rung) / leaves(like)).min(1.0)
     }
 
     /// Bytes a second that a rung gives, before packing, over a wire that takes so many after it.
@@ -236,13 +245,37 @@ impl Gauge {
 
     fn learn(&self, rung: usize, before: usize, after: usize, took: Duration) {
         let speed = before as f64 / took.as_secs_f64().max(1e-6) / 1e6;
-        blend(&self.speeds[rung], speed);
-        let left = after as f64 * 1e3 / before as f64;
-        let known = &self.left_permille[rung];
-        if known.load(Ordering::Relaxed) == 0 {
-            known.store((left as u32).max(1), Ordering::Relaxed);
-        }
-        blend(known, left);
+        self.speeds.blend(rung, speed);
+        self.left_permille
+            .blend(rung, after as f64 * 1e3 / before as f64);
+    }
+}
+
+impl Measured {
+    fn none() -> Self {
+        Self(std::array::from_fn(|_| AtomicU32::new(0)))
+    }
+
+    /// The rung next to this one that was measured, and its figure.
+    fn nearest(&self, rung: usize) -> Option<(usize, f64)> {
+        let known = self.0.iter().map(|known| known.load(Ordering::Relaxed));
+        let measured = known.enumerate().filter(|(_, known)| *known > 0);
+        measured
+            .min_by_key(|(other, _)| other.abs_diff(rung))
+            .map(|(other, known)| (other, f64::from(known)))
+    }
+
+    /// Takes an eighth of what was just seen, and seven of what was known, if anything was.
+    fn blend(&self, rung: usize, seen: f64) {
+        let known = &self.0[rung];
+        let old = match known.load(Ordering::Relaxed) {
+            0 => seen,
+            old => f64::from(old),
+        };
+        known.store(
+            (old + (seen - old) / 8.0).max(1.0) as u32,
+            Ordering::Relaxed,
+        );
     }
 }
 
@@ -278,15 +311,6 @@ impl Flow {
             self.bytes_per_second = self.bytes_per_second.map(|wire| wire * FASTER);
         }
     }
-}
-
-/// An eighth of what was just seen, seven of what was known.
-fn blend(known: &AtomicU32, seen: f64) {
-    let old = f64::from(known.load(Ordering::Relaxed));
-    known.store(
-        (old + (seen - old) / 8.0).max(1.0) as u32,
-        Ordering::Relaxed,
-    );
 }
 
 /// One thread's tools. Without them (no memory for their tables) everything is sent as it is.
@@ -453,8 +477,8 @@ mod tests {
     fn text_over_a_gigabit_is_packed_although_its_streams_are_idle_now_and_then() {
         const WIRE: f64 = 95e6;
         let gauge = Gauge::new();
-        gauge.left_permille[ZSTD_RUNG].store(120, Ordering::Relaxed);
-        gauge.left_permille[1].store(330, Ordering::Relaxed);
+        gauge.left_permille.blend(ZSTD_RUNG, 120.0);
+        gauge.left_permille.blend(1, 330.0);
         let mut wire = Wire {
             now: Instant::now(),
             sent: 0,
@@ -488,6 +512,18 @@ mod tests {
             gauge.look(look(2, 0), HURRY, Instant::now());
         }
         assert_eq!(gauge.rung.load(Ordering::Relaxed), FIRST_RUNG);
+        for _ in 0..30 * STREAMS {
+            gauge.look(look(2, 0), HURRY, Instant::now());
+        }
+        assert_eq!(gauge.rung.load(Ordering::Relaxed), 0);
+    }
+
+    #[test]
+    fn a_rung_nobody_has_stood_on_is_as_fast_as_its_neighbour_lets_expect() {
+        let gauge = Gauge::new();
+        // On a better core than the table's this rung does more than the table says of the weaker one.
+        let fast = f64::from(LADDER[FIRST_RUNG - 1].speed) * 1.3;
+        gauge.speeds.blend(FIRST_RUNG, fast);
         for _ in 0..30 * STREAMS {
             gauge.look(look(2, 0), HURRY, Instant::now());
         }
