@@ -22,6 +22,15 @@ impl Digest {
         Self(*blake3::hash(bytes).as_bytes())
     }
 
+    /// One digest of several.
+    pub(crate) fn over(digests: &[Self]) -> Self {
+        let mut hasher = blake3::Hasher::new();
+        for digest in digests {
+            hasher.update(&digest.0);
+        }
+        Self(*hasher.finalize().as_bytes())
+    }
+
     /// The digest of `length` zero bytes; `length` ≤ [`BLOCK_BYTES`].
     pub(crate) fn of_zeros(length: usize) -> Self {
         static FULL: std::sync::OnceLock<Digest> = std::sync::OnceLock::new();

@@ -51,6 +51,8 @@ pub(super) struct Collector<'a> {
     outlet: &'a Outlet,
     pieces: Vec<Piece>,
     bytes: Vec<u8>,
+    /// Of the blocks in `bytes`.
+    digests: Vec<Digest>,
     packer: Packer,
     /// Whether the last frame became smaller by packing.
     is_packable: bool,
@@ -63,6 +65,7 @@ impl<'a> Collector<'a> {
             outlet,
             pieces: Vec::new(),
             bytes: Vec::with_capacity(DATA_BYTES_MAX),
+            digests: Vec::new(),
             packer: Packer::new(outlet.compress),
             is_packable: true,
             flushed: 0,
@@ -91,8 +94,10 @@ impl<'a> Collector<'a> {
         let head = DataHead {
             round: self.outlet.round,
             codec,
+            digest: Digest::over(&self.digests),
             pieces: std::mem::take(&mut self.pieces),
         };
+        self.digests.clear();
         // Frames are far below the bound on frames; see DATA_BYTES_MAX and PIECES_MAX.
         let frame = parcel(&head, body).map_err(|_| FilesError::Cancelled)?;
         let length = frame.len() as u64;
@@ -135,6 +140,7 @@ impl<'a> Collector<'a> {
         };
         if matches!(block, Block::Data) {
             self.bytes.extend_from_slice(bytes);
+            self.digests.push(digest);
         }
         let last = self.pieces.last_mut();
         let is_next = last.is_some_and(|last| last.extend(entry, index, digest, block));
@@ -154,11 +160,14 @@ enum Block {
 
 impl Piece {
     fn new(entry: u32, first: u32, digest: Digest, block: Block) -> Self {
-        let digests = vec![digest];
         let blocks = match block {
-            Block::Data => Blocks::Data(digests),
+            Block::Data => Blocks::Data(1),
             Block::Zeros => Blocks::Zeros(1),
-            Block::Moved(from, at) => Blocks::Moved { from, at, digests },
+            Block::Moved(from, at) => Blocks::Moved {
+                from,
+                at,
+                digests: vec![digest],
+            },
         };
         Self {
             entry,
@@ -174,7 +183,7 @@ impl Piece {
             return false;
         }
         match (&mut self.blocks, block) {
-            (Blocks::Data(digests), Block::Data) => digests.push(digest),
+            (Blocks::Data(blocks), Block::Data) => *blocks += 1,
             (Blocks::Zeros(zeros), Block::Zeros) => *zeros += 1,
             (Blocks::Moved { from, at, digests }, Block::Moved(file, place))
                 if *from == file && *at + count == place =>

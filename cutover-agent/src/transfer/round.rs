@@ -113,21 +113,19 @@ impl Round {
                 &unpacked
             }
         };
+        let digests = tree.check(head, bytes)?;
+        let mut known = digests.as_slice();
         let mut open: Option<(u32, (OwnedFd, Stat))> = None;
         for piece in &head.pieces {
             if open.as_ref().is_none_or(|(entry, _)| *entry != piece.entry) {
                 open = Some((piece.entry, tree.open(piece.entry)?));
             }
             if let Some((_, (file, stat))) = &open {
-                bytes = tree.place(piece, file, bytes)?;
+                (bytes, known) = tree.place(piece, file, (bytes, known))?;
                 tree.complete(piece, file, stat)?;
             }
         }
-        if bytes.is_empty() {
-            Ok(())
-        } else {
-            Err(Fault::Garbled)
-        }
+        Ok(())
     }
 
     /// Completes the tree: everything known, root hash as sealed, metadata applied, deletions done.
@@ -192,41 +190,75 @@ impl Body {
         Ok(())
     }
 
-    /// Checks and writes one piece, and gives the bytes that belong to the next.
-    fn place<'a>(&self, piece: &Piece, file: &OwnedFd, bytes: &'a [u8]) -> Result<&'a [u8], Fault> {
+    /// Where a piece belongs: the file's place in the list, and first byte and number of bytes there.
+    fn span(&self, piece: &Piece) -> Result<(usize, u64, u64), Fault> {
         let index = piece.entry as usize;
-        let (path, size) = (&self.entries[index].path, self.entries[index].size());
-        let first = u64::from(piece.first);
-        let count = piece.blocks.count();
+        let size = self.entries.get(index).ok_or(Fault::Garbled)?.size();
+        let (first, count) = (u64::from(piece.first), piece.blocks.count());
         if count == 0 || first + count > blocks::count(size) {
             return Err(Fault::Garbled);
         }
         let start = first * BLOCK_BYTES as u64;
-        let length = (size - start).min(count * BLOCK_BYTES as u64);
+        Ok((index, start, (size - start).min(count * BLOCK_BYTES as u64)))
+    }
+
+    /// The digests of the blocks in a frame, once they are known to be those that were sent.
+    fn check(&self, head: &DataHead, mut bytes: &[u8]) -> Result<Vec<Digest>, Fault> {
+        let mut digests = Vec::new();
+        let mut path: &[u8] = &[];
+        for piece in &head.pieces {
+            if let Blocks::Data(_) = piece.blocks {
+                let (index, _, length) = self.span(piece)?;
+                let data;
+                (data, bytes) = bytes
+                    .split_at_checked(length as usize)
+                    .ok_or(Fault::Garbled)?;
+                path = &self.entries[index].path;
+                digests.extend(data.chunks(BLOCK_BYTES).map(Digest::of));
+            }
+        }
+        if !bytes.is_empty() {
+            return Err(Fault::Garbled);
+        }
+        if Digest::over(&digests) != head.digest {
+            return Err(damaged(path));
+        }
+        Ok(digests)
+    }
+
+    /// Writes one piece, and gives the bytes that belong to the next, with their digests.
+    fn place<'a>(
+        &self,
+        piece: &Piece,
+        file: &OwnedFd,
+        (bytes, known): (&'a [u8], &'a [Digest]),
+    ) -> Result<(&'a [u8], &'a [Digest]), Fault> {
+        let (index, start, length) = self.span(piece)?;
+        let (path, size) = (&self.entries[index].path, self.entries[index].size());
+        let (first, count) = (u64::from(piece.first), piece.blocks.count());
         let (digests, rest) = match &piece.blocks {
             Blocks::Zeros(_) => {
                 apply::write_zeros(&self.root, path, file, start, length)?;
                 let zeros =
                     (first..first + count).map(|at| Digest::of_zeros(blocks::length(size, at)));
-                (zeros.collect::<Vec<_>>(), bytes)
+                (zeros.collect::<Vec<_>>(), (bytes, known))
             }
             Blocks::Moved { from, at, digests } => {
                 self.copy(*from, *at, digests, (path, file, start, length))?;
-                (digests.clone(), bytes)
+                (digests.clone(), (bytes, known))
             }
-            Blocks::Data(digests) => {
-                let (data, rest) = bytes
-                    .split_at_checked(length as usize)
-                    .ok_or(Fault::Garbled)?;
-                check(path, data, digests)?;
+            Blocks::Data(_) => {
+                let data = bytes.split_at_checked(length as usize);
+                let digests = known.split_at_checked(count as usize);
+                let ((data, bytes), (digests, known)) = data.zip(digests).ok_or(Fault::Garbled)?;
                 apply::write(&self.root, path, file, data, start)?;
-                (digests.clone(), rest)
+                (digests.to_vec(), (bytes, known))
             }
         };
-        let mut known = self.digests[index]
+        let mut kept = self.digests[index]
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
-        Arc::make_mut(&mut known)[first as usize..][..digests.len()].copy_from_slice(&digests);
+        Arc::make_mut(&mut kept)[first as usize..][..digests.len()].copy_from_slice(&digests);
         Ok(rest)
     }
 }
@@ -288,9 +320,13 @@ fn check(path: &[u8], data: &[u8], digests: &[Digest]) -> Result<(), Fault> {
     if is_intact {
         return Ok(());
     }
-    Err(Fault::Damaged {
+    Err(damaged(path))
+}
+
+fn damaged(path: &[u8]) -> Fault {
+    Fault::Damaged {
         path: String::from_utf8_lossy(path).into_owned(),
-    })
+    }
 }
 
 /// Unpacks a frame's bytes, trusting no length.
@@ -374,10 +410,11 @@ mod tests {
         DataHead {
             round: 1,
             codec: Codec::Plain,
+            digest: Digest::over(&digests),
             pieces: vec![Piece {
                 entry: 1,
                 first,
-                blocks: Blocks::Data(digests),
+                blocks: Blocks::Data(digests.len() as u32),
             }],
         }
     }
@@ -393,7 +430,7 @@ mod tests {
                 path: "file".into()
             })
         );
-        assert_eq!(std::fs::read(folder.path().join("file")).unwrap(), b"");
+        assert!(!folder.path().join("file").exists());
         assert_eq!(round.apply(&sent, b"whole"), Ok(()));
         assert_eq!(std::fs::read(folder.path().join("file")).unwrap(), b"whole");
     }
@@ -485,6 +522,7 @@ mod tests {
             let sent = DataHead {
                 round: 1,
                 codec: Codec::Plain,
+                digest: Digest::over(&[]),
                 pieces: vec![piece],
             };
             assert_eq!(round.apply(&sent, b""), Err(Fault::Garbled));
@@ -492,6 +530,7 @@ mod tests {
         let bomb = DataHead {
             round: 1,
             codec: Codec::Zstd { bytes: u32::MAX },
+            digest: Digest::over(&[]),
             pieces: Vec::new(),
         };
         assert_eq!(round.apply(&bomb, b""), Err(Fault::Garbled));

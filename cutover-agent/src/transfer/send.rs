@@ -219,6 +219,7 @@ impl Session {
             let head = DataHead {
                 round,
                 codec: Codec::Plain,
+                digest: Digest::UNKNOWN,
                 pieces: Vec::new(),
             };
             let frame = encode(&head, &noise(DATA_BYTES_MAX)).map_err(|_| PeerError::Vocabulary)?;

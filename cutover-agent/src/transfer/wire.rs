@@ -173,6 +173,9 @@ impl From<ManifestError> for Fault {
 pub(crate) struct DataHead {
     pub(crate) round: u64,
     pub(crate) codec: Codec,
+    /// The digest over the digests of the blocks that follow: the receiver hashes these anyway, and one for each would be
+    /// a tenth of a frame of small files.
+    pub(crate) digest: Digest,
     pub(crate) pieces: Vec<Piece>,
 }
 
@@ -195,7 +198,7 @@ pub(crate) struct Piece {
 /// What is in them.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) enum Blocks {
-    Data(Vec<Digest>),
+    Data(u32),
     Zeros(u32),
     /// Consecutive blocks of a file of the round's base, by its place there. The file is not part of the new tree, so
     /// it stays as it is until the seal. A place behind the base's last is that of a seed.
@@ -210,8 +213,8 @@ impl Blocks {
     /// How many.
     pub(crate) fn count(&self) -> u64 {
         match self {
-            Self::Data(digests) | Self::Moved { digests, .. } => digests.len() as u64,
-            Self::Zeros(count) => u64::from(*count),
+            Self::Moved { digests, .. } => digests.len() as u64,
+            Self::Data(count) | Self::Zeros(count) => u64::from(*count),
         }
     }
 }
