@@ -146,13 +146,12 @@ impl Door {
                 other => break other?,
             }
         };
-        let mut data = Vec::new();
-        while let Some(dialled) = dialling.join_next().await {
-            data.push(dialled.map_err(|error| PeerError::Lost {
-                reason: error.to_string(),
-            })??);
-        }
-        Ok(Connection::start(id, control, data, self.timeouts))
+        Ok(Connection::start(
+            id,
+            control,
+            (self.streams, dialling),
+            self.timeouts,
+        ))
     }
 }
 
@@ -162,6 +161,36 @@ const fn greeting(session: SessionId, purpose: Purpose) -> Hello {
         session,
         purpose,
     }
+}
+
+/// Data streams on their way.
+type Dialling = JoinSet<Result<TlsStream<TcpStream>, PeerError>>;
+
+/// Writes to each data stream from when it is there: on a lossy path some greetings take a second longer than others. One
+/// that cannot be had ends the session.
+async fn attach(link: Arc<Link>, mut dialling: Dialling, limit: Duration) {
+    let mut writers = JoinSet::new();
+    let attaching = async {
+        while let Some(dialled) = dialling.join_next().await {
+            match dialled {
+                Ok(Ok(stream)) => writers.spawn(write_data(Arc::clone(&link), stream)),
+                Ok(Err(error)) => return Err(error.to_string()),
+                Err(error) => return Err(error.to_string()),
+            };
+        }
+        Ok(())
+    };
+    let attached = tokio::time::timeout(limit, attaching).await;
+    let late = || {
+        let seconds = limit.as_secs();
+        Err(format!(
+            "not every data stream could be opened within {seconds} s"
+        ))
+    };
+    if let Err(reason) = attached.unwrap_or_else(|_| late()) {
+        link.lose(reason);
+    }
+    while writers.join_next().await.is_some() {}
 }
 
 async fn dial(
@@ -214,11 +243,10 @@ impl Connection {
     fn start(
         id: SessionId,
         control: TlsStream<TcpStream>,
-        data: Vec<TlsStream<TcpStream>>,
+        (streams, dialling): (u16, Dialling),
         timeouts: PeerTimeouts,
     ) -> Self {
         let (outbox, pending) = message::outbox();
-        let streams = data.len();
         let link = Arc::new(Link {
             outbox,
             numbers: AtomicU64::new(1),
@@ -227,7 +255,7 @@ impl Connection {
             frames: Queue::bounded(QUEUED_FRAMES),
             bytes_sent: AtomicU64::new(0),
             gauge: Gauge::new(),
-            streams,
+            streams: usize::from(streams),
             pace: Pace::default(),
             dead_after: timeouts.dead_after,
         });
@@ -244,9 +272,7 @@ impl Connection {
                     .map_or_else(|| "closed by us".into(), |error| error.to_string()),
             );
         });
-        for stream in data {
-            tasks.spawn(write_data(Arc::clone(&link), stream));
-        }
+        tasks.spawn(attach(Arc::clone(&link), dialling, timeouts.connect));
         Self {
             id,
             link,
