@@ -308,10 +308,7 @@ impl Driver {
             // Another agent has held.
             self.begin_dumps().await?;
         }
-        match self.header.tracking {
-            Tracking::SoftDirty => self.dump_to_images(limit).await?,
-            Tracking::Content | Tracking::None => self.dump_to_target(limit).await?,
-        }
+        self.dump(limit).await?;
         self.note_moving().await
     }
 

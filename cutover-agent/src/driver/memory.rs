@@ -1,49 +1,79 @@
 //! How the memory of a hop's containers moves: rounds while they run, the dump while they are frozen.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use cutover_protocol::hop::Link as Measured;
 use cutover_protocol::id::ContainerName;
-use cutover_protocol::plan::{Engine, Tracking};
+use cutover_protocol::plan::Engine;
 use cutover_protocol::schedule::Schedule;
+use tokio::task::JoinHandle;
 
 use super::Driver;
 use super::act::{PROGRESS_EVERY, UNHELD_MAX};
 use crate::cgroup::Cgroup;
-use crate::engine::{Begun, Dump, Host, pre_dump};
+use crate::engine::{Begun, Dump, EngineError, Host, pre_dump};
 use crate::memory::{
-    DumpServer, GiveUp, Lanes, Moved, OwnLane, PAGE_BYTES, PageSource, Seal, Tally, read_container,
-    resident_bytes, spread_percent,
+    DumpServer, GiveUp, Lanes, MemoryError, Moved, OwnLane, PAGE_BYTES, PageSource, Parent, Seal,
+    Shipper, Tally, read_container, read_shared, resident_bytes, spread_percent,
 };
 use crate::report::{Moving, eta_seconds};
 
 impl Driver {
-    /// Opens the page store at the target, where pages go there by content.
+    /// Opens the page store at the target, where memory moves.
     pub(super) async fn open_pages(&mut self, link: &Measured) -> Result<(), String> {
         self.report.memory.link = *link;
-        if self.engine() != Engine::Criu || self.header.tracking == Tracking::SoftDirty {
+        if self.engine() != Engine::Criu {
             return Ok(());
         }
         self.link.open_pages(self.step_max()).await
     }
 
-    /// One round of CRIU's own, into images that are copied; pages and bytes.
+    /// One round of CRIU's own: what was written to since the last one is sent; pages and bytes.
     pub(super) async fn dirty_round(&mut self, round: u32) -> Result<(u64, u64), String> {
-        let mut pages = 0;
-        let mut rounds = tokio::task::JoinSet::new();
-        for name in self.containers() {
-            let host = self.host.clone();
-            rounds.spawn(async move { pre_dump(&host, &name, round, UNHELD_MAX).await });
+        let pages = self.link.pages()?;
+        let cancel = Cancel::default();
+        let pids = self.look_at_memory().await?;
+        let lanes = Lanes::new(self.schedule(), self.resident.clone());
+        let mut dumps = tokio::task::JoinSet::new();
+        for (index, (name, pids)) in self.containers().into_iter().zip(pids).enumerate() {
+            let (host, parent) = (self.host.clone(), self.parent(&name));
+            let (source, lane, cancel) = (Arc::clone(&pages), lanes.enter(index), cancel.flag());
+            dumps.spawn(async move {
+                let (server, given_up) = DumpServer::bind().map_err(|error| error.to_string())?;
+                let addr = server.addr();
+                let serving = tokio::task::spawn_blocking(move || {
+                    take_round(server, (source, lane), parent, (&pids, &cancel))
+                });
+                let dumping = pre_dump(&host, &name, round, addr, UNHELD_MAX);
+                let taken = served(&name, dumping, serving, given_up).await?;
+                Ok::<_, String>((name, taken))
+            });
         }
-        while let Some(result) = rounds.join_next().await {
-            pages += result
-                .map_err(|error| error.to_string())?
-                .map_err(|error| error.to_string())?;
-        }
-        let jobs = self.image_jobs(UNHELD_MAX);
-        Ok((pages, self.join(jobs).await?))
+        let dumping = async {
+            let (mut parents, mut dirty, mut bytes) = (BTreeMap::new(), 0, 0);
+            while let Some(result) = dumps.join_next().await {
+                let (name, taken) = result.map_err(|error| error.to_string())??;
+                parents.insert(name, Arc::new(taken.seen));
+                dirty += taken.pages;
+                bytes += taken.bytes;
+            }
+            let settled = pages.settle(UNHELD_MAX).await;
+            settled.map_err(|error| error.to_string())?;
+            Ok::<_, String>((parents, dirty, bytes))
+        };
+        let (parents, dirty, bytes) = self.telling(&lanes, dumping).await?;
+        self.parents = parents;
+        self.note_round(&lanes);
+        let images = self.join(self.image_jobs(UNHELD_MAX)).await?;
+        Ok((dirty, bytes + images))
+    }
+
+    /// What the last of CRIU's own rounds saw of a container.
+    fn parent(&self, name: &ContainerName) -> Arc<Parent> {
+        self.parents.get(name).cloned().unwrap_or_default()
     }
 
     /// One round by content: every container's memory is read, and what the target lacks is sent; pages and bytes.
@@ -55,9 +85,9 @@ impl Driver {
         let lanes = Lanes::new(self.schedule(), self.resident.clone());
         let mut readers = tokio::task::JoinSet::new();
         for (index, pids) in pids.into_iter().enumerate() {
-            let (pages, tally, cancel) = (Arc::clone(&pages), Arc::clone(&tally), cancel.flag());
-            let lane = lanes.enter(index);
-            readers.spawn_blocking(move || read_container(&pages, &tally, lane, &pids, &cancel));
+            let shipper = Shipper::new(Arc::clone(&pages), Arc::clone(&tally), lanes.enter(index));
+            let cancel = cancel.flag();
+            readers.spawn_blocking(move || read_container(shipper, &pids, &cancel));
         }
         let reading = async {
             while let Some(result) = readers.join_next().await {
@@ -71,6 +101,13 @@ impl Driver {
                 .map_err(|error| error.to_string())
         };
         self.telling(&lanes, reading).await?;
+        self.note_round(&lanes);
+        let bytes = tally.bytes_wire.load(Ordering::Relaxed);
+        Ok((tally.pages_new.load(Ordering::Relaxed), bytes))
+    }
+
+    /// Remembers how the first round went, in which everything moves.
+    fn note_round(&mut self, lanes: &Lanes) {
         let moved = lanes.moved();
         let memory = &mut self.report.memory;
         if memory.round_spread_percent.is_none() {
@@ -82,8 +119,6 @@ impl Driver {
                 .max()
                 .unwrap_or(0);
         }
-        let bytes = tally.bytes_wire.load(Ordering::Relaxed);
-        Ok((tally.pages_new.load(Ordering::Relaxed), bytes))
     }
 
     const fn schedule(&self) -> Schedule {
@@ -127,17 +162,13 @@ impl Driver {
         if self.engine() != Engine::Criu {
             return Ok(());
         }
-        let rounds = match self.header.tracking {
-            Tracking::SoftDirty => u32::try_from(self.hop.rounds().len()).unwrap_or(u32::MAX),
-            Tracking::Content | Tracking::None => 0,
-        };
-        let has_server = self.header.tracking != Tracking::SoftDirty;
+        let rounds = u32::try_from(self.hop.rounds().len()).unwrap_or(u32::MAX);
         let limit = self.step_max();
         let mut dumps = tokio::task::JoinSet::new();
         for (index, name) in self.containers().into_iter().enumerate() {
-            let host = self.host.clone();
+            let (host, parent) = (self.host.clone(), self.parent(&name));
             dumps.spawn(async move {
-                let begun = BegunDump::new(&host, name, (rounds, has_server), limit).await;
+                let begun = BegunDump::new(&host, name, (rounds, parent), limit).await;
                 begun.map(|begun| (index, begun))
             });
         }
@@ -162,32 +193,8 @@ impl Driver {
         Ok(())
     }
 
-    /// The final dump into images at the source, which the transfer copies.
-    pub(super) async fn dump_to_images(&mut self, limit: Duration) -> Result<(), String> {
-        let mut dumps = tokio::task::JoinSet::new();
-        for begun in std::mem::take(&mut self.begun) {
-            let host = self.host.clone();
-            dumps.spawn(async move { host.checkpoint(&begun.name, begun.dump, limit).await });
-        }
-        while let Some(result) = dumps.join_next().await {
-            result
-                .map_err(|error| error.to_string())?
-                .map_err(|error| error.to_string())?;
-        }
-        let containers = self.containers();
-        let memory = &mut self.report.memory;
-        for name in &containers {
-            // Only what changed since the last round is written.
-            let bytes = self.host.page_image_bytes(name);
-            memory.dumped_bytes += bytes;
-            memory.dirty_bytes += bytes;
-            memory.dump_ms = memory.dump_ms.max(self.host.dump_ms(name).unwrap_or(0));
-        }
-        Ok(())
-    }
-
     /// The final dump, whose pages go to the target as CRIU reads them.
-    pub(super) async fn dump_to_target(&mut self, limit: Duration) -> Result<(), String> {
+    pub(super) async fn dump(&mut self, limit: Duration) -> Result<(), String> {
         let pages = self.link.pages()?;
         let tally = Arc::<Tally>::default();
         if self.resident.is_empty() {
@@ -196,9 +203,9 @@ impl Driver {
         let lanes = Lanes::new(self.schedule(), self.resident.clone());
         let mut dumps = tokio::task::JoinSet::new();
         for (index, begun) in std::mem::take(&mut self.begun).into_iter().enumerate() {
-            let (host, pages, tally) = (self.host.clone(), Arc::clone(&pages), Arc::clone(&tally));
-            let lane = lanes.enter(index);
-            dumps.spawn(async move { begun.serve(&host, &pages, &tally, lane, limit).await });
+            let host = self.host.clone();
+            let shipper = Shipper::new(Arc::clone(&pages), Arc::clone(&tally), lanes.enter(index));
+            dumps.spawn(async move { begun.serve(&host, shipper, limit).await });
         }
         let dumping = async {
             let mut seals = Vec::new();
@@ -296,67 +303,96 @@ pub(super) async fn pids(host: &Host, name: &ContainerName) -> Result<Vec<u32>, 
     Ok(pids)
 }
 
-/// A container's final dump that has begun, and where its pages will go.
+/// What one of CRIU's own rounds brought of a container.
+struct Taken {
+    seen: Parent,
+    /// Pages that were written to since the round before, as far as known.
+    pages: u64,
+    bytes: u64,
+}
+
+/// Takes the pages of such a round, and then reads what it leaves out. Blocks its thread.
+fn take_round(
+    server: DumpServer,
+    (source, lane): (Arc<PageSource>, OwnLane),
+    parent: Arc<Parent>,
+    (pids, cancel): (&[u32], &AtomicBool),
+) -> Result<Taken, MemoryError> {
+    let tally = Arc::<Tally>::default();
+    let shipper = Shipper::new(source, Arc::clone(&tally), lane);
+    let (seen, shipper) = server.serve_round(shipper, parent, UNHELD_MAX)?;
+    let count = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+    let (dirty, new) = (count(&tally.pages), count(&tally.pages_new));
+    read_shared(shipper, pids, cancel)?;
+    Ok(Taken {
+        seen,
+        pages: dirty + count(&tally.pages_new) - new,
+        bytes: count(&tally.bytes_wire),
+    })
+}
+
+/// Waits for a dump, and for the server that takes its pages.
+async fn served<T>(
+    name: &ContainerName,
+    dumping: impl Future<Output = Result<(), EngineError>>,
+    serving: JoinHandle<Result<T, MemoryError>>,
+    given_up: GiveUp,
+) -> Result<T, String> {
+    let dumped = dumping.await;
+    drop(given_up);
+    match dumped {
+        // A failed dump may leave CRIU connected until it is vetoed: its server is not waited for.
+        Err(error) if !serving.is_finished() => Err(error.to_string()),
+        Err(error) => match serving.await {
+            Ok(Err(cause)) => Err(format!("{error}: {cause}")),
+            _ => Err(error.to_string()),
+        },
+        Ok(()) => serving
+            .await
+            .map_err(|error| error.to_string())?
+            .map_err(|error| format!("the memory of {name}: {error}")),
+    }
+}
+
+/// A container's final dump that has begun, and who takes its pages.
 #[derive(Debug)]
 pub(super) struct BegunDump {
     name: ContainerName,
     dump: Begun,
-    /// Takes the pages, where they go to the target as CRIU reads them.
-    server: Option<(DumpServer, GiveUp)>,
+    server: DumpServer,
+    given_up: GiveUp,
+    /// What the last of CRIU's own rounds saw.
+    parent: Arc<Parent>,
 }
 
 impl BegunDump {
     async fn new(
         host: &Host,
         name: ContainerName,
-        (rounds, has_server): (u32, bool),
+        (rounds, parent): (u32, Arc<Parent>),
         limit: Duration,
     ) -> Result<Self, String> {
-        let server = has_server.then(DumpServer::bind).transpose();
-        let server = server.map_err(|error| error.to_string())?;
-        let page_server = server.as_ref().map(|(server, _)| server.addr());
+        let (server, given_up) = DumpServer::bind().map_err(|error| error.to_string())?;
         let dump = Dump {
-            rounds,
-            page_server,
+            rounds: if parent.is_empty() { 0 } else { rounds },
+            page_server: server.addr(),
         };
         let begun = host.begin(&name, dump, limit).await;
         Ok(Self {
             dump: begun.map_err(|error| error.to_string())?,
             name,
             server,
+            given_up,
+            parent,
         })
     }
 
     /// Freezes the container, and takes its pages.
-    async fn serve(
-        self,
-        host: &Host,
-        pages: &Arc<PageSource>,
-        tally: &Arc<Tally>,
-        lane: OwnLane,
-        limit: Duration,
-    ) -> Result<Seal, String> {
-        let name = self.name;
-        let Some((server, given_up)) = self.server else {
-            return Err(format!("the dump of {name} has no page server"));
-        };
-        let (source, container, counted) = (Arc::clone(pages), name.to_string(), Arc::clone(tally));
-        let serving = tokio::task::spawn_blocking(move || {
-            server.serve(&source, &container, &counted, lane, limit)
-        });
-        let dumped = host.checkpoint(&name, self.dump, limit).await;
-        drop(given_up);
-        match dumped {
-            // A failed dump may leave CRIU connected until it is vetoed: its server is not waited for.
-            Err(error) if !serving.is_finished() => Err(error.to_string()),
-            Err(error) => match serving.await {
-                Ok(Err(cause)) => Err(format!("{error}: {cause}")),
-                _ => Err(error.to_string()),
-            },
-            Ok(()) => serving
-                .await
-                .map_err(|error| error.to_string())?
-                .map_err(|error| format!("the memory of {name}: {error}")),
-        }
+    async fn serve(self, host: &Host, shipper: Shipper, limit: Duration) -> Result<Seal, String> {
+        let (server, parent, container) = (self.server, self.parent, self.name.to_string());
+        let serving =
+            tokio::task::spawn_blocking(move || server.serve(shipper, &container, parent, limit));
+        let dumping = host.checkpoint(&self.name, self.dump, limit);
+        served(&self.name, dumping, serving, self.given_up).await
     }
 }

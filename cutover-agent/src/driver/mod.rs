@@ -33,7 +33,7 @@ use tokio::sync::{broadcast, watch};
 use crate::config::IMAGES_TREE;
 use crate::control::Checked;
 use crate::engine::Host;
-use crate::memory::Seal;
+use crate::memory::{Parent, Seal};
 use crate::names::Names;
 use crate::peer::Answering;
 use crate::preflight;
@@ -142,6 +142,8 @@ pub struct Driver {
     restoring: Option<Answering<Response>>,
     /// Dumps that have begun and wait, their containers running on.
     begun: Vec<BegunDump>,
+    /// What the last of CRIU's own memory rounds saw.
+    parents: BTreeMap<ContainerName, Arc<Parent>>,
     /// What each container has in memory, as of the last round.
     resident: Vec<(String, u64)>,
     /// Processor time each container had used, in microseconds, when its last round began.
@@ -274,6 +276,7 @@ impl Driver {
             seals: Vec::new(),
             restoring: None,
             begun: Vec::new(),
+            parents: BTreeMap::new(),
             resident: Vec::new(),
             used: BTreeMap::new(),
         }

@@ -1,6 +1,7 @@
 //! The engine `criu`: memory, processes and connections move. See [`crate::criu::hook`] for how a dump and a
 //! restore are parked.
 
+use std::net::SocketAddrV4;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -25,7 +26,8 @@ pub(super) const RESTORE: &str = "restore";
 /// Poll interval for kernel state that has no event: a ptrace detach, an emptied cgroup.
 const POLL: Duration = Duration::from_millis(2);
 
-/// Copies one memory round of a running container into `images/<round>`; returns the pages written.
+/// Sends one memory round of a running container to a page server, and what CRIU needs for the next one to
+/// `images/<round>`.
 ///
 /// # Errors
 /// [`EngineError`]; the container runs on.
@@ -33,8 +35,9 @@ pub async fn pre_dump(
     host: &Host,
     name: &ContainerName,
     round: u32,
+    page_server: SocketAddrV4,
     limit: Duration,
-) -> Result<u64, EngineError> {
+) -> Result<(), EngineError> {
     let images = host.config.images(name).join(round.to_string());
     let work = host.work(name).join(round.to_string());
     fresh(&images);
@@ -44,14 +47,17 @@ pub async fn pre_dump(
         work: &work,
         parent: parent.as_deref(),
     };
-    host.runc.pre_dump(name.as_str(), folders, limit).await?;
+    let pre_dump = host
+        .runc
+        .pre_dump(name.as_str(), folders, page_server, limit);
+    pre_dump.await?;
     let stats = stats::read(&work)
         .or_else(|| stats::read(&images))
         .unwrap_or_default();
     if parent.is_some() && stats.pages_skipped_parent == 0 && stats.pages_scanned > 0 {
         return Err(EngineError::NoParent(name.clone()));
     }
-    Ok(stats.pages_written)
+    Ok(())
 }
 
 /// Images of a round name the round before it by a relative path; the first has none.

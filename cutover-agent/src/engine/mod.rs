@@ -74,12 +74,12 @@ pub enum EngineError {
 }
 
 /// What a final dump builds on, and where its pages go.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Copy)]
 pub struct Dump {
     /// Memory rounds whose images it continues.
     pub rounds: u32,
-    /// Who takes the pages; without one they are written into the images.
-    pub page_server: Option<SocketAddrV4>,
+    /// Who takes the pages.
+    pub page_server: SocketAddrV4,
 }
 
 /// A container that stands at the target and has not run.
@@ -141,20 +141,6 @@ impl Host {
     pub fn restore_ms(&self, name: &ContainerName) -> Option<u64> {
         let log = self.work(name).join(criu::RESTORE).join("restore.log");
         log::restore_ms(&log)
-    }
-
-    /// Bytes of pages in the images of a container's final dump; what an earlier round has is not in them.
-    #[must_use]
-    pub fn page_image_bytes(&self, name: &ContainerName) -> u64 {
-        let Ok(entries) = std::fs::read_dir(self.final_images(name)) else {
-            return 0;
-        };
-        entries
-            .flatten()
-            .filter(|entry| entry.file_name().to_string_lossy().starts_with("pages-"))
-            .filter_map(|entry| entry.metadata().ok())
-            .map(|metadata| metadata.len())
-            .sum()
     }
 
     /// The first process of a container whose dump is parked.

@@ -14,6 +14,10 @@ pub(crate) struct FuzzedSink {
 }
 
 impl Sink for FuzzedSink {
+    fn has_parent(&self, _: ImageId) -> bool {
+        true
+    }
+
     fn open(&mut self, _: ImageId) -> Result<(), MemoryError> {
         Ok(())
     }

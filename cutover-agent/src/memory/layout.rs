@@ -101,7 +101,6 @@ impl Layout {
             _ => self.open(id)?,
         };
         if region.flags & FLAG_PRESENT == 0 {
-            // Nothing here has a parent, so such pages would be nowhere.
             return Err(MemoryError::Parent);
         }
         if let Some(image) = self.images.get_mut(self.current) {

@@ -4,16 +4,14 @@
 use std::collections::HashSet;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::fs::SeekFrom;
 
 use super::MemoryError;
 use super::digest::PAGE_BYTES;
-use super::lanes::OwnLane;
 use super::maps::{self, Kind, Mapping};
-use super::ship::{PageSource, Shipper, Tally};
+use super::ship::Shipper;
 use super::wire::FRAME_DATA_MAX;
 
 /// Pagemap entries read at once: 64 MiB of address space.
@@ -21,20 +19,40 @@ const ENTRIES: usize = 16 << 10;
 /// Bytes of a pagemap entry.
 const ENTRY_BYTES: usize = 8;
 
-/// Reads all processes in `pids` and ships what the target lacks. Blocks its thread; ends early, and well, when `cancel`
-/// is set.
+/// Reads the memory of all processes in `pids` and ships what the target lacks. Blocks its thread; ends early, and well,
+/// when `cancel` is set.
 ///
 /// # Errors
 /// When the session is lost or there are too many different pages. A process that ends meanwhile is no error.
 pub(crate) fn read_container(
-    source: &Arc<PageSource>,
-    tally: &Arc<Tally>,
-    lane: OwnLane,
+    shipper: Shipper,
     pids: &[u32],
     cancel: &AtomicBool,
 ) -> Result<(), MemoryError> {
+    read(shipper, pids, cancel, false)
+}
+
+/// The same, of memory that processes share alone: CRIU's own rounds leave it out.
+///
+/// # Errors
+/// As [`read_container`].
+pub(crate) fn read_shared(
+    shipper: Shipper,
+    pids: &[u32],
+    cancel: &AtomicBool,
+) -> Result<(), MemoryError> {
+    read(shipper, pids, cancel, true)
+}
+
+fn read(
+    shipper: Shipper,
+    pids: &[u32],
+    cancel: &AtomicBool,
+    only_shared: bool,
+) -> Result<(), MemoryError> {
     let mut reader = Reader {
-        shipper: Shipper::new(Arc::clone(source), Arc::clone(tally), lane),
+        shipper,
+        only_shared,
         shared: HashSet::new(),
         buffer: vec![0; FRAME_DATA_MAX],
         entries: vec![0; ENTRIES * ENTRY_BYTES],
@@ -67,6 +85,7 @@ pub(crate) fn resident_bytes(pids: &[u32]) -> u64 {
 
 struct Reader<'a> {
     shipper: Shipper,
+    only_shared: bool,
     shared: HashSet<u64>,
     buffer: Vec<u8>,
     entries: Vec<u8>,
@@ -86,6 +105,7 @@ impl Reader<'_> {
                 return Ok(());
             }
             match mapping.kind {
+                Kind::Private if self.only_shared => {}
                 Kind::Private => self.private(&memory, &pagemap, mapping)?,
                 Kind::Shared { inode } => {
                     if self.shared.insert(inode) {

@@ -26,6 +26,7 @@ mod layout;
 mod live;
 mod maps;
 mod pagemap;
+mod parent;
 mod runs;
 pub mod server;
 mod ship;
@@ -42,8 +43,9 @@ pub use digest::{DigestKey, PAGE_BYTES, PageDigest};
 #[cfg(any(test, feature = "fuzzing"))]
 pub(crate) use fuzz::{FuzzedSink, fuzz_dump, fuzz_peer_words};
 pub(crate) use lanes::{Lanes, Moved, OwnLane, spread_percent};
-pub(crate) use live::{read_container, resident_bytes};
-pub(crate) use ship::{DumpServer, GiveUp, PageSource, Tally};
+pub(crate) use live::{read_container, read_shared, resident_bytes};
+pub(crate) use parent::Parent;
+pub(crate) use ship::{DumpServer, GiveUp, PageSource, Shipper, Tally};
 pub use store::PageStore;
 pub(crate) use wire::Seal;
 pub use wire::{ImageId, PageFault, Region};
@@ -69,12 +71,12 @@ pub enum MemoryError {
     /// CRIU said something unexpected.
     #[error(transparent)]
     Header(#[from] server::frames::BadHeader),
-    /// Pages in a parent, and there is none.
-    #[error("CRIU left pages to a parent image, and this dump has none")]
+    /// Pages in a parent, which does not have them.
+    #[error("CRIU left out pages as unchanged that no memory round has seen")]
     Parent,
     /// Too much.
     #[error(
-        "the containers have more different pages than can be moved by content: use memory = \"none\""
+        "the containers have more than 64 GiB of different pages of memory, the most that a hop moves"
     )]
     Full,
     /// The container cannot be looked at.

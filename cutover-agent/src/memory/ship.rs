@@ -14,7 +14,9 @@ use super::digest::{DigestKey, PAGE_BYTES, PageDigest, is_zero};
 use super::known::{Known, Place};
 use super::lanes::OwnLane;
 use super::layout::Layout;
+use super::parent::Parent;
 use super::runs::{Runs, Slot, ZERO};
+use super::server::frames::{FLAG_PARENT, FLAG_PRESENT};
 use super::server::{self, Listener, Sink, Uncorked};
 use super::wire::{
     FRAME_DATA_MAX, FRAME_PAGES_MAX, ImageId, PageAsk, PagesHead, Piece, Region, Seal,
@@ -185,6 +187,11 @@ impl Shipper {
         Ok(&self.places)
     }
 
+    /// Counts pages that nobody needs to look at.
+    fn pass(&self, pages: usize) {
+        self.lane.count((pages * PAGE_BYTES) as u64);
+    }
+
     /// Sends what waits.
     ///
     /// # Errors
@@ -261,46 +268,88 @@ impl DumpServer {
         self.listener.addr()
     }
 
-    /// Takes the dump; gives the seal that completes its images at the target. Blocks its thread.
+    /// Takes the final dump; gives the seal that completes its images at the target. `parent` is what the last
+    /// round saw. Blocks its thread.
     ///
     /// # Errors
     /// When CRIU breaks off or the session is lost; CRIU then rolls its dump back.
     pub(crate) fn serve(
         self,
-        source: &Arc<PageSource>,
+        shipper: Shipper,
         container: &str,
-        tally: &Arc<Tally>,
-        lane: OwnLane,
+        parent: Arc<Parent>,
         limit: Duration,
     ) -> Result<Seal, MemoryError> {
+        let mut sink = DumpSink {
+            shipper,
+            parent,
+            layout: Layout::new(container),
+        };
+        self.serve_into(&mut sink, limit)?;
+        Ok(sink.layout.seal())
+    }
+
+    /// Takes a round; gives what it saw, and the shipper back. Otherwise as [`Self::serve`].
+    ///
+    /// # Errors
+    /// When CRIU breaks off or the session is lost; the container runs on.
+    pub(crate) fn serve_round(
+        self,
+        shipper: Shipper,
+        parent: Arc<Parent>,
+        limit: Duration,
+    ) -> Result<(Parent, Shipper), MemoryError> {
+        let mut sink = RoundSink {
+            shipper,
+            parent,
+            seen: Parent::default(),
+            next: (ImageId::Process(0), 0),
+        };
+        self.serve_into(&mut sink, limit)?;
+        Ok((sink.seen, sink.shipper))
+    }
+
+    fn serve_into(self, sink: &mut impl Sink, limit: Duration) -> Result<(), MemoryError> {
         let stream = self
             .listener
             .accept(limit, || self.is_given_up.load(Ordering::Relaxed))?;
-        let mut sink = DumpSink {
-            shipper: Shipper::new(Arc::clone(source), Arc::clone(tally), lane),
-            layout: Layout::new(container),
-        };
         let says = Uncorked::new(&stream).map_err(MemoryError::Dump)?;
-        server::serve(says, &mut &stream, &mut sink)?;
-        Ok(sink.layout.seal())
+        server::serve(says, &mut &stream, sink)
     }
 }
 
-/// Pages from CRIU: shipped if new, and their places kept.
+/// Pages of the final dump: shipped if new, and their places kept.
 struct DumpSink {
     shipper: Shipper,
+    parent: Arc<Parent>,
     layout: Layout,
 }
 
 impl Sink for DumpSink {
+    fn has_parent(&self, image: ImageId) -> bool {
+        self.parent.has(image)
+    }
+
     fn open(&mut self, image: ImageId) -> Result<(), MemoryError> {
         let piece = self.layout.open(image)?;
         self.shipper.tell(piece)
     }
 
-    fn region(&mut self, image: ImageId, region: Region) -> Result<(), MemoryError> {
+    fn region(&mut self, image: ImageId, mut region: Region) -> Result<(), MemoryError> {
+        let left_out = self.parent.left_out(image, region)?;
+        if left_out.is_some() {
+            // The images at the target have no parent.
+            region.flags = region.flags & !FLAG_PARENT | FLAG_PRESENT;
+        }
         let piece = self.layout.region(image, region)?;
-        self.shipper.tell(piece)
+        self.shipper.tell(piece)?;
+        let pages = left_out.unwrap_or_default();
+        self.shipper.pass(pages.len());
+        for (slot, digest) in pages {
+            let piece = self.layout.page(slot, digest);
+            self.shipper.tell(piece)?;
+        }
+        Ok(())
     }
 
     fn pages(&mut self, bytes: &[u8]) -> Result<(), MemoryError> {
@@ -318,5 +367,45 @@ impl Sink for DumpSink {
         self.shipper.flush()?;
         let piece = self.layout.cut();
         self.shipper.tell(piece)
+    }
+}
+
+/// Pages of a round: shipped if new, and remembered for the next one.
+struct RoundSink {
+    shipper: Shipper,
+    parent: Arc<Parent>,
+    seen: Parent,
+    /// Where the next pages lie.
+    next: (ImageId, u64),
+}
+
+impl Sink for RoundSink {
+    fn has_parent(&self, image: ImageId) -> bool {
+        self.parent.has(image)
+    }
+
+    fn open(&mut self, _: ImageId) -> Result<(), MemoryError> {
+        Ok(())
+    }
+
+    fn region(&mut self, image: ImageId, region: Region) -> Result<(), MemoryError> {
+        self.next = (image, region.address);
+        if let Some(pages) = self.parent.left_out(image, region)? {
+            self.shipper.pass(pages.len());
+            self.seen.add(image, region.address, &pages);
+        }
+        Ok(())
+    }
+
+    fn pages(&mut self, bytes: &[u8]) -> Result<(), MemoryError> {
+        let (image, address) = self.next;
+        let pages = self.shipper.take(bytes)?;
+        self.seen.add(image, address, pages);
+        self.next.1 += bytes.len() as u64;
+        Ok(())
+    }
+
+    fn close(&mut self) -> Result<(), MemoryError> {
+        self.shipper.flush()
     }
 }

@@ -142,8 +142,14 @@ impl World {
         let (source, tally) = (Arc::clone(&self.source), Arc::<Tally>::default());
         let counted = Arc::clone(&tally);
         let lane = Lanes::new(Schedule::Gang, vec![("db".to_owned(), 1)]).enter(0);
-        let served =
-            tokio::task::spawn_blocking(move || server.serve(&source, "db", &counted, lane, LIMIT));
+        let served = tokio::task::spawn_blocking(move || {
+            server.serve(
+                Shipper::new(source, counted, lane),
+                "db",
+                Arc::default(),
+                LIMIT,
+            )
+        });
         let seal = served.await.unwrap().unwrap();
         assert_eq!(criu.join().unwrap(), 0);
         (tally, self.source.seal(seal, LIMIT).await)
@@ -167,14 +173,7 @@ fn criu(addr: SocketAddrV4, images: &[Image]) -> i32 {
 
 fn criu_and(addr: SocketAddrV4, images: &[Image], after: impl Fn(usize)) -> i32 {
     let mut stream = TcpStream::connect(addr).unwrap();
-    let header = |command: u32, pages: usize, image: u64| {
-        let mut bytes = [0; HEADER_BYTES];
-        bytes[..4].copy_from_slice(&command.to_ne_bytes());
-        bytes[8..16].copy_from_slice(&(pages as u64).to_ne_bytes());
-        bytes[16..24].copy_from_slice(&0x1000_u64.to_ne_bytes());
-        bytes[24..].copy_from_slice(&image.to_ne_bytes());
-        bytes
-    };
+    let header = |command, pages, image| header(command, pages, 1, image);
     for (number, Image(image, content)) in images.iter().enumerate() {
         stream.write_all(&header(4, 0, *image)).unwrap();
         stream.read_exact(&mut [0]).unwrap();
@@ -191,6 +190,15 @@ fn criu_and(addr: SocketAddrV4, images: &[Image], after: impl Fn(usize)) -> i32 
     let mut answer = [0; 4];
     stream.read_exact(&mut answer).unwrap();
     i32::from_ne_bytes(answer)
+}
+
+fn header(command: u32, pages: usize, first: u64, image: u64) -> [u8; HEADER_BYTES] {
+    let mut bytes = [0; HEADER_BYTES];
+    bytes[..4].copy_from_slice(&command.to_ne_bytes());
+    bytes[8..16].copy_from_slice(&(pages as u64).to_ne_bytes());
+    bytes[16..24].copy_from_slice(&(first * PAGE_BYTES as u64).to_ne_bytes());
+    bytes[24..].copy_from_slice(&image.to_ne_bytes());
+    bytes
 }
 
 /// Pages of noise, with a page of zeros and a repeated one among them.
@@ -268,8 +276,14 @@ async fn what_the_target_has_is_not_sent_again() {
     let (source, tally) = (Arc::clone(&world.source), Arc::<Tally>::default());
     let counted = Arc::clone(&tally);
     let lane = Lanes::new(Schedule::Gang, vec![("web".to_owned(), 1)]).enter(0);
-    let served =
-        tokio::task::spawn_blocking(move || server.serve(&source, "web", &counted, lane, LIMIT));
+    let served = tokio::task::spawn_blocking(move || {
+        server.serve(
+            Shipper::new(source, counted, lane),
+            "web",
+            Arc::default(),
+            LIMIT,
+        )
+    });
     let seal = served.await.unwrap().unwrap();
     criu.join().unwrap();
     world.source.seal(seal, LIMIT).await.unwrap();
@@ -288,7 +302,11 @@ async fn what_was_read_from_a_running_process_is_not_dumped_again() {
     let pids = [std::process::id()];
     assert!(resident_bytes(&pids) >= content.len() as u64);
     let read = tokio::task::spawn_blocking(move || {
-        read_container(&source, &counted, lane, &pids, &AtomicBool::new(false))
+        read_container(
+            Shipper::new(source, counted, lane),
+            &pids,
+            &AtomicBool::new(false),
+        )
     });
     read.await.unwrap().unwrap();
     world.source.settle(LIMIT).await.unwrap();
@@ -304,6 +322,50 @@ async fn what_was_read_from_a_running_process_is_not_dumped_again() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn pages_that_have_not_changed_since_a_round_are_not_read_again() {
+    let world = World::new(Compress::Off).await;
+    let mut content = memory("tracked", 100);
+    let (source, tally) = (Arc::clone(&world.source), Arc::<Tally>::default());
+    let lanes = Lanes::new(Schedule::Gang, vec![("db".to_owned(), 1)]);
+    let shipper =
+        |tally: &Arc<Tally>| Shipper::new(Arc::clone(&source), Arc::clone(tally), lanes.enter(0));
+    let (server, _given_up) = DumpServer::bind().unwrap();
+    let (addr, images) = (server.addr(), vec![Image(257, content.clone())]);
+    let dumps = std::thread::spawn(move || criu(addr, &images));
+    let first = shipper(&Arc::default());
+    let round =
+        tokio::task::spawn_blocking(move || server.serve_round(first, Arc::default(), LIMIT));
+    let (seen, _) = round.await.unwrap().unwrap();
+    assert_eq!(dumps.join().unwrap(), 0);
+
+    content[40 * PAGE_BYTES..42 * PAGE_BYTES].fill(9);
+    let mut says = Vec::new();
+    says.extend(header(4, 0, 0, 257));
+    says.extend(header(6 | 1 << 16, 40, 1, 257));
+    says.extend(header(6 | 4 << 16, 2, 41, 257));
+    says.extend_from_slice(&content[40 * PAGE_BYTES..42 * PAGE_BYTES]);
+    says.extend(header(6 | 1 << 16, 58, 43, 257));
+    says.extend(header(0x1023, 0, 0, 0));
+    let (server, _given_up) = DumpServer::bind().unwrap();
+    let addr = server.addr();
+    let dumps = std::thread::spawn(move || {
+        let mut stream = TcpStream::connect(addr).unwrap();
+        stream.write_all(&says).unwrap();
+        let mut answers = Vec::new();
+        stream.read_to_end(&mut answers).unwrap();
+        answers
+    });
+    let (last, seen) = (shipper(&tally), Arc::new(seen));
+    let served = tokio::task::spawn_blocking(move || server.serve(last, "db", seen, LIMIT));
+    let seal = served.await.unwrap().unwrap();
+    assert_eq!(dumps.join().unwrap(), [1, 0, 0, 0, 0]);
+    world.source.seal(seal, LIMIT).await.unwrap();
+    assert_eq!(tally.pages.load(Ordering::Relaxed), 2);
+    let image = std::fs::read(world.placed().join("pages-1.img")).unwrap();
+    assert!(image == content);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn images_with_a_missing_piece_or_another_root_are_not_completed() {
     let world = World::new(Compress::Off).await;
     let (server, _given_up) = DumpServer::bind().unwrap();
@@ -312,7 +374,12 @@ async fn images_with_a_missing_piece_or_another_root_are_not_completed() {
     let source = Arc::clone(&world.source);
     let lane = Lanes::new(Schedule::Gang, vec![("db".to_owned(), 1)]).enter(0);
     let served = tokio::task::spawn_blocking(move || {
-        server.serve(&source, "db", &Arc::default(), lane, LIMIT)
+        server.serve(
+            Shipper::new(source, Arc::default(), lane),
+            "db",
+            Arc::default(),
+            LIMIT,
+        )
     });
     let seal = served.await.unwrap().unwrap();
     criu.join().unwrap();

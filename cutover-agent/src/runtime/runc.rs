@@ -120,7 +120,7 @@ impl Runc {
             .filter(|_| output.status.success()))
     }
 
-    /// Copies one round of memory and lets the container run on.
+    /// Sends one round of memory to a page server and lets the container run on.
     ///
     /// # Errors
     /// When the dump fails, or does not end within `limit`.
@@ -128,9 +128,11 @@ impl Runc {
         &self,
         container: &str,
         folders: ImageFolders<'_>,
+        page_server: SocketAddrV4,
         limit: Duration,
     ) -> Result<(), RuntimeError> {
         let mut arguments: Vec<OsString> = vec!["checkpoint".into(), "--pre-dump".into()];
+        arguments.extend(["--page-server".into(), page_server.to_string().into()]);
         push_folders(&mut arguments, folders);
         arguments.push(container.into());
         let child = self.spawn(&arguments, folders.work, None)?;
@@ -144,8 +146,8 @@ impl Runc {
         .await
     }
 
-    /// Starts the final dump; CRIU parks in the hook that `criu_configuration` names. Pages go to `page_server`, if
-    /// there is one, and all else into the images.
+    /// Starts the final dump; CRIU parks in the hook that `criu_configuration` names. Pages go to the page server, and
+    /// all else into the images.
     ///
     /// # Errors
     /// When the runtime does not start.
@@ -153,7 +155,7 @@ impl Runc {
         &self,
         container: &str,
         folders: ImageFolders<'_>,
-        page_server: Option<SocketAddrV4>,
+        page_server: SocketAddrV4,
         criu_configuration: &Path,
     ) -> Result<Child, RuntimeError> {
         let mut arguments: Vec<OsString> = vec![
@@ -161,9 +163,7 @@ impl Runc {
             "--tcp-established".into(),
             "--file-locks".into(),
         ];
-        if let Some(addr) = page_server {
-            arguments.extend(["--page-server".into(), addr.to_string().into()]);
-        }
+        arguments.extend(["--page-server".into(), page_server.to_string().into()]);
         push_folders(&mut arguments, folders);
         arguments.push(container.into());
         self.spawn(&arguments, folders.work, Some(criu_configuration))

@@ -1,6 +1,6 @@
-//! A page server for CRIU: the final dump goes from its socket into a `Sink`, and never to a disk.
+//! A page server for CRIU: a dump goes from its socket into a `Sink`, and never to a disk.
 //!
-//! One connection, one dump. What it never does: answer that all is well when a page was not taken. Whatever goes
+//! One connection, one dump: the final one, or a round. What it never does: answer that all is well when a page was not taken. Whatever goes
 //! wrong ends the connection or answers the close with an error, and CRIU then lets the tasks run on.
 
 mod cork;
@@ -20,6 +20,8 @@ use super::wire::{FRAME_DATA_MAX, ImageId, Region};
 
 /// What becomes of the pages.
 pub(crate) trait Sink {
+    /// Whether pages of an image may be left out when they have not changed since a round before.
+    fn has_parent(&self, image: ImageId) -> bool;
     /// An image begins, or goes on.
     fn open(&mut self, image: ImageId) -> Result<(), MemoryError>;
     /// The pages of a region follow, in order, if it says that they are present.
@@ -52,12 +54,11 @@ pub(crate) fn serve(
             Command::Open { image, asks } => {
                 sink.open(image)?;
                 if asks {
-                    // No parent: every page comes, and what the target has is found by its content.
-                    answer(&[0])?;
+                    answer(&[u8::from(sink.has_parent(image))])?;
                 }
             }
-            Command::HasParent { .. } => {
-                answer(&0_i32.to_ne_bytes())?;
+            Command::HasParent { image } => {
+                answer(&i32::from(sink.has_parent(image)).to_ne_bytes())?;
             }
             Command::Add { image, region } => {
                 sink.region(image, region)?;
@@ -122,6 +123,9 @@ mod tests {
     }
 
     impl Sink for Notes {
+        fn has_parent(&self, image: ImageId) -> bool {
+            image == ImageId::Shared(7)
+        }
         fn open(&mut self, image: ImageId) -> Result<(), MemoryError> {
             self.opened.push(image);
             Ok(())
@@ -160,6 +164,18 @@ mod tests {
         assert_eq!(notes.opened, [ImageId::Process(1)]);
         assert_eq!(notes.bytes, 300 * PAGE_BYTES);
         assert_eq!(criu.answered, [0, 0, 0, 0, 0]);
+    }
+
+    #[test]
+    fn criu_hears_which_images_have_a_parent() {
+        let mut criu = Criu::default();
+        for image in [7 << 8 | 1, 7 << 8 | 2] {
+            criu.sends.extend(header(4, 0, 0, image));
+            criu.sends.extend(header(5, 0, 0, image));
+        }
+        criu.sends.extend(header(0x1023, 0, 0, 0));
+        criu.served(&mut Notes::default()).unwrap();
+        assert_eq!(criu.answered, [0, 0, 0, 0, 0, 1, 1, 0, 0, 0, 0, 0, 0, 0]);
     }
 
     #[test]
