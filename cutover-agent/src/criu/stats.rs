@@ -6,14 +6,10 @@ use std::path::Path;
 /// What a dump did.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct DumpStats {
-    /// How long the tasks were stopped, in microseconds.
-    pub frozen_us: u64,
     /// Pages looked at.
     pub pages_scanned: u64,
     /// Pages left to the parent image because they had not changed.
     pub pages_skipped_parent: u64,
-    /// Pages written.
-    pub pages_written: u64,
 }
 
 const HEADER_BYTES: usize = 12;
@@ -34,10 +30,8 @@ fn parse(bytes: &[u8]) -> Option<DumpStats> {
     let mut stats = DumpStats::default();
     for field in fields(dump) {
         match field {
-            (2, Value::Number(value)) => stats.frozen_us = value,
             (5, Value::Number(value)) => stats.pages_scanned = value,
             (6, Value::Number(value)) => stats.pages_skipped_parent = value,
-            (7, Value::Number(value)) => stats.pages_written = value,
             _ => {}
         }
     }
@@ -92,10 +86,8 @@ mod tests {
         bytes.extend([0x0a, dump.len() as u8]);
         bytes.extend(dump);
         let expected = DumpStats {
-            frozen_us: 150,
             pages_scanned: 10,
             pages_skipped_parent: 7,
-            pages_written: 3,
         };
         assert_eq!(parse(&bytes), Some(expected));
     }
