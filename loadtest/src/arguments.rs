@@ -94,7 +94,8 @@ pub(crate) enum Command {
         /// Only the tests whose name contains this, such as "bad input"; all of them by default.
         #[arg(default_value = "")]
         filter: String,
-        /// Change the proxy under load as often as it promises to bear: 60 reloads and 10 upgrades, not a few.
+        /// Change the proxy under load as often as it promises to bear (60 reloads and 10 upgrades, not a few), and hop
+        /// in a virtual machine, too.
         #[arg(long)]
         full: bool,
         /// The program hopgate-proxy for other makers' clients and for the hold; by default one is built.

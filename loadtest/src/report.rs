@@ -27,9 +27,9 @@ pub struct Round {
     /// Which container.
     #[serde(default)]
     pub container: String,
-    /// Memory pages written to its images.
+    /// Pages of memory that were written to since the round before, as far as known.
     pub pages: u64,
-    /// Bytes of its images.
+    /// Bytes that crossed the link for them.
     pub bytes: u64,
     /// How long it took.
     pub seconds: f64,

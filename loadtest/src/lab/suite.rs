@@ -17,14 +17,14 @@ use crate::lab::error::{LabError, Result};
 use crate::lab::folders::Folders;
 use crate::lab::hold;
 use crate::lab::hop::{Again, Engine};
-use crate::lab::interop;
+use crate::lab::interop::{self, Times};
 use crate::lab::kill::Victim;
 use crate::lab::link::Link;
 use crate::lab::place::{self, Place, Wish};
 use crate::lab::setup;
 use crate::lab::tunnel::Tunnel;
 use crate::progress::Progress;
-use crate::report::Report;
+use crate::report::{Memory, Report};
 use crate::verdict::judge;
 
 /// Longest the tests of the workspace may take, in seconds, their building included.
@@ -84,11 +84,29 @@ fn carried(report: &Report, wanted: usize) -> std::result::Result<(), String> {
     }
 }
 
+/// The kernel said which pages were written to, and little more than those the target lacked crossed while frozen.
+fn tracked(report: &Report) -> std::result::Result<(), String> {
+    let memory = report
+        .hops
+        .last()
+        .map_or_else(Memory::default, |hop| hop.memory.clone());
+    let most = memory.dirty_bytes * 103 / 100 + (64 << 10);
+    match memory.tracking.as_str() {
+        "soft-dirty" if memory.freeze_bytes <= most => Ok(()),
+        "soft-dirty" => Err(format!(
+            "{} bytes crossed while frozen, {most} at most were wanted",
+            memory.freeze_bytes
+        )),
+        other => Err(format!("memory was tracked by {other}")),
+    }
+}
+
 fn nothing_more(_: &Report) -> std::result::Result<(), String> {
     Ok(())
 }
 
-fn cases() -> Vec<Case> {
+/// `is_full` adds a hop in a virtual machine, which is slow where it has to be emulated.
+fn cases(is_full: bool) -> Vec<Case> {
     let counter = wish(App::Counter, 50);
     let mut cases = vec![
         Case {
@@ -119,6 +137,17 @@ fn cases() -> Vec<Case> {
         },
     ];
     cases.extend(disturbed(&counter));
+    if is_full {
+        cases.push(Case {
+            name: "a counter hops in a guest whose kernel says which pages were written to",
+            wish: Wish {
+                place: Place::Guest,
+                clients: 10,
+                ..counter.clone()
+            },
+            shows: tracked,
+        });
+    }
     cases.push(Case {
         name: "a counter hops by clean stop and start",
         wish: Wish {
@@ -206,7 +235,8 @@ pub fn run(
     }
     interop::run(interop, wanted, folders, progress, &mut count)?;
     let mut faithful = None;
-    for case in cases().into_iter().filter(|case| wanted(case.name)) {
+    let is_full = interop.times == Times::FULL;
+    for case in cases(is_full).into_iter().filter(|case| wanted(case.name)) {
         if interrupt::requested() {
             return Err(LabError::Interrupted);
         }
