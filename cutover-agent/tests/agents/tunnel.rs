@@ -318,6 +318,8 @@ fn state(site: &Site) -> String {
                 .unwrap();
             String::from_utf8_lossy(&output.stdout).into_owned()
         };
-        show(&["addr"]) + &show(&["route", "show", "table", "all"]) + &show(&["rule"])
+        // The kernel hears of a link that came up a moment later, and says so of the link's routes until then.
+        let routes = show(&["route", "show", "table", "all"]).replace("linkdown ", "");
+        show(&["addr"]) + &routes + &show(&["rule"])
     })
 }
