@@ -16,8 +16,8 @@ use super::act::{PROGRESS_EVERY, UNHELD_MAX};
 use crate::cgroup::Cgroup;
 use crate::engine::{Begun, Dump, EngineError, Host, pre_dump};
 use crate::memory::{
-    DumpServer, GiveUp, Lanes, MemoryError, Moved, OwnLane, PAGE_BYTES, PageSource, Parent, Seal,
-    Shipper, Tally, read_container, read_shared, resident_bytes, spread_percent,
+    DumpServer, GiveUp, Lanes, MemoryError, Moved, OwnLane, PAGE_BYTES, PageSource, Parent, Part,
+    Seal, Shipper, Tally, read_container, resident_bytes, spread_percent,
 };
 use crate::report::{Moving, eta_seconds};
 
@@ -87,7 +87,7 @@ impl Driver {
         for (index, pids) in pids.into_iter().enumerate() {
             let shipper = Shipper::new(Arc::clone(&pages), Arc::clone(&tally), lanes.enter(index));
             let cancel = cancel.flag();
-            readers.spawn_blocking(move || read_container(shipper, &pids, &cancel));
+            readers.spawn_blocking(move || read_container(shipper, &pids, Part::All, &cancel));
         }
         let reading = async {
             while let Some(result) = readers.join_next().await {
@@ -323,7 +323,7 @@ fn take_round(
     let (seen, shipper) = server.serve_round(shipper, parent, UNHELD_MAX)?;
     let count = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
     let (dirty, new) = (count(&tally.pages), count(&tally.pages_new));
-    read_shared(shipper, pids, cancel)?;
+    read_container(shipper, pids, Part::Shared, cancel)?;
     Ok(Taken {
         seen,
         pages: dirty + count(&tally.pages_new) - new,

@@ -19,6 +19,14 @@ const ENTRIES: usize = 16 << 10;
 /// Bytes of a pagemap entry.
 const ENTRY_BYTES: usize = 8;
 
+/// Which memory of a container is read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Part {
+    All,
+    /// What processes share: CRIU's own rounds leave it out.
+    Shared,
+}
+
 /// Reads the memory of all processes in `pids` and ships what the target lacks. Blocks its thread; ends early, and well,
 /// when `cancel` is set.
 ///
@@ -27,32 +35,12 @@ const ENTRY_BYTES: usize = 8;
 pub(crate) fn read_container(
     shipper: Shipper,
     pids: &[u32],
+    part: Part,
     cancel: &AtomicBool,
-) -> Result<(), MemoryError> {
-    read(shipper, pids, cancel, false)
-}
-
-/// The same, of memory that processes share alone: CRIU's own rounds leave it out.
-///
-/// # Errors
-/// As [`read_container`].
-pub(crate) fn read_shared(
-    shipper: Shipper,
-    pids: &[u32],
-    cancel: &AtomicBool,
-) -> Result<(), MemoryError> {
-    read(shipper, pids, cancel, true)
-}
-
-fn read(
-    shipper: Shipper,
-    pids: &[u32],
-    cancel: &AtomicBool,
-    only_shared: bool,
 ) -> Result<(), MemoryError> {
     let mut reader = Reader {
         shipper,
-        only_shared,
+        part,
         shared: HashSet::new(),
         buffer: vec![0; FRAME_DATA_MAX],
         entries: vec![0; ENTRIES * ENTRY_BYTES],
@@ -85,7 +73,7 @@ pub(crate) fn resident_bytes(pids: &[u32]) -> u64 {
 
 struct Reader<'a> {
     shipper: Shipper,
-    only_shared: bool,
+    part: Part,
     shared: HashSet<u64>,
     buffer: Vec<u8>,
     entries: Vec<u8>,
@@ -105,7 +93,7 @@ impl Reader<'_> {
                 return Ok(());
             }
             match mapping.kind {
-                Kind::Private if self.only_shared => {}
+                Kind::Private if self.part == Part::Shared => {}
                 Kind::Private => self.private(&memory, &pagemap, mapping)?,
                 Kind::Shared { inode } => {
                     if self.shared.insert(inode) {

@@ -43,7 +43,7 @@ pub use digest::{DigestKey, PAGE_BYTES, PageDigest};
 #[cfg(any(test, feature = "fuzzing"))]
 pub(crate) use fuzz::{FuzzedSink, fuzz_dump, fuzz_peer_words};
 pub(crate) use lanes::{Lanes, Moved, OwnLane, spread_percent};
-pub(crate) use live::{read_container, read_shared, resident_bytes};
+pub(crate) use live::{Part, read_container, resident_bytes};
 pub(crate) use parent::Parent;
 pub(crate) use ship::{DumpServer, GiveUp, PageSource, Shipper, Tally};
 pub use store::PageStore;

@@ -139,20 +139,19 @@ impl World {
         let (server, _given_up) = DumpServer::bind().unwrap();
         let addr = server.addr();
         let criu = std::thread::spawn(move || criu_and(addr, &images, after));
-        let (source, tally) = (Arc::clone(&self.source), Arc::<Tally>::default());
-        let counted = Arc::clone(&tally);
-        let lane = Lanes::new(Schedule::Gang, vec![("db".to_owned(), 1)]).enter(0);
-        let served = tokio::task::spawn_blocking(move || {
-            server.serve(
-                Shipper::new(source, counted, lane),
-                "db",
-                Arc::default(),
-                LIMIT,
-            )
-        });
+        let tally = Arc::<Tally>::default();
+        let shipper = self.shipper(&tally);
+        let served =
+            tokio::task::spawn_blocking(move || server.serve(shipper, "db", Arc::default(), LIMIT));
         let seal = served.await.unwrap().unwrap();
         assert_eq!(criu.join().unwrap(), 0);
         (tally, self.source.seal(seal, LIMIT).await)
+    }
+
+    /// Ships pages of one container that is alone on the link.
+    fn shipper(&self, tally: &Arc<Tally>) -> Shipper {
+        let lanes = Lanes::new(Schedule::Gang, vec![("db".to_owned(), 1)]);
+        Shipper::new(Arc::clone(&self.source), Arc::clone(tally), lanes.enter(0))
     }
 
     fn placed(&self) -> PathBuf {
@@ -273,17 +272,10 @@ async fn what_the_target_has_is_not_sent_again() {
     let addr = server.addr();
     let images = vec![Image(257, content.clone())];
     let criu = std::thread::spawn(move || criu(addr, &images));
-    let (source, tally) = (Arc::clone(&world.source), Arc::<Tally>::default());
-    let counted = Arc::clone(&tally);
-    let lane = Lanes::new(Schedule::Gang, vec![("web".to_owned(), 1)]).enter(0);
-    let served = tokio::task::spawn_blocking(move || {
-        server.serve(
-            Shipper::new(source, counted, lane),
-            "web",
-            Arc::default(),
-            LIMIT,
-        )
-    });
+    let tally = Arc::<Tally>::default();
+    let shipper = world.shipper(&tally);
+    let served =
+        tokio::task::spawn_blocking(move || server.serve(shipper, "web", Arc::default(), LIMIT));
     let seal = served.await.unwrap().unwrap();
     criu.join().unwrap();
     world.source.seal(seal, LIMIT).await.unwrap();
@@ -297,16 +289,11 @@ async fn what_was_read_from_a_running_process_is_not_dumped_again() {
     let world = World::new(Compress::Off).await;
     let content = memory("running", 2000);
     let tally = Arc::<Tally>::default();
-    let (source, counted) = (Arc::clone(&world.source), Arc::clone(&tally));
-    let lane = Lanes::new(Schedule::Gang, vec![("db".to_owned(), 1)]).enter(0);
+    let shipper = world.shipper(&tally);
     let pids = [std::process::id()];
     assert!(resident_bytes(&pids) >= content.len() as u64);
     let read = tokio::task::spawn_blocking(move || {
-        read_container(
-            Shipper::new(source, counted, lane),
-            &pids,
-            &AtomicBool::new(false),
-        )
+        read_container(shipper, &pids, Part::All, &AtomicBool::new(false))
     });
     read.await.unwrap().unwrap();
     world.source.settle(LIMIT).await.unwrap();
@@ -325,14 +312,11 @@ async fn what_was_read_from_a_running_process_is_not_dumped_again() {
 async fn pages_that_have_not_changed_since_a_round_are_not_read_again() {
     let world = World::new(Compress::Off).await;
     let mut content = memory("tracked", 100);
-    let (source, tally) = (Arc::clone(&world.source), Arc::<Tally>::default());
-    let lanes = Lanes::new(Schedule::Gang, vec![("db".to_owned(), 1)]);
-    let shipper =
-        |tally: &Arc<Tally>| Shipper::new(Arc::clone(&source), Arc::clone(tally), lanes.enter(0));
+    let tally = Arc::<Tally>::default();
     let (server, _given_up) = DumpServer::bind().unwrap();
     let (addr, images) = (server.addr(), vec![Image(257, content.clone())]);
     let dumps = std::thread::spawn(move || criu(addr, &images));
-    let first = shipper(&Arc::default());
+    let first = world.shipper(&Arc::default());
     let round =
         tokio::task::spawn_blocking(move || server.serve_round(first, Arc::default(), LIMIT));
     let (seen, _) = round.await.unwrap().unwrap();
@@ -355,7 +339,7 @@ async fn pages_that_have_not_changed_since_a_round_are_not_read_again() {
         stream.read_to_end(&mut answers).unwrap();
         answers
     });
-    let (last, seen) = (shipper(&tally), Arc::new(seen));
+    let (last, seen) = (world.shipper(&tally), Arc::new(seen));
     let served = tokio::task::spawn_blocking(move || server.serve(last, "db", seen, LIMIT));
     let seal = served.await.unwrap().unwrap();
     assert_eq!(dumps.join().unwrap(), [1, 0, 0, 0, 0]);
@@ -371,16 +355,9 @@ async fn images_with_a_missing_piece_or_another_root_are_not_completed() {
     let (server, _given_up) = DumpServer::bind().unwrap();
     let addr = server.addr();
     let criu = std::thread::spawn(move || criu(addr, &[Image(257, memory("x", 10))]));
-    let source = Arc::clone(&world.source);
-    let lane = Lanes::new(Schedule::Gang, vec![("db".to_owned(), 1)]).enter(0);
-    let served = tokio::task::spawn_blocking(move || {
-        server.serve(
-            Shipper::new(source, Arc::default(), lane),
-            "db",
-            Arc::default(),
-            LIMIT,
-        )
-    });
+    let shipper = world.shipper(&Arc::default());
+    let served =
+        tokio::task::spawn_blocking(move || server.serve(shipper, "db", Arc::default(), LIMIT));
     let seal = served.await.unwrap().unwrap();
     criu.join().unwrap();
     let refused = [

@@ -188,11 +188,7 @@ impl Gauge {
     /// Bytes a second that one thread packs on a rung: as measured, or as the nearest one that was lets expect.
     fn speed(&self, rung: usize) -> f64 {
         let usual = |rung: usize| f64::from(LADDER[rung].speed) * 1e6;
-        let like = if rung == 0 {
-            None
-        } else {
-            self.speeds.nearest(rung)
-        };
+        let like = self.speeds.nearest(rung);
         like.map_or(usual(rung), |(like, speed)| {
             speed * 1e6 * usual(rung) / usual(like)
         })
