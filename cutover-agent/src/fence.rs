@@ -7,9 +7,13 @@
 //!
 //! One nftables table in the `inet` family covers IPv4 and IPv6; it is replaced and removed in one transaction.
 
+mod notice;
+
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, ChildStderr, Command, Stdio};
+
+use notice::Notice;
 
 const TABLE: &str = "hopgate_fence";
 
@@ -93,7 +97,10 @@ pub(crate) fn in_namespace(namespace: &Path) -> Command {
 /// and changes nothing.
 #[derive(Debug)]
 pub struct Ready {
-    tool: Child,
+    /// Until the rules are given to it.
+    tool: Option<Child>,
+    /// Told by the kernel when the fence has moved; without it, the tool's end tells.
+    notice: Option<Notice>,
     rules: String,
     namespace: PathBuf,
 }
@@ -107,15 +114,19 @@ impl Ready {
         if fence == Fence::Lifted && !namespace.exists() {
             return Ok(None);
         }
+        let notice = Notice::subscribe(namespace, TABLE)
+            .inspect_err(|error| tracing::debug!(%error, "the kernel does not tell of fences"))
+            .ok();
         let tool = in_namespace(namespace)
             .args(["nft", "-f", "-"])
             .stdin(Stdio::piped())
-            .stdout(Stdio::null())
+            .stdout(notice.as_ref().map_or_else(Stdio::null, Notice::kept))
             .stderr(Stdio::piped())
             .spawn()
             .map_err(FenceError::Spawn)?;
         let mut ready = Self {
-            tool,
+            tool: Some(tool),
+            notice,
             rules: String::new(),
             namespace: namespace.to_owned(),
         };
@@ -123,37 +134,56 @@ impl Ready {
         Ok(Some(ready))
     }
 
-    /// Moves the fence.
+    /// Moves the fence. It has moved as soon as the kernel says so: the tool takes several times as long to end, because
+    /// the kernel lets go of what was replaced before it closes the tool's socket.
     ///
     /// # Errors
     /// As [`set`].
     pub fn apply(mut self) -> Result<(), FenceError> {
+        let Some(mut tool) = self.tool.take() else {
+            return Ok(());
+        };
         // A tool that ended before it read them says why.
-        let written = match self.tool.stdin.take() {
+        let written = match tool.stdin.take() {
             Some(mut stdin) => stdin.write_all(self.rules.as_bytes()),
             None => Ok(()),
         };
+        let mut stderr = tool.stderr.take();
+        if let (Some(notice), Some(stderr)) = (&self.notice, &stderr)
+            && notice.comes_before_end_of(stderr)
+        {
+            std::thread::spawn(move || tool.wait());
+            return Ok(());
+        }
+        self.judge(tool, stderr.as_mut())?;
+        written.map_err(FenceError::Spawn)
+    }
+
+    /// What the tool made of the rules, by its end.
+    fn judge(&self, mut tool: Child, stderr: Option<&mut ChildStderr>) -> Result<(), FenceError> {
         let mut message = String::new();
-        if let Some(mut stderr) = self.tool.stderr.take() {
+        if let Some(stderr) = stderr {
             stderr
                 .read_to_string(&mut message)
                 .map_err(FenceError::Spawn)?;
         }
-        if !self.tool.wait().map_err(FenceError::Spawn)?.success() {
+        if !tool.wait().map_err(FenceError::Spawn)?.success() {
             return Err(FenceError::Refused {
                 namespace: self.namespace.display().to_string(),
                 message: message.lines().next().unwrap_or("no message").to_owned(),
             });
         }
-        written.map_err(FenceError::Spawn)
+        Ok(())
     }
 }
 
 impl Drop for Ready {
     fn drop(&mut self) {
-        // It ends when there is nothing more to read.
-        drop(self.tool.stdin.take());
-        let _ = self.tool.wait();
+        if let Some(mut tool) = self.tool.take() {
+            // It ends when there is nothing more to read.
+            drop(tool.stdin.take());
+            let _ = tool.wait();
+        }
     }
 }
 

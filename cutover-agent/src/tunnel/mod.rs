@@ -31,6 +31,7 @@ use crate::connections;
 use crate::durable;
 use echo::{Asker, Echo};
 use end::{Adopt, End, Flip, Made};
+pub(crate) use network::within;
 
 /// Seconds between packets that keep translators on the way from forgetting us.
 const KEEPALIVE_S: u16 = 20;
@@ -475,7 +476,7 @@ impl Tunnel {
 /// # Errors
 /// When the namespace cannot be entered or read.
 pub fn addresses_in(namespace: &Path) -> io::Result<BTreeSet<IpAddr>> {
-    network::within(namespace, || {
+    within(namespace, || {
         let held = network::Network::open()?.addresses()?;
         let known = held.iter().map(|held| held.net.addr());
         Ok(known
@@ -489,7 +490,7 @@ pub fn addresses_in(namespace: &Path) -> io::Result<BTreeSet<IpAddr>> {
 /// # Errors
 /// When the namespace cannot be entered or read.
 pub fn peers_of(namespace: &Path) -> io::Result<BTreeSet<IpAddr>> {
-    network::within(namespace, || {
+    within(namespace, || {
         let mut peers = BTreeSet::new();
         for table in ["/proc/thread-self/net/tcp", "/proc/thread-self/net/tcp6"] {
             match std::fs::read_to_string(table) {

@@ -61,7 +61,7 @@ const NEIGHBOUR_ADDRESS: u16 = 1;
 const PERMANENT: u16 = 0x80;
 
 /// Runs `work` in the network namespace pinned at `namespace`, on a thread of its own.
-pub(super) fn within<T: Send>(
+pub(crate) fn within<T: Send>(
     namespace: &Path,
     work: impl FnOnce() -> io::Result<T> + Send,
 ) -> io::Result<T> {
