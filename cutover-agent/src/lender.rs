@@ -2,7 +2,9 @@
 
 use std::os::fd::OwnedFd;
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Result;
+use rustix::net::{AddressFamily, SocketType, sockopt};
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
 
 /// A process that has sockets.
@@ -31,11 +33,60 @@ impl Lender {
         })
     }
 
+    /// Whether it has a TCP connection that the peer has closed and it has not. The kernel's tables of connections tell that
+    /// as well, but take milliseconds to be read: all of a machine's namespaces share one.
+    pub(crate) fn has_half_closed(&self) -> bool {
+        let borrowed = self.sockets().map(|(number, _)| self.borrow(number));
+        borrowed.flatten().any(|socket| is_half_closed(&socket))
+    }
+
     /// A second descriptor of what has this number there now. The socket stays open for as long as it is kept.
     ///
     /// # Errors
     /// When the process or its descriptor is gone, or we may not.
     pub(crate) fn borrow(&self, number: i32) -> Result<OwnedFd> {
         pidfd_getfd(&self.process, number, PidfdGetfdFlags::empty())
+    }
+}
+
+/// TCP in the state `CLOSE_WAIT`: the peer will send no more, and we have not said so (poll(2)).
+fn is_half_closed(socket: &OwnedFd) -> bool {
+    let families = [AddressFamily::INET, AddressFamily::INET6];
+    if !sockopt::socket_domain(socket).is_ok_and(|family| families.contains(&family))
+        || !sockopt::socket_type(socket).is_ok_and(|kind| kind == SocketType::STREAM)
+    {
+        return false;
+    }
+    let mut watched = [PollFd::new(socket, PollFlags::RDHUP)];
+    let found = poll(&mut watched, Some(&Timespec::default()));
+    let state = watched[0].revents();
+    found.is_ok() && state.contains(PollFlags::RDHUP) && !state.contains(PollFlags::HUP)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::{Shutdown, TcpListener, TcpStream};
+    use std::time::{Duration, Instant};
+
+    use super::*;
+
+    #[test]
+    fn only_a_connection_that_the_peer_alone_has_closed_is_half_closed() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let peer = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let ours = listener.accept().unwrap().0;
+        let own = OwnedFd::from(ours.try_clone().unwrap());
+        let listening = OwnedFd::from(listener);
+        assert!(!is_half_closed(&own) && !is_half_closed(&listening));
+        peer.shutdown(Shutdown::Write).unwrap();
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while !is_half_closed(&own) {
+            assert!(Instant::now() < deadline, "the peer has closed");
+        }
+        let this = Lender::of(std::process::id().cast_signed()).unwrap();
+        assert!(this.has_half_closed());
+        ours.shutdown(Shutdown::Write).unwrap();
+        assert!(!is_half_closed(&own), "closed at both ends");
+        assert!(!is_half_closed(&OwnedFd::from(peer)));
     }
 }

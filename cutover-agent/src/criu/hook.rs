@@ -21,8 +21,8 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 
 use crate::cgroup::Cgroup;
-use crate::connections;
 use crate::fence::{self, Fence, Ready};
+use crate::lender::Lender;
 use crate::sockets;
 
 /// The hook's own listening socket, in its park folder.
@@ -142,11 +142,18 @@ fn init_pid() -> std::io::Result<u32> {
 /// closed cannot be restored where its address is another one, and one drain ends in many of them.
 fn let_close(init_pid: u32) {
     let deadline = Instant::now() + CLOSING_MAX;
-    let is_closing = |table: &str| {
-        std::fs::read_to_string(format!("/proc/{init_pid}/net/{table}"))
-            .is_ok_and(|text| connections::has_half_closed(&text))
+    let Ok(cgroup) = Cgroup::of(init_pid) else {
+        return;
     };
-    while ["tcp", "tcp6"].into_iter().any(is_closing) && Instant::now() < deadline {
+    let lenders = cgroup.pids().into_iter();
+    let mut closing: Vec<Lender> = lenders
+        .filter_map(|pid| Lender::of(pid.cast_signed()))
+        .collect();
+    while Instant::now() < deadline {
+        closing.retain(Lender::has_half_closed);
+        if closing.is_empty() {
+            break;
+        }
         std::thread::sleep(CLOSING_PAUSE);
     }
 }
@@ -161,7 +168,7 @@ fn freeze(folder: &Path) -> std::io::Result<Frozen> {
 }
 
 /// Waits for the word: `go` or `veto`. Connections come and go; only a word ends the wait.
-fn park(folder: &Path) -> std::io::Result<bool> {
+pub(super) fn park(folder: &Path) -> std::io::Result<bool> {
     let listener = sockets::bind(&folder.join(PARK_SOCKET))?;
     // Kept open until the process ends, so that the agent sees the end of the hook as the end of this stream.
     // An agent that has died meanwhile finds the socket above.
