@@ -3,7 +3,7 @@
 use std::io::{Read, Write};
 
 use super::MemoryError;
-use super::server::{Sink, serve};
+use super::server::{Says, Sink, serve};
 use super::wire::{ImageId, PageAnswer, PageAsk, PagesHead, Region};
 
 /// Counts what a dump brings.
@@ -31,18 +31,37 @@ impl Sink for FuzzedSink {
         Ok(())
     }
 
+    fn pause(&mut self) -> Result<(), MemoryError> {
+        Ok(())
+    }
+
     fn close(&mut self) -> Result<(), MemoryError> {
         self.is_closed = true;
         Ok(())
     }
 }
 
+/// Says everything without a pause.
+struct Fluent<'b>(&'b [u8]);
+
+impl Read for Fluent<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        self.0.read(buffer)
+    }
+}
+
+impl Says for Fluent<'_> {
+    fn is_silent(&mut self) -> bool {
+        false
+    }
+}
+
 pub(crate) fn fuzz_dump(
-    says: impl Read,
+    says: &[u8],
     hears: &mut impl Write,
     sink: &mut FuzzedSink,
 ) -> Result<(), MemoryError> {
-    serve(says, hears, sink)
+    serve(Fluent(says), hears, sink)
 }
 
 pub(crate) fn fuzz_peer_words(bytes: &[u8]) {

@@ -363,10 +363,15 @@ impl Sink for DumpSink {
         Ok(())
     }
 
-    fn close(&mut self) -> Result<(), MemoryError> {
+    /// What there is can cross and be put together while CRIU is busy: behind the last page of all it has much to do.
+    fn pause(&mut self) -> Result<(), MemoryError> {
         self.shipper.flush()?;
         let piece = self.layout.cut();
         self.shipper.tell(piece)
+    }
+
+    fn close(&mut self) -> Result<(), MemoryError> {
+        self.pause()
     }
 }
 
@@ -402,6 +407,10 @@ impl Sink for RoundSink {
         let pages = self.shipper.take(bytes)?;
         self.seen.add(image, address, pages);
         self.next.1 += bytes.len() as u64;
+        Ok(())
+    }
+
+    fn pause(&mut self) -> Result<(), MemoryError> {
         Ok(())
     }
 

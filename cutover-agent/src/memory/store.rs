@@ -8,6 +8,7 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 use cutover_protocol::id::ContainerName;
 use tokio::sync::{Semaphore, watch};
@@ -152,8 +153,13 @@ impl PageStore {
     async fn seal(&self, seal: Seal) -> Result<(), PageFault> {
         let store = self.current()?;
         let assembly = store.assembly(&seal.container)?;
+        let began = Instant::now();
         assembly.until(seal.pieces).await?;
-        blocking(move || assembly.finish(&store, &seal)).await
+        let waited = began.elapsed();
+        let container = seal.container.clone();
+        blocking(move || assembly.finish(&store, &seal)).await?;
+        tracing::debug!(%container, ?waited, sealed = ?began.elapsed(), "images of memory are complete");
+        Ok(())
     }
 
     /// Takes a frame of pages; returns when there is room for the next one.
@@ -235,7 +241,7 @@ fn remove(folder: &Path) -> std::io::Result<()> {
     }
 }
 
-fn assembled(folder: &Path, container: &str) -> PathBuf {
+pub(super) fn assembled(folder: &Path, container: &str) -> PathBuf {
     folder.join("images").join(container)
 }
 

@@ -238,6 +238,29 @@ async fn a_dump_arrives_byte_for_byte_packed_or_not() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn pages_are_put_together_while_criu_is_busy_with_something_else() {
+    let world = World::new(Compress::Auto).await;
+    let content = memory("one", 700);
+    let (image, wanted) = (
+        store::assembled(&world.folder.path().join("store"), "db").join("pages-1.img"),
+        content.clone(),
+    );
+    // CRIU has sent its last page, and does not say so before they are all there.
+    let wait = move |_| {
+        let deadline = std::time::Instant::now() + LIMIT;
+        while !std::fs::read(&image).is_ok_and(|found| found == wanted) {
+            assert!(
+                std::time::Instant::now() < deadline,
+                "nothing was put together"
+            );
+            std::thread::yield_now();
+        }
+    };
+    let (_, sealed) = world.dump_and(vec![Image(1 << 8 | 1, content)], wait).await;
+    sealed.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_dump_goes_on_when_every_connection_breaks_twice() {
     let world = World::new(Compress::Off).await;
     let contents = ["one", "two", "three"].map(|seed| memory(seed, 6000));

@@ -8,6 +8,9 @@ use std::io::{self, ErrorKind, Read};
 use std::net::{SocketAddr, SocketAddrV4, TcpStream};
 use std::time::Duration;
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+use super::Says;
 use super::listen::socket_of;
 use crate::lender::Lender;
 
@@ -59,6 +62,18 @@ impl<'s> Uncorked<'s> {
             // Sends what waits, each time it is set (tcp(7)).
             socket.set_nodelay(true).ok();
         }
+    }
+}
+
+impl Says for Uncorked<'_> {
+    fn is_silent(&mut self) -> bool {
+        let mut stream = [PollFd::new(self.stream, PollFlags::IN)];
+        let silence = Timespec::try_from(SILENCE).ok();
+        let is_silent = matches!(poll(&mut stream, silence.as_ref()), Ok(0));
+        if is_silent {
+            self.pull();
+        }
+        is_silent
     }
 }
 

@@ -28,8 +28,16 @@ pub(crate) trait Sink {
     fn region(&mut self, image: ImageId, region: Region) -> Result<(), MemoryError>;
     /// Whole pages of the last region.
     fn pages(&mut self, bytes: &[u8]) -> Result<(), MemoryError>;
+    /// Nothing comes for a while: CRIU is busy with something else, or has no more pages.
+    fn pause(&mut self) -> Result<(), MemoryError>;
     /// Everything has come; an error keeps the source alive.
     fn close(&mut self) -> Result<(), MemoryError>;
+}
+
+/// What CRIU says.
+pub(crate) trait Says: Read {
+    /// Waits for a moment; whether nothing came.
+    fn is_silent(&mut self) -> bool;
 }
 
 /// Bytes read ahead: memory is full of regions of a few pages, and each would cost two system calls.
@@ -40,7 +48,7 @@ const READ_AHEAD_BYTES: usize = 256 << 10;
 /// # Errors
 /// When the stream breaks, does not speak the protocol, or the sink fails.
 pub(crate) fn serve(
-    says: impl Read,
+    says: impl Says,
     hears: &mut impl Write,
     sink: &mut impl Sink,
 ) -> Result<(), MemoryError> {
@@ -48,6 +56,9 @@ pub(crate) fn serve(
     let mut buffer = vec![0; FRAME_DATA_MAX];
     let mut answer = |bytes: &[u8]| hears.write_all(bytes).map_err(MemoryError::Dump);
     loop {
+        if says.buffer().is_empty() && says.get_mut().is_silent() {
+            sink.pause()?;
+        }
         let mut header = [0; HEADER_BYTES];
         says.read_exact(&mut header).map_err(MemoryError::Dump)?;
         match frames::decode(&header)? {
@@ -110,7 +121,31 @@ mod tests {
 
     impl Criu {
         fn served(&mut self, sink: &mut Notes) -> Result<(), MemoryError> {
-            serve(self.sends.as_slice(), &mut self.answered, sink)
+            serve(Script(&self.sends), &mut self.answered, sink)
+        }
+    }
+
+    /// Falls silent before its last word.
+    struct Script<'b>(&'b [u8]);
+
+    impl Read for Script<'_> {
+        fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+            let before_last = self.0.len().saturating_sub(HEADER_BYTES);
+            let end = if before_last > 0 {
+                before_last
+            } else {
+                self.0.len()
+            };
+            let (now, later) = self.0.split_at(end.min(buffer.len()));
+            buffer[..now.len()].copy_from_slice(now);
+            self.0 = later;
+            Ok(now.len())
+        }
+    }
+
+    impl Says for Script<'_> {
+        fn is_silent(&mut self) -> bool {
+            self.0.len() == HEADER_BYTES
         }
     }
 
@@ -119,6 +154,7 @@ mod tests {
         opened: Vec<ImageId>,
         regions: Vec<Region>,
         bytes: usize,
+        bytes_at_pause: usize,
         fails_at_close: bool,
     }
 
@@ -136,6 +172,10 @@ mod tests {
         }
         fn pages(&mut self, bytes: &[u8]) -> Result<(), MemoryError> {
             self.bytes += bytes.len();
+            Ok(())
+        }
+        fn pause(&mut self) -> Result<(), MemoryError> {
+            self.bytes_at_pause = self.bytes;
             Ok(())
         }
         fn close(&mut self) -> Result<(), MemoryError> {
@@ -164,6 +204,13 @@ mod tests {
         assert_eq!(notes.opened, [ImageId::Process(1)]);
         assert_eq!(notes.bytes, 300 * PAGE_BYTES);
         assert_eq!(criu.answered, [0, 0, 0, 0, 0]);
+    }
+
+    #[test]
+    fn a_pause_comes_when_nothing_is_left_to_take() {
+        let mut notes = Notes::default();
+        dump(300).served(&mut notes).unwrap();
+        assert_eq!(notes.bytes_at_pause, 300 * PAGE_BYTES);
     }
 
     #[test]
