@@ -1,5 +1,6 @@
 //! The command line of the agent. `serve` is the agent; everything else asks a serving agent over its socket.
 
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -100,13 +101,29 @@ enum Verb {
         #[arg(long)]
         folder: PathBuf,
     },
+    /// What the runtime runs in CRIU's place when it asks for its version.
+    #[command(hide = true)]
+    StandIn {
+        #[arg(long)]
+        folder: PathBuf,
+        #[arg(long)]
+        criu: PathBuf,
+        #[arg(last = true)]
+        arguments: Vec<OsString>,
+    },
 }
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
     // The hook runs while clients wait: no runtime, no logging set-up.
-    if let Verb::Hook { folder } = &arguments.command {
-        return criu::hook::run(folder);
+    match &arguments.command {
+        Verb::Hook { folder } => return criu::hook::run(folder),
+        Verb::StandIn {
+            folder,
+            criu,
+            arguments,
+        } => return criu::stand_in::run(folder, criu, arguments),
+        _ => {}
     }
     let filter = tracing_subscriber::EnvFilter::try_from_default_env()
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
@@ -169,7 +186,7 @@ fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
             );
             Ok(ExitCode::SUCCESS)
         }
-        Verb::Hook { folder } => Ok(criu::hook::run(&folder)),
+        Verb::Hook { .. } | Verb::StandIn { .. } => Ok(ExitCode::FAILURE),
     }
 }
 

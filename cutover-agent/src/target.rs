@@ -17,7 +17,7 @@ use tokio::sync::Mutex;
 
 use crate::config::Config;
 use crate::durable;
-use crate::engine::{Built, EngineError, Host};
+use crate::engine::{Begun, Built, EngineError, Host};
 use crate::fence::Fence;
 use crate::memory::PageStore;
 use crate::tunnel::{self, Tunnel, TunnelError};
@@ -58,6 +58,8 @@ pub struct Target {
     pages: Arc<PageStore>,
     tunnel: Arc<Tunnel>,
     standing: Mutex<Option<Standing>>,
+    /// Restores of the current hop that have begun and wait for what there is to restore.
+    begun: Mutex<BTreeMap<ContainerName, Begun>>,
     /// What was built for the current hop and has not run. Lost with the agent: the source then takes the hop back.
     built: Mutex<BTreeMap<ContainerName, Built>>,
     fences: Fences,
@@ -119,6 +121,7 @@ impl Target {
             pages,
             tunnel,
             standing: Mutex::new(standing),
+            begun: Mutex::default(),
             built: Mutex::default(),
             fences: Fences::default(),
         })
@@ -154,6 +157,14 @@ impl Target {
                 Ok(Response::Inspected(Box::new(facts)))
             }
             Request::Begin { hop, containers } => self.begin(hop, containers).await,
+            Request::BeginRestore {
+                hop,
+                containers,
+                timeout_ms,
+            } => {
+                self.begin_restore(&hop, containers, Duration::from_millis(timeout_ms))
+                    .await
+            }
             Request::Restore {
                 hop,
                 containers,
@@ -247,6 +258,33 @@ impl Target {
         Ok(Response::Done)
     }
 
+    /// Starts what takes its time whatever there is to restore.
+    async fn begin_restore(
+        &self,
+        hop: &HopId,
+        containers: Vec<ContainerName>,
+        limit: Duration,
+    ) -> Result<Response, TargetError> {
+        let standing = self.standing.lock().await;
+        Self::check(&standing, hop)?;
+        let mut starts = tokio::task::JoinSet::new();
+        for name in containers {
+            let host = self.host.clone();
+            starts.spawn(async move {
+                let begun = host.begin_restore(&name, limit).await;
+                begun.map(|begun| (name, begun))
+            });
+        }
+        let mut outcome = Ok(Response::Done);
+        while let Some(started) = starts.join_next().await {
+            match started.map_err(EngineError::from)? {
+                Ok((name, begun)) => drop(self.begun.lock().await.insert(name, begun)),
+                Err(error) => outcome = Err(error.into()),
+            }
+        }
+        outcome
+    }
+
     async fn restore(
         &self,
         hop: HopId,
@@ -292,9 +330,9 @@ impl Target {
         // Nothing runs yet, so the order of dependencies does not matter before `verify`.
         let mut builds = tokio::task::JoinSet::new();
         for name in containers.iter().cloned() {
-            let host = self.host.clone();
+            let (host, begun) = (self.host.clone(), self.begun.lock().await.remove(&name));
             builds.spawn(async move {
-                host.build(engine, &name, limit)
+                host.build(engine, &name, begun, limit)
                     .await
                     .map(|built| (name, built))
             });
@@ -442,6 +480,7 @@ impl Target {
 
     async fn take_down(&self, containers: &[ContainerName]) -> Result<(), TargetError> {
         self.fences.forget().await;
+        self.begun.lock().await.clear();
         self.built.lock().await.clear();
         for name in containers.iter().rev() {
             self.host.kill(name, KILL_MAX).await?;

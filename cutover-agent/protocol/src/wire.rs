@@ -20,6 +20,16 @@ pub enum Request {
         /// The containers that will come, in dependency order.
         containers: Vec<ContainerName>,
     },
+    /// Begin to restore the containers, as far as that goes before anything of the last transfer has arrived. Nothing is
+    /// lost when it fails.
+    BeginRestore {
+        /// The hop.
+        hop: HopId,
+        /// The containers in dependency order.
+        containers: Vec<ContainerName>,
+        /// How long it may take, in milliseconds.
+        timeout_ms: u64,
+    },
     /// Build every container; leave each parked before its first instruction.
     Restore {
         /// The hop.

@@ -5,4 +5,5 @@ pub mod features;
 pub mod hook;
 pub mod log;
 pub mod park;
+pub mod stand_in;
 pub mod stats;

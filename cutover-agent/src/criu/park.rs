@@ -10,6 +10,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use super::hook::{
     AGENT_SOCKET, ERROR_FILE, FROZEN_FILE, Frozen, PARK_SOCKET, ParkAt, SPEC_FILE, Spec,
 };
+use super::stand_in;
 use crate::sockets;
 
 /// Something about a park folder went wrong.
@@ -111,6 +112,24 @@ impl Park {
             container: self.name(),
             error_file: self.folder.join(ERROR_FILE),
         })
+    }
+
+    /// Puts our own program in the place of the CRIU at `criu`, for a runtime that searches the returned folder first. It
+    /// parks here, and is called once.
+    ///
+    /// # Errors
+    /// When the folder cannot be written.
+    pub(crate) fn stand_in(&self, criu: &Path) -> Result<PathBuf, ParkError> {
+        let folder = self.folder.join(stand_in::FOLDER);
+        let write = || {
+            std::fs::create_dir_all(&folder)?;
+            let agent = std::env::current_exe()?;
+            let (agent, park, criu) = (quote(&agent), quote(&self.folder), quote(criu));
+            let line = format!("exec {agent} stand-in --folder {park} --criu {criu} -- \"$@\"");
+            write_program(&folder.join(stand_in::PROGRAM), &line)
+        };
+        self.make(|_| write())?;
+        Ok(folder)
     }
 
     /// The CRIU configuration file that names our hook.
@@ -257,16 +276,14 @@ pub(super) const SCRIPT: &str = "hook.sh";
 fn write_script(folder: &Path, at: ParkAt, cgroup_root: Option<&str>) -> std::io::Result<()> {
     let program = std::env::current_exe()?;
     let script = folder.join(SCRIPT);
-    let mut file = std::fs::File::create(&script)?;
     // The shell answers the steps that are none of ours: each costs clients the start of a program.
-    writeln!(
-        file,
-        "#!/bin/sh\ncase \"$CRTOOLS_SCRIPT_ACTION\" in\n{}) exec {} hook --folder {};;\nesac",
+    let text = format!(
+        "case \"$CRTOOLS_SCRIPT_ACTION\" in\n{}) exec {} hook --folder {};;\nesac",
         at.actions(),
         quote(&program),
         quote(folder)
-    )?;
-    file.set_permissions(std::fs::Permissions::from_mode(0o700))?;
+    );
+    write_program(&script, &text)?;
     let mut configuration = format!(
         "action-script {}\nghost-limit {GHOST_BYTES_MAX}\nnetwork-lock skip\n",
         script.display()
@@ -275,6 +292,13 @@ fn write_script(folder: &Path, at: ParkAt, cgroup_root: Option<&str>) -> std::io
         configuration.push_str(&format!("cgroup-root {root}\n"));
     }
     std::fs::write(folder.join("criu.conf"), configuration)
+}
+
+/// Writes a program for the shell.
+fn write_program(path: &Path, text: &str) -> std::io::Result<()> {
+    let mut file = std::fs::File::create(path)?;
+    writeln!(file, "#!/bin/sh\n{text}")?;
+    file.set_permissions(std::fs::Permissions::from_mode(0o700))
 }
 
 fn quote(path: &Path) -> String {

@@ -79,7 +79,7 @@ impl Driver {
         Duration::from_millis(self.header.plan.settings().step_ms_max)
     }
 
-    fn step_ms(&self) -> u64 {
+    pub(super) fn step_ms(&self) -> u64 {
         self.header.plan.settings().step_ms_max
     }
 

@@ -9,6 +9,7 @@ use cutover_protocol::hop::Link as Measured;
 use cutover_protocol::id::ContainerName;
 use cutover_protocol::plan::Engine;
 use cutover_protocol::schedule::Schedule;
+use cutover_protocol::wire::Request;
 use tokio::task::JoinHandle;
 
 use super::Driver;
@@ -162,6 +163,25 @@ impl Driver {
         if self.engine() != Engine::Criu {
             return Ok(());
         }
+        let (begun, ()) = tokio::join!(self.begun_dumps(), self.begin_restore());
+        self.begun = begun?;
+        Ok(())
+    }
+
+    /// Has the target start what takes its time before it can restore anything. It starts it later when that fails.
+    async fn begin_restore(&self) {
+        let limit = self.step_max();
+        let request = Request::BeginRestore {
+            hop: self.header.hop.clone(),
+            containers: self.containers(),
+            timeout_ms: self.step_ms(),
+        };
+        if let Err(error) = self.link.order(&request, limit).await {
+            tracing::info!(%error, "the target begins to restore later");
+        }
+    }
+
+    async fn begun_dumps(&self) -> Result<Vec<BegunDump>, String> {
         let rounds = u32::try_from(self.hop.rounds().len()).unwrap_or(u32::MAX);
         let limit = self.step_max();
         let mut dumps = tokio::task::JoinSet::new();
@@ -177,8 +197,7 @@ impl Driver {
             begun.push(result.map_err(|error| error.to_string())??);
         }
         begun.sort_unstable_by_key(|(index, _)| *index);
-        self.begun = begun.into_iter().map(|(_, begun)| begun).collect();
-        Ok(())
+        Ok(begun.into_iter().map(|(_, begun)| begun).collect())
     }
 
     /// Lets go of every dump that has begun and frozen nothing.

@@ -15,7 +15,7 @@ use crate::criu::hook::ParkAt;
 use crate::criu::park::{Park, Waiting, Word};
 use crate::criu::{cure, stats};
 use crate::fence::{self, Fence};
-use crate::runtime::runc::ImageFolders;
+use crate::runtime::runc::{ImageFolders, Parking};
 
 /// The folder of the final dump below a container's images.
 pub(super) const FINAL: &str = "final";
@@ -71,7 +71,8 @@ fn fresh(images: &Path) {
     let _ = std::fs::create_dir_all(images);
 }
 
-/// A dump that has begun, and waits for the word to freeze its container. Dropped, it goes on waiting until it is dismissed.
+/// A dump that has begun, and waits for the word to freeze its container; or a restore, for there to be something to
+/// restore. Dropped, it goes on waiting until it is dismissed or killed.
 #[derive(Debug)]
 pub struct Begun {
     runtime: Child,
@@ -97,12 +98,13 @@ pub(super) async fn begin(
         work: &work,
         parent: parent.as_deref(),
     };
-    let runtime = host.runc.checkpoint(
-        name.as_str(),
-        folders,
-        dump.page_server,
-        &park.criu_configuration(),
-    )?;
+    let parking = Parking {
+        configuration: &park.criu_configuration(),
+        stand_in: None,
+    };
+    let runtime = host
+        .runc
+        .checkpoint(name.as_str(), folders, dump.page_server, parking)?;
     let mut begun = Begun { runtime, waiting };
     let call = Call {
         verb: "checkpoint",
@@ -265,39 +267,94 @@ pub(super) async fn retire(
     Ok(park.clear()?)
 }
 
-pub(super) async fn build(
+/// Starts the runtime of a restore, up to where it asks CRIU for its version.
+pub(super) async fn begin_restore(
     host: &Host,
     container: &Container,
     limit: Duration,
-) -> Result<Child, EngineError> {
-    let name = &container.name;
-    let park = host.park(name);
+) -> Result<Begun, EngineError> {
+    let (name, park) = (&container.name, host.park(&container.name));
+    if park.tell(Word::Veto, limit).await? {
+        // Begun by an earlier agent.
+        host.runc.delete(name.as_str(), &host.work(name)).await?;
+    }
+    start_restore(host, container, StandIn::Wanted, limit).await
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum StandIn {
+    Wanted,
+    None,
+}
+
+/// Starts a restore and waits until it is parked: in CRIU's stand-in where that is wanted, else at its end.
+async fn start_restore(
+    host: &Host,
+    container: &Container,
+    stand_in: StandIn,
+    limit: Duration,
+) -> Result<Begun, EngineError> {
+    let (name, park) = (&container.name, host.park(&container.name));
     let cgroup_root = cgroup_root(container);
     let waiting = park.prepare(
         ParkAt::Restore,
         &container.network_namespace,
         cgroup_root.as_deref(),
     )?;
-    let images = host.config.images(name).join(FINAL);
-    let work = host.work(name).join(RESTORE);
+    let stand_in = match stand_in {
+        StandIn::Wanted => Some(park.stand_in(&host.config.runtime.criu)?),
+        StandIn::None => None,
+    };
+    let (images, work) = (host.final_images(name), host.work(name).join(RESTORE));
     let folders = ImageFolders {
         images: &images,
         work: &work,
         parent: None,
     };
-    let mut runtime = host.runc.restore(
-        name.as_str(),
-        &container.bundle,
-        folders,
-        &park.criu_configuration(),
-    )?;
+    let parking = Parking {
+        configuration: &park.criu_configuration(),
+        stand_in: stand_in.as_deref(),
+    };
+    let runtime = host
+        .runc
+        .restore(name.as_str(), &container.bundle, folders, parking)?;
+    let mut begun = Begun { runtime, waiting };
+    until_restore_parked(host, name, &mut begun, limit).await?;
+    Ok(begun)
+}
+
+async fn until_restore_parked(
+    host: &Host,
+    name: &ContainerName,
+    begun: &mut Begun,
+    limit: Duration,
+) -> Result<(), EngineError> {
     let call = Call {
         verb: "restore",
         name,
-        work: &work,
+        work: &host.work(name).join(RESTORE),
     };
-    until_parked(host, &mut runtime, &waiting, call, limit).await?;
-    Ok(runtime)
+    until_parked(host, &mut begun.runtime, &begun.waiting, call, limit).await
+}
+
+/// Restores a container whose root file system is mounted, up to where it is parked at its end.
+pub(super) async fn build(
+    host: &Host,
+    container: &Container,
+    begun: Option<Begun>,
+    limit: Duration,
+) -> Result<Child, EngineError> {
+    let name = &container.name;
+    if let Some(mut begun) = begun {
+        if host.park(name).tell(Word::Go, limit).await? {
+            until_restore_parked(host, name, &mut begun, limit).await?;
+            return Ok(begun.runtime);
+        }
+        // It has died since.
+        host.runc.delete(name.as_str(), &host.work(name)).await?;
+    }
+    let parked = start_restore(host, container, StandIn::None, limit).await?;
+    Ok(parked.runtime)
 }
 
 /// The cgroup of the bundle, where the unified hierarchy is the only one. There CRIU would put the tasks back where

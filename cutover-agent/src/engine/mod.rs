@@ -229,7 +229,22 @@ impl Host {
         overlay::unmount(self.container(name)?)
     }
 
-    /// Builds a container at the target without running any of its code. Its fence must be shut.
+    /// Begins to restore a container that has not arrived, as far as that goes; [`Self::build`] does the rest.
+    ///
+    /// # Errors
+    /// [`EngineError`]; nothing is lost then, [`Self::build`] does all of it.
+    pub async fn begin_restore(
+        &self,
+        name: &ContainerName,
+        limit: Duration,
+    ) -> Result<Begun, EngineError> {
+        let container = self.container(name)?.clone();
+        overlay::prepare(&container)?;
+        criu::begin_restore(self, &container, limit).await
+    }
+
+    /// Builds a container at the target without running any of its code, from what has `begun` where something has. Its
+    /// fence must be shut.
     ///
     /// # Errors
     /// [`EngineError`]; [`Self::kill`] then takes everything down.
@@ -237,12 +252,13 @@ impl Host {
         &self,
         engine: Engine,
         name: &ContainerName,
+        begun: Option<Begun>,
         limit: Duration,
     ) -> Result<Built, EngineError> {
         let container = self.container(name)?.clone();
         overlay::mount(&container)?;
         match engine {
-            Engine::Criu => criu::build(self, &container, limit)
+            Engine::Criu => criu::build(self, &container, begun, limit)
                 .await
                 .map(Built::Parked),
             Engine::Restart => {

@@ -9,6 +9,20 @@ use rustix::mount::{MountFlags, UnmountFlags};
 use super::EngineError;
 use crate::config::Container;
 
+/// Makes the folder on which a container's overlay will be mounted, if it has one: a runtime that starts before that looks
+/// whether there is a folder.
+pub(super) fn prepare(container: &Container) -> Result<(), EngineError> {
+    let rootfs = container.bundle.join("rootfs");
+    if container.overlay.is_none() {
+        return Ok(());
+    }
+    fs::create_dir_all(&rootfs).map_err(|source| EngineError::Mount {
+        container: container.name.clone(),
+        path: rootfs.clone(),
+        source,
+    })
+}
+
 /// Mounts a container's overlay on its bundle's `rootfs`, if it has one and it is not mounted yet.
 pub(super) fn mount(container: &Container) -> Result<(), EngineError> {
     let Some(overlay) = &container.overlay else {

@@ -75,6 +75,15 @@ pub struct ImageFolders<'a> {
     pub parent: Option<&'a Path>,
 }
 
+/// How CRIU is made to park.
+#[derive(Debug, Clone, Copy)]
+pub struct Parking<'a> {
+    /// Its configuration, which names our hook.
+    pub configuration: &'a Path,
+    /// A folder whose programs are found before CRIU.
+    pub stand_in: Option<&'a Path>,
+}
+
 impl Runc {
     /// The runtime of a configuration.
     #[must_use]
@@ -146,8 +155,7 @@ impl Runc {
         .await
     }
 
-    /// Starts the final dump; CRIU parks in the hook that `criu_configuration` names. Pages go to the page server, and
-    /// all else into the images.
+    /// Starts the final dump, in which CRIU parks. Pages go to the page server, and all else into the images.
     ///
     /// # Errors
     /// When the runtime does not start.
@@ -156,7 +164,7 @@ impl Runc {
         container: &str,
         folders: ImageFolders<'_>,
         page_server: SocketAddrV4,
-        criu_configuration: &Path,
+        parking: Parking<'_>,
     ) -> Result<Child, RuntimeError> {
         let mut arguments: Vec<OsString> = vec![
             "checkpoint".into(),
@@ -166,10 +174,10 @@ impl Runc {
         arguments.extend(["--page-server".into(), page_server.to_string().into()]);
         push_folders(&mut arguments, folders);
         arguments.push(container.into());
-        self.spawn(&arguments, folders.work, Some(criu_configuration))
+        self.spawn(&arguments, folders.work, Some(parking))
     }
 
-    /// Starts a restore; CRIU parks in the hook that `criu_configuration` names.
+    /// Starts a restore, in which CRIU parks.
     ///
     /// # Errors
     /// When the runtime does not start.
@@ -178,7 +186,7 @@ impl Runc {
         container: &str,
         bundle: &Path,
         folders: ImageFolders<'_>,
-        criu_configuration: &Path,
+        parking: Parking<'_>,
     ) -> Result<Child, RuntimeError> {
         let mut arguments: Vec<OsString> = vec![
             "restore".into(),
@@ -189,7 +197,7 @@ impl Runc {
         arguments.extend(["--bundle".into(), bundle.into()]);
         push_folders(&mut arguments, folders);
         arguments.push(container.into());
-        self.spawn(&arguments, folders.work, Some(criu_configuration))
+        self.spawn(&arguments, folders.work, Some(parking))
     }
 
     /// Waits for a call started by [`Self::checkpoint`] or [`Self::restore`].
@@ -303,7 +311,7 @@ impl Runc {
         &self,
         arguments: &[OsString],
         work: &Path,
-        criu_configuration: Option<&Path>,
+        parking: Option<Parking<'_>>,
     ) -> Result<Child, RuntimeError> {
         std::fs::create_dir_all(work).map_err(|source| self.spawn_error(source))?;
         let mut command = Command::new(&self.settings.runc);
@@ -313,9 +321,10 @@ impl Runc {
             .arg("--log")
             .arg(work.join("runc.log"))
             .args(arguments);
-        command.env("PATH", self.search_path());
-        if let Some(file) = criu_configuration {
-            command.env("CRIU_CONFIG_FILE", file);
+        let stand_in = parking.and_then(|parking| parking.stand_in);
+        command.env("PATH", self.search_path(stand_in));
+        if let Some(parking) = parking {
+            command.env("CRIU_CONFIG_FILE", parking.configuration);
         }
         command
             .stdin(Stdio::null())
@@ -326,9 +335,9 @@ impl Runc {
         command.spawn().map_err(|source| self.spawn_error(source))
     }
 
-    fn search_path(&self) -> OsString {
+    fn search_path(&self, first: Option<&Path>) -> OsString {
         let mut path = OsString::new();
-        if let Some(folder) = self.settings.criu.parent() {
+        for folder in first.into_iter().chain(self.settings.criu.parent()) {
             path.push(folder);
             path.push(":");
         }
