@@ -97,6 +97,7 @@ pub(crate) struct Line<'l> {
     bytes: u64,
     age: Duration,
     held: Duration,
+    delayed: Duration,
     upstream: Option<(Endpoint, cutover_protocol::id::Register)>,
     answered_by: Option<&'static str>,
     id: RequestId,
@@ -113,6 +114,8 @@ struct Json<'l> {
     bytes: u64,
     duration_ms: f64,
     held_ms: f64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    delayed_ms: Option<f64>,
     upstream: Option<String>,
     site: Option<String>,
     epoch: Option<u64>,
@@ -140,6 +143,7 @@ impl<'l> Line<'l> {
             bytes: served.progress.answered.get(),
             age: served.age(),
             held: served.passage.held,
+            delayed: served.passage.delayed,
             upstream: upstream(&served.passage),
             answered_by: (served.passage.front_check == FrontCheckOf::Answered)
                 .then_some("front_check"),
@@ -169,6 +173,7 @@ impl<'l> Line<'l> {
             bytes: self.bytes,
             duration_ms: self.age.as_secs_f64() * 1000.0,
             held_ms: self.held.as_secs_f64() * 1000.0,
+            delayed_ms: self.delayed_ms(),
             upstream: served.map(|(endpoint, _)| endpoint.to_string()),
             site: served.map(|(_, register)| register.owner.to_string()),
             epoch: served.map(|(_, register)| register.epoch.0),
@@ -196,6 +201,11 @@ impl<'l> Line<'l> {
         )
     }
 
+    /// Nothing where it was not delayed.
+    fn delayed_ms(&self) -> Option<f64> {
+        (!self.delayed.is_zero()).then(|| self.delayed.as_secs_f64() * 1000.0)
+    }
+
     fn what(&self) -> Cow<'_, str> {
         match self.what {
             What::Request(line) => String::from_utf8_lossy(line),
@@ -221,6 +231,7 @@ impl<'l> Line<'l> {
             bytes: bytes as u64,
             age: Duration::ZERO,
             held: Duration::ZERO,
+            delayed: Duration::ZERO,
             upstream: None,
             answered_by: None,
             id: port.next_id(),
@@ -243,6 +254,7 @@ impl<'l> Line<'l> {
             bytes: progress.answered.get(),
             age: passage.terms.arrival.elapsed(),
             held: passage.held,
+            delayed: passage.delayed,
             upstream: upstream(passage),
             answered_by: None,
             id: port.next_id(),
@@ -278,6 +290,9 @@ impl fmt::Display for Line<'_> {
             "\" status={} bytes={} duration_ms={age:.3} held_ms={held:.3}",
             self.status, self.bytes
         )?;
+        if let Some(delayed) = self.delayed_ms() {
+            write!(out, " delayed_ms={delayed:.3}")?;
+        }
         match self.upstream {
             Some((ref address, register)) => {
                 write!(

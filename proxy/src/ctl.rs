@@ -11,7 +11,7 @@ use std::time::Duration;
 use clap::{Args, Subcommand};
 use cutover_protocol::hold::{
     Answer, AtCut, BudgetStatus, CheckStatus, Command, Gate, InFlight, InFlightPhase, ServerState,
-    ServerStatus, ServiceStatus, Tier,
+    ServerStatus, ServiceStatus, Tier, WritesStatus,
 };
 use cutover_protocol::id::{ServiceName, Site};
 use hopgate_proxy::control::client::ControlClient;
@@ -260,10 +260,35 @@ fn print_service(status: &ServiceStatus) {
     if status.front_checks_answered > 0 {
         println!("  front checks answered {}", status.front_checks_answered);
     }
+    if !status.writes.is_quiet() {
+        print_writes(&status.writes);
+    }
     if let Some(budget) = &status.budget {
         print_budget(status.held_now, budget);
     }
     status.servers.iter().for_each(print_server);
+}
+
+fn print_writes(writes: &WritesStatus) {
+    let WritesStatus {
+        admitted,
+        delayed,
+        delayed_now,
+        limit,
+    } = writes;
+    println!("  writes admitted {admitted}, delayed {delayed}, delayed now {delayed_now}");
+    if let Some(limit) = limit {
+        let holder = limit.holder.as_ref();
+        let holder = holder.map_or_else(String::new, |holder| format!(" for {holder}"));
+        let left = limit.lease_ms_left;
+        println!(
+            "    limited{holder} to one every {} us, delayed for {} ms at most, lease {}.{:03} s",
+            limit.interval_us,
+            limit.delay_ms_max,
+            left / 1000,
+            left % 1000
+        );
+    }
 }
 
 fn print_budget(held_now: u64, budget: &BudgetStatus) {

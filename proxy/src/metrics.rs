@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use cutover_protocol::hold::Tier;
+use cutover_protocol::hold::{Tier, WritesStatus};
 use cutover_protocol::id::Site;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
@@ -57,6 +57,7 @@ struct Reading<'s> {
     refused: [u64; Reason::ALL.len()],
     front_checks: u64,
     waited: u64,
+    writes: WritesStatus,
 }
 
 impl<'s> Reading<'s> {
@@ -87,6 +88,7 @@ impl<'s> Reading<'s> {
             refused,
             front_checks: gate.front_checks(),
             waited: gate.waited(),
+            writes: gate.writes_status(),
         }
     }
 }
@@ -99,7 +101,7 @@ type Single = (
     fn(&Reading<'_>) -> u64,
 );
 
-const SINGLES: [Single; 15] = [
+const SINGLES: [Single; 19] = [
     (
         "hopgate_held_total",
         "counter",
@@ -135,6 +137,35 @@ const SINGLES: [Single; 15] = [
         "counter",
         "Health probes of balancers that were answered instead of being held",
         |s| s.front_checks,
+    ),
+    (
+        "hopgate_writes_admitted_total",
+        "counter",
+        "HTTP requests with a method that is not safe, admitted so far",
+        |s| s.writes.admitted,
+    ),
+    (
+        "hopgate_writes_delayed_total",
+        "counter",
+        "Those among them that were delayed because writes are limited",
+        |s| s.writes.delayed,
+    ),
+    (
+        "hopgate_writes_delayed_now",
+        "gauge",
+        "Writes delayed now: neither held nor in flight",
+        |s| s.writes.delayed_now,
+    ),
+    (
+        "hopgate_write_interval_us",
+        "gauge",
+        "From one write to the next while writes are limited, in microseconds; 0 while they are not",
+        |s| {
+            s.writes
+                .limit
+                .as_ref()
+                .map_or(0, |limit| limit.interval_us.get())
+        },
     ),
     ("hopgate_held_now", "gauge", "Requests held now", |s| {
         s.counts.held_now

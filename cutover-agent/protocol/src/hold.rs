@@ -4,7 +4,10 @@
 //! effect answers with success. A commit and an abort are both a compare-and-set of the register from the same
 //! epoch, so exactly one of them wins and the loser is told the register that beat it.
 //!
-//! A hold may have a holder. Until it ends, only commands given in the holder's name change it, or such as insist.
+//! A hold may have a holder. Until it ends, only commands given in the holder's name change it, or such as insist. A
+//! write limit is held to the same rules.
+
+use std::num::NonZeroU64;
 
 use serde::{Deserialize, Serialize};
 
@@ -128,6 +131,28 @@ pub enum Command {
         /// The site the caller believes to be the owner.
         to: Site,
     },
+    /// While the gate is open, admit writes (HTTP requests whose method is not safe) evenly, one every `interval_us` at
+    /// most. One that comes earlier is delayed, never refused. The limit ends by itself when a hold begins or the epoch
+    /// moves; given again, it has a new lease and the new bounds.
+    Admit {
+        /// The service, whose gate must be open.
+        service: ServiceName,
+        /// The epoch the caller believes in.
+        epoch: Epoch,
+        /// From one write to the next, in microseconds.
+        interval_us: NonZeroU64,
+        /// No write is delayed for longer, in milliseconds: then it goes through all the same.
+        delay_ms_max: u64,
+        /// The limit ends by itself when it is not given again for this long, in milliseconds.
+        lease_ms: u64,
+    },
+    /// Lift the write limit, where there is one: whoever is delayed goes on at once.
+    AdmitFreely {
+        /// The service.
+        service: ServiceName,
+        /// The epoch of the limit.
+        epoch: Epoch,
+    },
     /// Hold several services, each drained before the next is held: the one clients meet first comes first. If one
     /// cannot be held, or is not drained in time, those this command has held are reopened.
     HoldAll {
@@ -223,6 +248,8 @@ pub enum Refusal {
     WrongOwner,
     /// The gate does not hold.
     NotHolding,
+    /// The gate holds, and writes with it: there is nothing to limit.
+    Holding,
     /// The hold is another's, who alone may change it.
     HeldByOther,
     /// Something was still in flight at the end of the time for it.
@@ -279,6 +306,44 @@ pub struct BudgetStatus {
     pub held_per_address_max: u64,
 }
 
+/// The writes of a service: HTTP requests whose method is not safe.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WritesStatus {
+    /// Ever admitted, those that were delayed or held before included.
+    pub admitted: u64,
+    /// Ever delayed.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub delayed: u64,
+    /// Delayed now: neither held nor in flight.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub delayed_now: u64,
+    /// The limit in force.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub limit: Option<WriteLimit>,
+}
+
+impl WritesStatus {
+    /// Whether there were none, and nothing limits them.
+    #[must_use]
+    pub fn is_quiet(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+/// A limit on writes that is in force.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WriteLimit {
+    /// From one write to the next, in microseconds.
+    pub interval_us: NonZeroU64,
+    /// No write is delayed for longer, in milliseconds.
+    pub delay_ms_max: u64,
+    /// What is left of its lease, in milliseconds.
+    pub lease_ms_left: u64,
+    /// Whose it is, if it is somebody's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub holder: Option<Holder>,
+}
+
 /// One service as the proxy sees it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct ServiceStatus {
@@ -324,6 +389,9 @@ pub struct ServiceStatus {
     /// Health probes of balancers that were answered instead of being held; not among the above.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub front_checks_answered: u64,
+    /// HTTP requests that ask for a change, and what limits them.
+    #[serde(default, skip_serializing_if = "WritesStatus::is_quiet")]
+    pub writes: WritesStatus,
     /// How full the budget of the held is, where the proxy says so.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub budget: Option<BudgetStatus>,

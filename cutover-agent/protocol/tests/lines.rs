@@ -5,7 +5,8 @@
 
 use cutover_protocol::hold::{
     Answer, AtCut, CheckStatus, Claim, Command, EjectedStatus, Expected, Gate, InFlight,
-    InFlightPhase, Order, Refusal, ServerState, ServerStatus, ServiceStatus,
+    InFlightPhase, Order, Refusal, ServerState, ServerStatus, ServiceStatus, WriteLimit,
+    WritesStatus,
 };
 use cutover_protocol::hop::{ActionName, Bounds, Costs, Ending, Event, Failure, Link, Round, Undo};
 use cutover_protocol::id::{Epoch, Register, ServiceName, Site};
@@ -44,6 +45,7 @@ fn status() -> ServiceStatus {
         gave_up: 5,
         evicted: 6,
         front_checks_answered: 0,
+        writes: WritesStatus::default(),
         budget: None,
         servers: Vec::new(),
     }
@@ -113,6 +115,53 @@ fn every_command_is_this_line() {
         &release,
         r#"{"command":"release","service":"web","epoch":8,"to":"source"}"#,
     );
+}
+
+#[test]
+fn every_command_about_writes_is_this_line() {
+    let admit = Command::Admit {
+        service: web(),
+        epoch: Epoch(7),
+        interval_us: 12_500.try_into().unwrap(),
+        delay_ms_max: 2000,
+        lease_ms: 10_000,
+    };
+    let text = r#"{"command":"admit","service":"web","epoch":7,"interval_us":12500,"delay_ms_max":2000,"lease_ms":10000}"#;
+    assert_line(&admit, text);
+    // No time at all from one to the next is no limit, and has a command of its own.
+    from_str::<Command>(&text.replace("12500", "0")).unwrap_err();
+    let freely = Command::AdmitFreely {
+        service: web(),
+        epoch: Epoch(7),
+    };
+    assert_line(
+        &freely,
+        r#"{"command":"admit_freely","service":"web","epoch":7}"#,
+    );
+}
+
+#[test]
+fn a_status_tells_of_writes_where_there_were_any() {
+    let written = STATUS.replace(r#","evicted":6"#, r#","evicted":6,"writes":{"admitted":9}"#);
+    let mut status = status();
+    status.writes.admitted = 9;
+    assert_line(&status, &written);
+    status.writes = WritesStatus {
+        admitted: 9,
+        delayed: 4,
+        delayed_now: 1,
+        limit: Some(WriteLimit {
+            interval_us: 12_500.try_into().unwrap(),
+            delay_ms_max: 2000,
+            lease_ms_left: 800,
+            holder: Some("hop-1".parse().unwrap()),
+        }),
+    };
+    let limited = written.replace(
+        r#"{"admitted":9}"#,
+        r#"{"admitted":9,"delayed":4,"delayed_now":1,"limit":{"interval_us":12500,"delay_ms_max":2000,"lease_ms_left":800,"holder":"hop-1"}}"#,
+    );
+    assert_line(&status, &limited);
 }
 
 #[test]
@@ -257,6 +306,7 @@ fn every_word_of_an_answer_is_spelled_so() {
         (Refusal::WrongEpoch, "wrong_epoch"),
         (Refusal::WrongOwner, "wrong_owner"),
         (Refusal::NotHolding, "not_holding"),
+        (Refusal::Holding, "holding"),
         (Refusal::HeldByOther, "held_by_other"),
         (Refusal::NotDrained, "not_drained"),
         (Refusal::NotDurable, "not_durable"),

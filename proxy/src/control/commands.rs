@@ -18,6 +18,7 @@ use super::together::HoldLimits;
 use super::words::{LEDGER_ENTRIES_MAX, ProcessAnswer, ProcessCommand, ProcessRefusal};
 use crate::ledger;
 use crate::life::{self, Running};
+use crate::service::writes::WritePace;
 use crate::service::{Change, Drain, Held, Hold, Refused, Service};
 use crate::snapshot::Serving;
 use crate::worker::Question;
@@ -93,6 +94,24 @@ impl Commander {
             Command::Release { service, epoch, to } => {
                 self.change(&service, Change::Release { epoch, to }, &claim)
             }
+            Command::Admit {
+                service,
+                epoch,
+                interval_us,
+                delay_ms_max,
+                lease_ms,
+            } => {
+                let pace = WritePace {
+                    interval_us,
+                    delay_ms_max,
+                };
+                self.obey(&service, |service| {
+                    service.admit_writes(epoch, pace, lease_ms, &claim)
+                })
+            }
+            Command::AdmitFreely { service, epoch } => self.obey(&service, |service| {
+                service.admit_writes_freely(epoch, &claim)
+            }),
             Command::HoldAll {
                 services,
                 lease_ms,
@@ -178,8 +197,16 @@ impl Commander {
     }
 
     fn change(&self, name: &ServiceName, change: Change, claim: &Claim) -> Answer {
+        self.obey(name, |service| service.change(change, claim))
+    }
+
+    fn obey(
+        &self,
+        name: &ServiceName,
+        change: impl FnOnce(&Service) -> Result<(), Refused>,
+    ) -> Answer {
         match self.find(name) {
-            Ok(service) => match service.change(change, claim) {
+            Ok(service) => match change(&service) {
                 Ok(()) => Answer::Done {
                     service: service.status(),
                 },

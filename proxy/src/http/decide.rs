@@ -78,7 +78,12 @@ pub(crate) struct AnswerEdits<'a> {
 impl Decided {
     /// The beginning of its way upstream: to whom, and with how much patience.
     pub(crate) fn passage(&self, settings: &Settings) -> Passage {
-        let mut passage = passage(self.terms, self.treatment.as_deref(), settings);
+        let mut passage = passage(
+            self.terms,
+            self.request.method,
+            self.treatment.as_deref(),
+            settings,
+        );
         if let Some(green) = &self.front_check {
             passage.front_check = FrontCheckOf::Asks(green.clone());
         }
@@ -87,8 +92,14 @@ impl Decided {
 }
 
 /// The beginning of a request's way upstream: to whom, and with how much patience.
-pub(crate) fn passage(terms: Terms, treatment: Option<&Treatment>, settings: &Settings) -> Passage {
+pub(crate) fn passage(
+    terms: Terms,
+    method: Method,
+    treatment: Option<&Treatment>,
+    settings: &Settings,
+) -> Passage {
     let mut passage = Passage::new(terms);
+    passage.intent = method.intent();
     if let Some(treatment) = treatment {
         let route = &treatment.route;
         passage.sites = settings.route_sites.get(&route.name).cloned();

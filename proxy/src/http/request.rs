@@ -11,6 +11,7 @@ use crate::forwarded::{Arrived, LOOP_FIELD, LoopId, OurField, Said, Seen};
 use crate::route::action::FieldEdits;
 use crate::route::condition::Place;
 use crate::route::template::Values;
+use crate::service::writes::Intent;
 
 /// What we need to know of a request after its head was written for the upstream.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -39,8 +40,20 @@ pub(crate) enum Method {
     Safe,
     /// CONNECT: what comes behind the head is no HTTP, so the head is for us alone.
     Connect,
+    /// TRACE: safe as well, but never sent twice by us.
+    Trace,
     /// Everything else.
     Other,
+}
+
+impl Method {
+    /// Whether it asks for a change (RFC 9110, section 9.2.1). What is said in a tunnel is not known.
+    pub(crate) const fn intent(self) -> Intent {
+        match self {
+            Self::Head | Self::Safe | Self::Trace | Self::Connect => Intent::Read,
+            Self::Other => Intent::Write,
+        }
+    }
 }
 
 /// Whether a client asks to leave HTTP.
@@ -329,6 +342,7 @@ pub(crate) fn class(method: &str) -> Method {
         "HEAD" => Method::Head,
         "GET" | "OPTIONS" => Method::Safe,
         "CONNECT" => Method::Connect,
+        "TRACE" => Method::Trace,
         _ => Method::Other,
     }
 }

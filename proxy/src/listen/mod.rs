@@ -3,6 +3,7 @@
 
 pub(crate) mod bound;
 pub(crate) mod client;
+mod delayed;
 pub(crate) mod hangup;
 mod held;
 pub(crate) mod hello;

@@ -40,6 +40,7 @@ use crate::service::pool::{NoConnection, Pool, Upstream};
 use crate::service::roll::Roll;
 use crate::service::terms::{Asker, OfAddress, Terms, Weight};
 use crate::service::traffic::{Manner, Traffic};
+use crate::service::writes::Intent;
 use crate::service::{Admission, Eviction, Mode, Parked, Service, Ticket};
 use crate::stream::Stream;
 use crate::traces::Traces;
@@ -211,6 +212,10 @@ impl Cutting {
 pub(crate) struct Passage {
     /// On what terms it is held.
     pub(crate) terms: Terms,
+    /// Whether it asks for a change.
+    pub(crate) intent: Intent,
+    /// Time it was delayed as a write, before anything else.
+    pub(crate) delayed: Duration,
     /// Time it was held, all in all.
     pub(crate) held: Duration,
     /// To whom it went, once it did.
@@ -242,6 +247,8 @@ impl Passage {
     pub(crate) const fn new(terms: Terms) -> Self {
         Self {
             terms,
+            intent: Intent::Read,
+            delayed: Duration::ZERO,
             held: Duration::ZERO,
             register: None,
             server: None,
@@ -269,7 +276,7 @@ impl Presence<'_> {
         }
     }
 
-    async fn left(&mut self, hangup: &HangupWatch) -> std::io::Error {
+    pub(super) async fn left(&mut self, hangup: &HangupWatch) -> std::io::Error {
         match self {
             Self::Connection(stream) => {
                 let left = hangup.left(*stream).await.err();
@@ -424,11 +431,26 @@ impl Port {
             self.traffic
                 .note(visitor.client, manner, visitor.head, arrival);
         }
+        if visitor.passage.intent == Intent::Write
+            && let Some(delayed) = self.service.gate.delay()
+        {
+            // Boxed: hardly any request needs its room.
+            Box::pin(self.sit_out(delayed, visitor)).await?;
+        }
+        let ticket = self.pass_or_wait(visitor).await?;
+        self.count_write(visitor.passage);
+        Ok(ticket)
+    }
+
+    async fn pass_or_wait(&self, visitor: &mut Visitor<'_>) -> Result<Ticket<'_>, RequestError> {
         match self.service.gate.admit(self.worker) {
             Admission::Pass(ticket) => Ok(ticket),
             Admission::Wait => {
                 self.tell_front_check(visitor.passage)?;
-                self.limit(visitor.passage, visitor.head);
+                // One that was delayed has its limit, and a head that says less.
+                if visitor.passage.delayed.is_zero() {
+                    self.limit(visitor.passage, visitor.head);
+                }
                 let terms = self.weighed(visitor);
                 let gate = &self.service.gate;
                 if terms.asker == Asker::Application
@@ -462,7 +484,7 @@ impl Port {
     }
 
     /// Sets how long it may be held.
-    fn limit(&self, passage: &mut Passage, head: &[u8]) {
+    pub(super) fn limit(&self, passage: &mut Passage, head: &[u8]) {
         let settings = self.settings();
         let hold = held::hold_of(&settings, passage.route.as_deref());
         passage.terms.end = held::end_of(hold, passage.terms.arrival, head);
@@ -486,12 +508,15 @@ impl Port {
                 deadline::shorten(head, held);
                 Ok(ticket)
             }
-            Err(why) => {
-                let settings = self.settings();
-                let hold = held::hold_of(&settings, passage.route.as_deref());
-                Err(held::refusal(hold, head, why))
-            }
+            Err(why) => Err(self.refusal(passage, head, why)),
         }
+    }
+
+    /// What a request is told that has waited in vain.
+    pub(super) fn refusal(&self, passage: &Passage, head: &[u8], why: Eviction) -> RequestError {
+        let settings = self.settings();
+        let hold = held::hold_of(&settings, passage.route.as_deref());
+        held::refusal(hold, head, why)
     }
 
     /// The visitor's terms, with what it would take of the budget.

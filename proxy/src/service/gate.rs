@@ -12,7 +12,8 @@ use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use cutover_protocol::id::{Register, ServiceName};
+use cutover_protocol::hold::WritesStatus;
+use cutover_protocol::id::{Holder, Register, ServiceName};
 use tokio::sync::{Notify, watch};
 
 use super::budget::{Budget, BudgetLimits};
@@ -21,6 +22,7 @@ use super::terms::Terms;
 use super::ticket::{Pass, Slot, Ticket};
 use super::window::Verdict;
 use super::word::{Mode, Word};
+use super::writes::{Delayed, WritePace, Writes, moment};
 use crate::clock::nanoseconds;
 use crate::config::{Config, Release, ServiceConfig};
 use crate::limit::Refusals;
@@ -42,6 +44,8 @@ pub(crate) struct Shard {
     pub(crate) front_checks: AtomicU64,
     /// Connections that waited because there were as many as may be.
     pub(crate) waited: AtomicU64,
+    /// Writes that were admitted.
+    pub(crate) writes: AtomicU64,
 }
 
 /// Bounds of a gate.
@@ -104,6 +108,8 @@ pub(crate) struct Gate {
     held: Mutex<Held>,
     /// How full the queue is, for whoever may read or accept.
     pub(crate) budget: Budget,
+    /// What limits the writes.
+    pub(super) writes: Writes,
     started: Instant,
     changed: watch::Sender<Word>,
     /// Fires when a ticket or an upstream connection ends while the gate is closed.
@@ -122,6 +128,7 @@ impl Gate {
             shards: (0..workers.max(1)).map(|_| Shard::default()).collect(),
             held: Mutex::new(Held::new(limits)),
             budget: Budget::default(),
+            writes: Writes::new(),
             started: Instant::now(),
             changed: watch::Sender::new(word),
             quieter: Notify::new(),
@@ -171,6 +178,29 @@ impl Gate {
         }
         self.enter(worker);
         Admission::Pass(Ticket::new(self, worker, word.register, Pass::Own))
+    }
+
+    /// What a write has to wait for before it asks for a ticket; `None` in nearly all cases. A gate that is not open has
+    /// means of its own.
+    pub(crate) fn delay(&self) -> Option<Delayed<'_>> {
+        if !self.writes.is_limited() || self.word().mode != Mode::Open {
+            return None;
+        }
+        let (due_ns, lifted) = self.writes.ask(self.since_start(Instant::now()))?;
+        Some(Delayed::new(self, moment(self.started, due_ns), lifted))
+    }
+
+    /// Limits writes from now on.
+    pub(super) fn limit_writes(&self, pace: WritePace, until: Instant, holder: Option<Holder>) {
+        let now_ns = self.since_start(Instant::now());
+        self.writes.limit(pace, until, holder, now_ns);
+        self.keeper.notify_one();
+        self.counted.notify_waiters();
+    }
+
+    /// How writes fare.
+    pub(crate) fn writes_status(&self) -> WritesStatus {
+        self.writes.status(self.writes_admitted(), Instant::now())
     }
 
     /// Joins the queue, in order of arrival.
@@ -317,6 +347,8 @@ impl Gate {
             register,
         });
         drop(held);
+        // Only now, so that whoever was delayed is held.
+        self.writes.lift();
         self.keeper.notify_one();
         self.counted.notify_waiters();
     }
@@ -341,6 +373,8 @@ impl Gate {
             ..self.word()
         });
         drop(held);
+        // It was given for the epoch before.
+        self.writes.lift();
         self.counted.notify_waiters();
     }
 
@@ -376,6 +410,7 @@ impl Gate {
         held.shut(self.since_start(Instant::now()));
         self.weigh(&held);
         drop(held);
+        self.writes.lift();
         self.counted.notify_waiters();
     }
 
@@ -418,6 +453,12 @@ impl Gate {
     pub(crate) fn waited(&self) -> u64 {
         let shards = self.shards.iter();
         shards.map(|shard| shard.waited.load(SeqCst)).sum()
+    }
+
+    /// Writes that were admitted so far.
+    pub(crate) fn writes_admitted(&self) -> u64 {
+        let shards = self.shards.iter();
+        shards.map(|shard| shard.writes.load(SeqCst)).sum()
     }
 
     /// Front checks that were answered so far.

@@ -22,6 +22,7 @@ mod ticket;
 pub(crate) mod traffic;
 mod window;
 mod word;
+pub(crate) mod writes;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -43,6 +44,7 @@ use rules::judge;
 pub(crate) use rules::{Change, Refused};
 pub(crate) use ticket::Ticket;
 pub(crate) use word::{Mode, Word};
+use writes::WritePace;
 
 /// Pause between two attempts to make an expired lease's abort durable.
 const ABORT_AGAIN: Duration = Duration::from_secs(1);
@@ -173,6 +175,7 @@ impl Service {
             gave_up: counts.gave_up,
             evicted: counts.evicted,
             front_checks_answered: self.gate.front_checks(),
+            writes: self.gate.writes_status(),
             budget: Some(BudgetStatus {
                 tier: self.gate.budget.tier(),
                 held_max: budget.held_max,
@@ -205,6 +208,59 @@ impl Service {
             mark: self.gate.with_held(Held::hold_generation),
             began: if was_open { Began::Now } else { Began::Before },
         })
+    }
+
+    /// Limits writes while the gate is open, or gives the limit in force another lease and other bounds.
+    ///
+    /// # Errors
+    /// Why nothing was changed.
+    pub(crate) fn admit_writes(
+        &self,
+        epoch: Epoch,
+        pace: WritePace,
+        lease_ms: u64,
+        claim: &Claim,
+    ) -> Result<(), Refused> {
+        // Kept to the end: no hold begins in between.
+        let ledger = self.lock();
+        let limited_by = self.gate.writes.limited_by();
+        ledger
+            .record
+            .may_limit_writes(epoch, limited_by.flatten().as_ref(), claim)?;
+        let holder = match claim {
+            Claim::Holder(holder) => Some(holder.clone()),
+            Claim::Nobody | Claim::Force => None,
+        };
+        self.gate.limit_writes(pace, lease_end(lease_ms), holder);
+        Ok(())
+    }
+
+    /// Lifts the limit on writes. One that is gone already, for whatever reason, is no error.
+    ///
+    /// # Errors
+    /// Why it goes on.
+    pub(crate) fn admit_writes_freely(&self, epoch: Epoch, claim: &Claim) -> Result<(), Refused> {
+        let ledger = self.lock();
+        let Some(holder) = self.gate.writes.limited_by() else {
+            return Ok(());
+        };
+        ledger
+            .record
+            .may_limit_writes(epoch, holder.as_ref(), claim)?;
+        self.gate.writes.lift();
+        Ok(())
+    }
+
+    /// Ends the limit on writes if its lease has run out; when it will, otherwise.
+    pub(crate) fn expire_write_limit(&self, now: Instant) -> Option<Instant> {
+        match self.gate.writes.lapse(now) {
+            writes::Lease::None => None,
+            writes::Lease::Until(until) => Some(until),
+            writes::Lease::RanOut => {
+                tracing::warn!(target: "audit", service = %self.name(), "the lease of the write limit ran out: writes are admitted freely");
+                None
+            }
+        }
     }
 
     /// Lets the lease that runs end later by so much, this once.

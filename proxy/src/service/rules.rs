@@ -136,6 +136,31 @@ impl Record {
         Ok(self.with_gate(GateRecord::Open))
     }
 
+    /// Whether writes may be limited, or their limit be lifted, which is somebody's or nobody's.
+    pub(super) fn may_limit_writes(
+        &self,
+        epoch: Epoch,
+        holder: Option<&Holder>,
+        claim: &Claim,
+    ) -> Result<(), Refused> {
+        self.must_be_at(epoch)?;
+        self.must_be_decided_by(claim)?;
+        if self.gate != GateRecord::Open {
+            let message =
+                "the gate holds, and writes with it: there is nothing to limit".to_owned();
+            return Err(self.refused(Refusal::Holding, message));
+        }
+        match holder {
+            Some(holder) if !claim.suffices_for(Some(holder)) => {
+                let message = format!(
+                    "{holder} limits writes, and decides about that; let its lease run out, or insist (--force) if it is gone for good"
+                );
+                Err(self.refused(Refusal::HeldByOther, message))
+            }
+            _ => Ok(()),
+        }
+    }
+
     fn with_gate(&self, gate: GateRecord) -> Self {
         Self {
             gate,

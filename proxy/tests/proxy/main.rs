@@ -47,3 +47,4 @@ mod traces;
 mod tunnels;
 mod upgrade;
 mod world;
+mod writes;

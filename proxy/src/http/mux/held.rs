@@ -84,7 +84,12 @@ impl HeldRequest {
 
     /// As it goes on.
     pub(crate) fn resume(self, port: &Port, waited: Waited) -> Reading {
-        let mut passage = passage(self.terms, self.treatment.as_deref(), &port.settings());
+        let mut passage = passage(
+            self.terms,
+            self.request.method,
+            self.treatment.as_deref(),
+            &port.settings(),
+        );
         passage.held = self.terms.arrival.elapsed();
         let served = Served {
             id: self.id,

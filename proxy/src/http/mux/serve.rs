@@ -298,7 +298,9 @@ impl<'f, A: AnswerSink> Forwarding<'f, A> {
             Some(Waited::Called(called)) => {
                 let ticket = called.ticket(&self.port.service.gate);
                 let (passage, head) = (&served.passage, &mut served.head);
-                self.port.called(ticket, passage, head, passage.held)?
+                let ticket = self.port.called(ticket, passage, head, passage.held)?;
+                self.port.count_write(passage);
+                ticket
             }
             Some(Waited::Left(reason)) => return Err(RequestError::ClientLeft(reason)),
         };

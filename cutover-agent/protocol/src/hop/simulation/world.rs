@@ -153,6 +153,8 @@ impl World {
             Command::Commit { epoch, to, .. } => self.compare_and_set(*epoch, *to),
             Command::Abort { epoch, .. } => self.compare_and_set(*epoch, Site::Source),
             Command::Release { epoch, to, .. } => self.release(*epoch, *to),
+            // Neither register nor gate know of it.
+            Command::Admit { .. } | Command::AdmitFreely { .. } => true,
             Command::HoldAll { .. }
             | Command::CommitAll { .. }
             | Command::AbortAll { .. }
