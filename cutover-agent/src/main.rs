@@ -312,6 +312,7 @@ fn print_progress(line: &Line) {
             }
         }
         Progress::Moving { .. } => {}
+        Progress::Slowed { slowed } => println!("{slowed}"),
         Progress::Predicted { stall } => println!("predicted stall: {stall}"),
         Progress::Ended {
             name,

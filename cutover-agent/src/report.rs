@@ -1,7 +1,9 @@
 //! What a hop did, for people and programs.
 
+use std::fmt;
+
 use cutover_protocol::hop::{Link, Phase, Round, Stall};
-use cutover_protocol::id::HopId;
+use cutover_protocol::id::{HopId, ServiceName};
 use cutover_protocol::plan::Tracking;
 use cutover_protocol::schedule::Schedule;
 use serde::{Deserialize, Serialize};
@@ -29,6 +31,52 @@ pub struct PhaseReport {
     pub bytes: u64,
 }
 
+/// How the source was slowed down as of one memory round, because it wrote faster than the link carried.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Slowed {
+    /// The round, counted from 1.
+    pub round: u32,
+    /// By how much, in percent.
+    pub percent: u8,
+    /// Services whose writes the proxy delays.
+    pub writes: Vec<SlowedWrites>,
+    /// Whether the containers' processor time is limited.
+    pub processors: bool,
+}
+
+/// A service whose writes are delayed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SlowedWrites {
+    /// The service.
+    pub service: ServiceName,
+    /// From one write to the next, in microseconds.
+    pub interval_us: u64,
+}
+
+impl fmt::Display for Slowed {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self {
+            round,
+            percent,
+            writes,
+            processors,
+        } = self;
+        write!(out, "round {round}: slowed down by {percent} %:")?;
+        for SlowedWrites {
+            service,
+            interval_us,
+        } in writes
+        {
+            write!(out, " {service} takes a write every {interval_us} us,")?;
+        }
+        out.write_str(if *processors {
+            " processors are limited"
+        } else {
+            " processors are not limited"
+        })
+    }
+}
+
 /// What became of memory, all containers together.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct MemoryReport {
@@ -50,6 +98,9 @@ pub struct MemoryReport {
     pub link: Link,
     /// In which order containers used the link.
     pub schedule: Schedule,
+    /// How the source was slowed down, a step a round.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub slowed: Vec<Slowed>,
     /// How far apart containers were done in the first round, as a share of its time, in percent.
     pub round_spread_percent: Option<f64>,
     /// How far apart they were done in the dump, as a share of its time, in percent.
@@ -171,6 +222,11 @@ pub enum Progress {
         #[serde(default)]
         containers: Vec<Moving>,
     },
+    /// The source is slowed down, or more so than before.
+    Slowed {
+        /// How.
+        slowed: Slowed,
+    },
     /// What the switch-over is expected to cost, by its terms.
     Predicted {
         /// The stall.
@@ -192,6 +248,29 @@ pub enum Progress {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn how_the_source_was_slowed_down_reads_like_a_sentence() {
+        let mut slowed = Slowed {
+            round: 4,
+            percent: 20,
+            writes: vec![SlowedWrites {
+                service: "web".parse().unwrap(),
+                interval_us: 12_500,
+            }],
+            processors: false,
+        };
+        assert_eq!(
+            slowed.to_string(),
+            "round 4: slowed down by 20 %: web takes a write every 12500 us, processors are not limited"
+        );
+        slowed.writes.clear();
+        slowed.processors = true;
+        assert_eq!(
+            slowed.to_string(),
+            "round 4: slowed down by 20 %: processors are limited"
+        );
+    }
 
     #[test]
     fn the_rest_takes_as_long_as_what_is_done_did() {

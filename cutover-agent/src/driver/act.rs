@@ -227,7 +227,7 @@ impl Driver {
 
     async fn pre_copy(&mut self, round: u32) -> Result<Event, String> {
         let begun = Instant::now();
-        self.throttle(self.hop.throttle_percent()).await?;
+        self.throttle(round, self.hop.throttle_percent()).await?;
         let (pages, bytes) = match self.header.tracking {
             Tracking::Content => self.content_round().await?,
             Tracking::SoftDirty | Tracking::None => self.dirty_round(round).await?,
@@ -245,19 +245,7 @@ impl Driver {
     }
 
     pub(super) fn holds(&self) -> Vec<(ServiceName, Epoch)> {
-        let services = &self.header.plan.settings().services;
-        services
-            .iter()
-            .map(|service| (service.clone(), self.epoch_of(service)))
-            .collect()
-    }
-
-    fn epoch_of(&self, service: &ServiceName) -> Epoch {
-        self.header
-            .epochs
-            .get(service)
-            .copied()
-            .unwrap_or(Epoch::FIRST)
+        self.header.holds()
     }
 
     /// The service whose register decides the hop: the one clients meet first.
@@ -282,6 +270,8 @@ impl Driver {
             lease_ms,
             drain_ms_max,
         };
+        // A hold ends every limit.
+        self.writes.end_renewals().await;
         // The leases of before a restart are no longer renewed for a hold that is begun anew.
         self.lease = None;
         let held = self.proxy.command_all(&command).await;

@@ -29,6 +29,17 @@ pub struct Header {
     pub tracking: Tracking,
 }
 
+impl Header {
+    /// The services in the order clients meet them, and the epochs they are held in.
+    pub(super) fn holds(&self) -> Vec<(ServiceName, Epoch)> {
+        let epoch = |service| self.epochs.get(service).copied().unwrap_or(Epoch::FIRST);
+        let services = self.plan.settings().services.iter();
+        services
+            .map(|service| (service.clone(), epoch(service)))
+            .collect()
+    }
+}
+
 #[derive(Serialize, Deserialize)]
 struct Entry {
     at_ms: u64,

@@ -14,6 +14,7 @@ mod patience;
 mod register;
 mod throttle;
 mod tunnel;
+mod writes;
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -44,6 +45,7 @@ use journal::{Header, Journal, JournalError};
 use lease::Lease;
 use link::Link;
 use memory::BegunDump;
+use writes::Writes;
 
 /// Pauses between tries to read the register or to finish a committed hop: doubled up to the last.
 const RETRY_FIRST: Duration = Duration::from_millis(100);
@@ -148,6 +150,8 @@ pub struct Driver {
     resident: Vec<(String, u64)>,
     /// Processor time each container had used, in microseconds, when its last round began.
     used: BTreeMap<ContainerName, (Instant, u64)>,
+    /// What comes to the services, and how it is slowed down.
+    writes: Writes,
 }
 
 impl Driver {
@@ -236,6 +240,9 @@ impl Driver {
             Event::Restarted,
             None,
         );
+        if driver.header.bounds.throttle_percent_max > 0 {
+            driver.writes = driver.writes.resumed();
+        }
         if is_holding {
             driver.renew_leases();
         }
@@ -256,6 +263,11 @@ impl Driver {
         report.memory.schedule = header.plan.settings().schedule;
         let proxy = proxy.in_name_of(Holder::from(&header.hop));
         let watch = Watch::new(header.hop.clone());
+        let writes = Writes::new(
+            proxy.clone(),
+            header.holds(),
+            header.plan.settings().lease_ms,
+        );
         let link = Link::new(&host.config, header.plan.settings());
         let link = Arc::new(link.through(Arc::clone(&tunnel), header.hop.clone()));
         Self {
@@ -279,6 +291,7 @@ impl Driver {
             parents: BTreeMap::new(),
             resident: Vec::new(),
             used: BTreeMap::new(),
+            writes,
         }
     }
 

@@ -156,6 +156,7 @@ impl Driver {
                 Ok(())
             }
             Undo::DropStaging => {
+                self.writes.lift().await;
                 self.unthrottle().await?;
                 for name in self.containers() {
                     durable::empty_folder(&self.host.config.images(&name))

@@ -1,4 +1,5 @@
-//! Slows down containers whose writes outrun the link, by limiting the processor time of their cgroups.
+//! Slows down containers whose writes outrun the link: first what is written to them, at the proxy (`writes`), and where
+//! that is not enough or there is nothing of the kind, by limiting the processor time of their cgroups.
 //!
 //! What was set before is kept in a file before anything is changed, and put back before the dump and by whoever
 //! undoes the hop, also after a crash. What it never does: stop a container, or leave a limit behind.
@@ -11,7 +12,9 @@ use serde::{Deserialize, Serialize};
 
 use super::Driver;
 use super::memory::pids;
+use super::writes::Slowing;
 use crate::durable;
+use crate::report::{Progress, Slowed};
 
 /// The file below an agent's state folder.
 const FILE: &str = "throttle.json";
@@ -33,12 +36,35 @@ struct Limit {
 }
 
 impl Driver {
-    /// Begins a round: takes the containers' processor time, and limits it to what they used in the last round less
-    /// `percent`. 0 leaves everything as it is.
-    pub(super) async fn throttle(&mut self, percent: u8) -> Result<(), String> {
+    /// Begins a round: sees how much is written and how much processor time the containers use, and takes `percent` of
+    /// it away. 0 leaves everything as it is.
+    pub(super) async fn throttle(&mut self, round: u32, percent: u8) -> Result<(), String> {
         if self.header.bounds.throttle_percent_max == 0 {
             return Ok(());
         }
+        let (writes, processors) = match self.writes.slow(percent).await {
+            Slowing::None => (Vec::new(), percent > 0),
+            // Perhaps that is enough.
+            Slowing::First(writes) => (writes, false),
+            Slowing::Further(writes) => (writes, true),
+        };
+        self.throttle_processors(if processors { percent } else { 0 })
+            .await?;
+        if percent > 0 {
+            let slowed = Slowed {
+                round,
+                percent,
+                writes,
+                processors,
+            };
+            self.report.memory.slowed.push(slowed.clone());
+            self.tell(Progress::Slowed { slowed });
+        }
+        Ok(())
+    }
+
+    /// Takes the containers' processor time, and limits it to what they used in the last round less `percent`.
+    async fn throttle_processors(&mut self, percent: u8) -> Result<(), String> {
         for name in self.containers() {
             let pids = pids(&self.host, &name).await?;
             let (now, used) = (Instant::now(), pids.iter().map(|pid| used_us(*pid)).sum());

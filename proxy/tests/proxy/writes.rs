@@ -169,7 +169,8 @@ fn streams_of_http3_are_delayed_like_others() {
     until_delayed(&world.world, 1);
     let mut reset = client.post("/reset", "x");
     until_delayed(&world.world, 2);
-    reset.stop_stream(h3::error::Code::H3_REQUEST_CANCELLED);
+    // Its request has ended: only the answer can still be refused.
+    reset.stop_sending(h3::error::Code::H3_REQUEST_CANCELLED);
     until_delayed(&world.world, 1);
     lift(&world.world);
     assert_eq!(client.answer(delayed).text(), "source POST /2 two");
