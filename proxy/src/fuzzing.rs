@@ -10,10 +10,10 @@ use aws_lc_rs::aead::quic::{AES_128, HeaderProtectionKey};
 use cutover_protocol::hold::Order;
 use ipnet::IpNet;
 
-use crate::config::Config;
+use crate::config::{Config, ProxyVersion};
 use crate::control::seen;
 use crate::forwarded::TraceParent;
-use crate::forwarded::{Arrived, TrustedFrom};
+use crate::forwarded::{Arrived, LoopId, TrustedFrom};
 use crate::http::chunked::{ChunkError, Chunks};
 use crate::http::deadline;
 use crate::http::head::{Framing, HeadError, Scan, Version, same_field, scan};
@@ -215,11 +215,28 @@ pub fn proxy_protocol(bytes: &[u8]) {
     let whole = said(bytes);
     let first = (0..=bytes.len()).find_map(|seen| Some((seen, said(&bytes[..seen])?)));
     assert_eq!(first.as_ref().map(|(_, told)| told), whole.as_ref());
-    if let Some((seen, Ok((_, count)))) = first {
+    if let Some((seen, Ok(header))) = first {
         assert_eq!(
-            seen, count,
+            seen, header.bytes,
             "the header is taken off whole, and nothing behind it"
         );
+        carries_on(&header);
+    }
+}
+
+/// Whatever a connection has passed, the next one is told all of it and our own name, once, in a header it can read.
+fn carries_on(header: &proxy_protocol::Header) {
+    let ours = LoopId::new("fuzz");
+    let Ok(passed) = header.passed.and(ours.as_ref()) else {
+        return;
+    };
+    assert!(passed.and(ours.as_ref()).is_err());
+    let client = SocketAddr::from((Ipv4Addr::LOCALHOST, 1));
+    let written = proxy_protocol::header(ProxyVersion::V2, client, None, &passed);
+    match proxy_protocol::parse(&written) {
+        Look::Seen(Ok(next)) => assert_eq!((next.passed, next.bytes), (passed, written.len())),
+        Look::Seen(Err(error)) => panic!("{error}"),
+        Look::Further => panic!("we cut off our own header"),
     }
 }
 
@@ -453,7 +470,7 @@ mod tests {
     ];
 
     /// Where no seeds have been written: something that each target understands.
-    const SEEDS: [&[u8]; 12] = [
+    const SEEDS: [&[u8]; 13] = [
         b"GET /a?b HTTP/1.1\r\nHost: h\r\nContent-Length: 3\r\nConnection: close, x\r\n\r\nabc",
         b"POST http://h:80/ HTTP/1.1\r\nHost: h:80\r\nTransfer-Encoding: chunked\r\nTE: trailers\r\n\r\n",
         b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nConnection: upgrade\r\nUpgrade: x\r\n\r\n",
@@ -463,6 +480,7 @@ mod tests {
         b"00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01",
         b"PROXY TCP4 192.0.2.7 10.0.0.1 40000 80\r\nGET / HTTP/1.1\r\n",
         b"\r\n\r\n\0\r\nQUIT\n\x21\x11\0\x0c\xc0\0\x02\x07\x0a\0\0\x01\x9c\x40\0\x50",
+        b"\r\n\r\n\0\r\nQUIT\n\x21\x11\0\x1f\xc0\0\x02\x07\x0a\0\0\x01\x9c\x40\0\x50\xe7\0\x10cdn-loop:edge-a1",
         b"\x0b\0\0\0\x0a5.5.5-10.6\0\x07\0\0\x02\0\0\0\x02\0\0\0",
         b"\x07for=\"[2001:db8::1]:80\";by=_a, for=192.0.2.1",
         b"{\"command\":\"hold\",\"service\":\"web\",\"epoch\":1,\"lease_ms\":1,\"drain_ms_max\":1}",

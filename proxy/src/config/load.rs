@@ -306,6 +306,9 @@ fn service(section: &Section<'_>, around: Around<'_>) -> Result<ServiceConfig, P
         front_checks: &front_checks,
     };
     let routes = route::routes(section, of_service, around.limits, around.upstreams)?;
+    if protocol == Protocol::Tcp {
+        raw::loop_id_fits(section, [&source, &target], &routes, around.upstreams)?;
+    }
     Ok(ServiceConfig {
         name,
         listen,

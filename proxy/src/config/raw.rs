@@ -1,8 +1,8 @@
 //! What of a service and its routes is for raw connections or tunnels only, and what is for requests only: in the
 //! wrong place each is refused, never ignored.
 
-use super::Protocol;
 use super::table::{Problem, Section};
+use super::{Protocol, ProxyVersion, UpstreamConfig, UpstreamRef};
 use crate::route::RouteTable;
 
 /// What becomes of a raw connection that asks for a name of no route, or for none.
@@ -73,6 +73,31 @@ fn tunnel_fits(section: &Section<'_>) -> Result<(), Problem> {
     ))
 }
 
+/// Refuses a name that no server of a raw service is ever told.
+pub(super) fn loop_id_fits(
+    section: &Section<'_>,
+    sites: [&UpstreamRef; 2],
+    routes: &RouteTable,
+    upstreams: &[UpstreamConfig],
+) -> Result<(), Problem> {
+    let of_routes = routes
+        .with_servers()
+        .flat_map(|(_, servers)| [&servers.source, &servers.target]);
+    let mut all = sites.into_iter().chain(of_routes);
+    let is_told = |site: &UpstreamRef| {
+        let is_it = |group: &&UpstreamConfig| group.name == site.name();
+        let group = upstreams.iter().find(is_it);
+        group.is_some_and(|group| group.proxy_protocol == Some(ProxyVersion::V2))
+    };
+    if all.any(is_told) {
+        return Ok(());
+    }
+    section.refuse_useless(
+        &["loop_id"],
+        "protocol = \"http\", or an upstream with proxy_protocol = \"v2\"",
+    )
+}
+
 /// Reads `unknown_name`, and refuses what raw services cannot do.
 pub(super) fn unknown_name(
     service: &Section<'_>,
@@ -82,7 +107,7 @@ pub(super) fn unknown_name(
     match protocol {
         Protocol::Http => service.refuse_useless(&["unknown_name"], "protocol = \"tcp\"")?,
         Protocol::Tcp => {
-            service.refuse_useless(&["rate", "front_check", "loop_id"], "protocol = \"http\"")?;
+            service.refuse_useless(&["rate", "front_check"], "protocol = \"http\"")?;
         }
     }
     if routes.is_empty() {

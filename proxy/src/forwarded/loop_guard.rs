@@ -20,13 +20,23 @@ impl LoopId {
         good.then(|| Self(text.into()))
     }
 
+    /// As it is configured.
+    pub(super) fn as_str(&self) -> &str {
+        &self.0
+    }
+
+    /// Whether that is its name, in capitals or not.
+    pub(super) fn is_called(&self, name: &[u8]) -> bool {
+        name.eq_ignore_ascii_case(self.0.as_bytes())
+    }
+
     /// Whether a request with these fields has passed us. Letters compare without case, parameters do not count.
     pub(crate) fn has_seen(&self, fields: &dyn Fields) -> bool {
         let mut seen = false;
         fields.visit(FIELD, &mut |value| {
             seen |= value.split(|byte| *byte == b',').any(|entry| {
                 let id = entry.split(|byte| *byte == b';').next();
-                id.is_some_and(|id| id.trim_ascii().eq_ignore_ascii_case(self.0.as_bytes()))
+                id.is_some_and(|id| self.is_called(id.trim_ascii()))
             });
         });
         seen

@@ -8,6 +8,7 @@
 
 mod loop_guard;
 mod node;
+mod passed;
 mod trace;
 
 use std::net::IpAddr;
@@ -20,6 +21,7 @@ use crate::http::request::RequestId;
 use crate::listen::client::Client;
 pub(crate) use loop_guard::{FIELD as LOOP_FIELD, LoopId};
 pub(crate) use node::AddressText;
+pub(crate) use passed::{Circle, Passed, TLV as PASSED_TLV};
 pub(crate) use trace::Hop;
 #[cfg(any(test, feature = "fuzzing", feature = "otel"))]
 pub(crate) use trace::TraceParent;

@@ -622,6 +622,8 @@ impl<'c> Connection<'c> {
         Visitor {
             presence: Presence::Connection(&self.visit.stream),
             client: self.visit.client.address,
+            // Requests have CDN-Loop for it; what was said of the connection goes on as it came.
+            passed: self.visit.client.passed.clone(),
             buffer: Some(&mut self.buffer),
             head: &mut served.head,
             passage: &mut served.passage,

@@ -4,7 +4,7 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::rc::Rc;
 
 use crate::config::DoorWhenFull;
-use crate::forwarded::AddressText;
+use crate::forwarded::{AddressText, Passed};
 use crate::tls;
 use crate::tls::stream::Agreed;
 
@@ -34,6 +34,8 @@ pub(crate) struct Client {
     pub(crate) scheme: Scheme,
     /// What its listener does when the budget of the held is used.
     pub(crate) when_full: DoorWhenFull,
+    /// The proxies it has passed on its way, as far as a balancer has told.
+    pub(crate) passed: Passed,
     /// What its handshake told, if that is more than nothing.
     told: Option<Rc<Told>>,
     /// The address without its port, as it is forwarded.
@@ -54,6 +56,7 @@ impl Client {
             address,
             scheme: Scheme::Http,
             when_full: DoorWhenFull::Stop,
+            passed: Passed::default(),
             shown: AddressText::of(address.ip()),
             told: None,
         }

@@ -397,7 +397,7 @@ async fn introduced(port: &Port, socket: &Socket, balancer: Client) -> Option<Cl
         Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => None,
         Err(error) => {
             port.count_reason(Reason::ProxyProtocol);
-            tracing::warn!(service = %port.service.name(), %sender, "no PROXY protocol header, though this sender must send one: {error}");
+            tracing::warn!(service = %port.service.name(), %sender, "the PROXY protocol header that this sender must send is missing or broken: {error}");
             None
         }
     }

@@ -26,7 +26,7 @@ use crate::config::{
     AcmeConfig, DoorWhenFull, Limits, Protocol, Quic, ServiceConfig, UpstreamProtocol,
 };
 use crate::error::RequestError;
-use crate::forwarded::Tracing;
+use crate::forwarded::{Passed, Tracing};
 use crate::http::deadline;
 use crate::http::front_check::Green;
 use crate::http::h2::upstream::Slot;
@@ -302,6 +302,8 @@ pub(crate) struct Visitor<'v> {
     pub(crate) presence: Presence<'v>,
     /// Who it is.
     pub(crate) client: SocketAddr,
+    /// The proxies it has passed, for servers that want to know.
+    pub(crate) passed: Passed,
     /// Its connection's buffer, if it has one of its own.
     pub(crate) buffer: Option<&'v mut Buffer>,
     pub(crate) head: &'v mut Vec<u8>,
@@ -318,6 +320,7 @@ impl Visitor<'_> {
         Sender {
             client: self.client,
             listener: listener.and_then(|address| SocketAddr::try_from(address).ok()),
+            passed: self.passed.clone(),
         }
     }
 }

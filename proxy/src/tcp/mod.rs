@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use crate::access_log::Line;
 use crate::buffer::Buffer;
 use crate::error::RequestError;
+use crate::forwarded::Circle;
 use crate::http::request::RequestId;
 use crate::ledger::{self, Why, time_now};
 use crate::listen::client::Client;
@@ -105,9 +106,14 @@ impl Raw<'_> {
         }
         let idle_max = limits.unwrap_or(&self.settings.limits).tunnel_idle_max;
         let mut head = Vec::new();
+        let passed = self
+            .client
+            .passed
+            .and(self.settings.service.loop_id.as_ref());
         let mut visitor = Visitor {
             presence: Presence::Connection(self.stream),
             client: self.client.address,
+            passed: passed.map_err(|Circle| RequestError::Loop)?,
             buffer: None,
             head: &mut head,
             passage,

@@ -9,6 +9,7 @@ use tokio::io::AsyncWriteExt as _;
 use super::address::{Address, Endpoint};
 use super::server::Core;
 use crate::config::ProxyVersion;
+use crate::forwarded::Passed;
 use crate::listen::proxy_protocol;
 use crate::stream::{Socket, Stream};
 use crate::tls::client::UpstreamTls;
@@ -28,11 +29,13 @@ pub(crate) struct Way {
 }
 
 /// For whom a connection is made, for servers that want to know.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub(crate) struct Sender {
     pub(crate) client: SocketAddr,
     /// Where that client connected to, if that is known.
     pub(crate) listener: Option<SocketAddr>,
+    /// The proxies that the connection has passed, ourselves included.
+    pub(crate) passed: Passed,
 }
 
 /// Connects to a server, within `limit`.
@@ -44,7 +47,7 @@ pub(crate) struct Sender {
 /// Dropping the future drops the attempt.
 pub(crate) async fn connect(
     server: &Core,
-    sender: Option<Sender>,
+    sender: Option<&Sender>,
     limit: Duration,
 ) -> io::Result<Stream> {
     let way = server.way();
@@ -55,8 +58,9 @@ pub(crate) async fn connect(
     let mut stream = Stream::Plain(socket?);
     if let Some(version) = way.proxy_protocol {
         let header = match (sender, version) {
-            (Some(Sender { client, listener }), _) => {
-                proxy_protocol::header(version, client, listener)
+            (Some(sender), _) => {
+                let Sender { passed, .. } = sender;
+                proxy_protocol::header(version, sender.client, sender.listener, passed)
             }
             (None, ProxyVersion::V1) => NOBODY_V1.to_vec(),
             (None, ProxyVersion::V2) => NOBODY_V2.to_vec(),

@@ -349,7 +349,7 @@ impl Picked {
     }
 
     /// Notes for whom it was picked; only where the server wants to know.
-    pub(crate) const fn name_sender(&mut self, sender: Sender) {
+    pub(crate) fn name_sender(&mut self, sender: Sender) {
         self.sender = Some(sender);
     }
 
@@ -361,8 +361,8 @@ impl Picked {
     }
 
     /// For whom a connection is made that is this one client's only.
-    pub(crate) const fn sender(&self) -> Option<Sender> {
-        self.sender
+    pub(crate) const fn sender(&self) -> Option<&Sender> {
+        self.sender.as_ref()
     }
 
     pub(super) fn window(&self) -> &Window {

@@ -6,6 +6,7 @@ mod acme;
 mod authority;
 mod balancing;
 mod budget;
+mod circles;
 mod client2;
 mod client3;
 mod configuration;

@@ -573,6 +573,7 @@ fn visitor<'v>(served: &'v mut Served, client: &Client, gone: Gone<'v>) -> Visit
     Visitor {
         presence: Presence::Stream(gone),
         client: client.address,
+        passed: client.passed.clone(),
         buffer: None,
         head: &mut served.head,
         passage: &mut served.passage,
