@@ -105,9 +105,10 @@ fn the_rows_become_seeds_of_the_fuzz_targets() {
     write("route_path", 0, b"/a/%2e%2e/b//c;d/%7E%2541");
     let parent = b"00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
     write("trace_parent", 0, parent);
-    let headers: [&[u8]; 3] = [
+    let headers: [&[u8]; 4] = [
         b"PROXY TCP4 192.0.2.7 198.51.100.1 1234 80\r\nGET",
         b"PROXY UNKNOWN\r\n",
+        b"\r\n\r\n\0\r\nQUIT\n\x21\x11\0\x19\xc0\0\x02\x07\xc6\x33\x64\x01\x04\xd2\0\x50\xe7\0\x0acdn-loop:a",
         b"\r\n\r\n\0\r\nQUIT\n\x21\x11\0\x0c\xc0\0\x02\x07\xc6\x33\x64\x01\x04\xd2\0\x50GET",
     ];
     for (number, header) in headers.iter().enumerate() {
