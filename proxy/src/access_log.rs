@@ -203,7 +203,7 @@ impl<'l> Line<'l> {
 
     /// Nothing where it was not delayed.
     fn delayed_ms(&self) -> Option<f64> {
-        (!self.delayed.is_zero()).then(|| self.delayed.as_secs_f64() * 1000.0)
+        (!self.delayed.is_zero()).then_some(self.delayed.as_secs_f64() * 1000.0)
     }
 
     fn what(&self) -> Cow<'_, str> {

@@ -151,7 +151,7 @@ pub struct Driver {
     /// Processor time each container had used, in microseconds, when its last round began.
     used: BTreeMap<ContainerName, (Instant, u64)>,
     /// What comes to the services, and how it is slowed down.
-    writes: Writes,
+    writes: Box<Writes>,
 }
 
 impl Driver {
@@ -241,7 +241,7 @@ impl Driver {
             None,
         );
         if driver.header.bounds.throttle_percent_max > 0 {
-            driver.writes = driver.writes.resumed();
+            driver.writes.note_restart();
         }
         if is_holding {
             driver.renew_leases();
@@ -291,7 +291,7 @@ impl Driver {
             parents: BTreeMap::new(),
             resident: Vec::new(),
             used: BTreeMap::new(),
-            writes,
+            writes: Box::new(writes),
         }
     }
 

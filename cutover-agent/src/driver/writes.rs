@@ -71,12 +71,9 @@ impl Writes {
         }
     }
 
-    /// Those of a hop that is taken up again.
-    pub(super) fn resumed(self) -> Self {
-        Self {
-            standing: Standing::Unknown,
-            ..self
-        }
+    /// They are those of a hop that is taken up again.
+    pub(super) fn note_restart(&mut self) {
+        self.standing = Standing::Unknown;
     }
 
     /// Begins a round: reads the counters, and has writes admitted `percent` more slowly than they came before they were
@@ -389,7 +386,7 @@ mod tests {
         let (mut writes, gate) = at(&folder, Age::New, &[]);
         writes.lift().await;
         assert_eq!(gate.last(), None);
-        let mut writes = writes.resumed();
+        writes.note_restart();
         writes.lift().await;
         assert_eq!(gate.last(), Some(freely()));
     }

@@ -10,7 +10,7 @@ use std::time::Duration;
 use cutover_protocol::hold::{
     Answer, Claim, Command, InFlight, Order, Refusal, ServerStatus, ServiceStatus,
 };
-use cutover_protocol::id::{ServiceName, Site};
+use cutover_protocol::id::{Epoch, ServiceName, Site};
 use tokio::sync::oneshot;
 use tokio::time::{Instant, timeout};
 
@@ -60,11 +60,7 @@ impl Commander {
     pub(crate) async fn execute(&self, order: Order) -> Answer {
         let Order { claim, command } = order;
         if let Some(message) = self.running.refuses(&command) {
-            return Answer::Refused {
-                reason: Refusal::Busy,
-                message,
-                register: None,
-            };
+            return busy(message);
         }
         match command {
             Command::Status { service } => self.status(service.as_ref()),
@@ -73,13 +69,10 @@ impl Commander {
                 epoch,
                 lease_ms,
                 drain_ms_max,
-            } => match self.find(&service) {
-                Ok(service) => match service.hold(epoch, lease_ms, &claim) {
-                    Ok(hold) => self.drain(&service, &hold, drain_ms_max).await,
-                    Err(refused) => refusal(refused),
-                },
-                Err(unknown) => unknown.into(),
-            },
+            } => {
+                let limits = HoldLimits::new(lease_ms, drain_ms_max);
+                self.hold(&service, epoch, limits, &claim).await
+            }
             Command::Renew {
                 service,
                 epoch,
@@ -105,11 +98,11 @@ impl Commander {
                     interval_us,
                     delay_ms_max,
                 };
-                self.obey(&service, |service| {
+                self.change_with(&service, |service| {
                     service.admit_writes(epoch, pace, lease_ms, &claim)
                 })
             }
-            Command::AdmitFreely { service, epoch } => self.obey(&service, |service| {
+            Command::AdmitFreely { service, epoch } => self.change_with(&service, |service| {
                 service.admit_writes_freely(epoch, &claim)
             }),
             Command::HoldAll {
@@ -117,10 +110,7 @@ impl Commander {
                 lease_ms,
                 drain_ms_max,
             } => {
-                let limits = HoldLimits {
-                    lease_ms,
-                    drain_ms_max,
-                };
+                let limits = HoldLimits::new(lease_ms, drain_ms_max);
                 self.hold_all(&services, limits, &claim).await
             }
             Command::CommitAll { services, to } => {
@@ -197,10 +187,10 @@ impl Commander {
     }
 
     fn change(&self, name: &ServiceName, change: Change, claim: &Claim) -> Answer {
-        self.obey(name, |service| service.change(change, claim))
+        self.change_with(name, |service| service.change(change, claim))
     }
 
-    fn obey(
+    fn change_with(
         &self,
         name: &ServiceName,
         change: impl FnOnce(&Service) -> Result<(), Refused>,
@@ -232,6 +222,22 @@ impl Commander {
                 known.join(", ")
             ))
         })
+    }
+
+    async fn hold(
+        &self,
+        name: &ServiceName,
+        epoch: Epoch,
+        limits: HoldLimits,
+        claim: &Claim,
+    ) -> Answer {
+        match self.find(name) {
+            Ok(service) => match service.hold(epoch, limits.lease_ms, claim) {
+                Ok(hold) => self.drain(&service, &hold, limits.drain_ms_max).await,
+                Err(refused) => refusal(refused),
+            },
+            Err(unknown) => unknown.into(),
+        }
     }
 
     async fn drain(&self, service: &Service, hold: &Hold, drain_ms_max: u64) -> Answer {
@@ -361,6 +367,15 @@ fn whole_status(serving: &Serving) -> ServiceStatus {
     ServiceStatus {
         servers,
         ..serving.service.status()
+    }
+}
+
+/// Another process has, or had, a part in this.
+fn busy(message: String) -> Answer {
+    Answer::Refused {
+        reason: Refusal::Busy,
+        message,
+        register: None,
     }
 }
 

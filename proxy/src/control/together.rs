@@ -23,6 +23,15 @@ pub(super) struct HoldLimits {
     pub(super) drain_ms_max: u64,
 }
 
+impl HoldLimits {
+    pub(super) const fn new(lease_ms: u64, drain_ms_max: u64) -> Self {
+        Self {
+            lease_ms,
+            drain_ms_max,
+        }
+    }
+}
+
 /// One service of a command.
 struct Member {
     service: Arc<Service>,
