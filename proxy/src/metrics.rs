@@ -147,7 +147,7 @@ const SINGLES: [Single; 19] = [
     (
         "hopgate_writes_delayed_total",
         "counter",
-        "Those among them that were delayed because writes are limited",
+        "Writes that were delayed because writes are limited",
         |s| s.writes.delayed,
     ),
     (

@@ -18,7 +18,6 @@ use tokio::time::timeout;
 
 use super::client::Client;
 use super::hangup::HangupWatch;
-use super::held;
 use super::idle::{IdleClients, IdlePlace};
 use crate::access_log::{AccessLog, Line};
 use crate::buffer::{Buffer, Buffers};
@@ -27,7 +26,6 @@ use crate::config::{
 };
 use crate::error::RequestError;
 use crate::forwarded::{Passed, Tracing};
-use crate::http::deadline;
 use crate::http::front_check::Green;
 use crate::http::h2::upstream::Slot;
 use crate::http::request::RequestId;
@@ -41,7 +39,7 @@ use crate::service::roll::Roll;
 use crate::service::terms::{Asker, OfAddress, Terms, Weight};
 use crate::service::traffic::{Manner, Traffic};
 use crate::service::writes::Intent;
-use crate::service::{Admission, Eviction, Mode, Parked, Service, Ticket};
+use crate::service::{Admission, Mode, Parked, Service, Ticket};
 use crate::stream::Stream;
 use crate::traces::Traces;
 use crate::upstream::{Chosen, Endpoint, Outcome, PickKey, Picked, Sender, Sites};
@@ -484,42 +482,6 @@ impl Port {
         self.limit(passage, head);
         passage.terms.weight = self.weight(passage.terms, Keep::Stream2, head.len());
         Ok(self.service.gate.park(self.worker, passage.terms)?)
-    }
-
-    /// Sets how long it may be held.
-    pub(super) fn limit(&self, passage: &mut Passage, head: &[u8]) {
-        let settings = self.settings();
-        let hold = held::hold_of(&settings, passage.route.as_deref());
-        passage.terms.end = held::end_of(hold, passage.terms.arrival, head);
-    }
-
-    /// What comes of the gate's word to a request that was held for so long: a ticket, and a head that says how long its
-    /// client still waits; or the reason for its answer.
-    pub(crate) fn called<'p>(
-        &self,
-        verdict: Result<Ticket<'p>, Eviction>,
-        passage: &Passage,
-        head: &mut Vec<u8>,
-        held: Duration,
-    ) -> Result<Ticket<'p>, RequestError> {
-        let verdict = match verdict {
-            Ok(_) if held::is_too_late(passage.terms.end) => Err(Eviction::OutOfTime),
-            verdict => verdict,
-        };
-        match verdict {
-            Ok(ticket) => {
-                deadline::shorten(head, held);
-                Ok(ticket)
-            }
-            Err(why) => Err(self.refusal(passage, head, why)),
-        }
-    }
-
-    /// What a request is told that has waited in vain.
-    pub(super) fn refusal(&self, passage: &Passage, head: &[u8], why: Eviction) -> RequestError {
-        let settings = self.settings();
-        let hold = held::hold_of(&settings, passage.route.as_deref());
-        held::refusal(hold, head, why)
     }
 
     /// The visitor's terms, with what it would take of the budget.
