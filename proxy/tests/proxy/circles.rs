@@ -62,6 +62,12 @@ fn refused(world: &World, reason: &str) -> u64 {
     count.unwrap().parse().unwrap()
 }
 
+/// How many connections it has led to the address behind it, which both sites share.
+fn led_on(world: &World) -> u64 {
+    let servers = world.control().status().servers;
+    servers.iter().map(|server| server.requests).max().unwrap()
+}
+
 #[test]
 fn a_connection_goes_on_with_the_names_of_the_proxies_it_has_passed() {
     let stage = Stage::new();
@@ -103,12 +109,14 @@ fn a_connection_that_goes_in_a_circle_ends_after_one_round() {
     client.send("PROXY TCP4 192.0.2.7 10.0.0.1 40000 80\r\nhello");
     assert!(client.is_closed());
     assert_eq!((refused(&source, "loop"), refused(&target, "loop")), (1, 0));
+    assert_eq!((led_on(&source), led_on(&target)), (1, 1));
     assert!(stage.is_deserted());
     // Whoever comes by the target goes round once as well, and ends there.
     let mut client = target.client();
     client.send("PROXY TCP4 192.0.2.7 10.0.0.1 40000 80\r\nhello");
     assert!(client.is_closed());
     assert_eq!((refused(&source, "loop"), refused(&target, "loop")), (1, 1));
+    assert_eq!((led_on(&source), led_on(&target)), (2, 2));
 }
 
 #[test]
