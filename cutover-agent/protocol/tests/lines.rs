@@ -8,8 +8,7 @@ mod writes;
 
 use cutover_protocol::hold::{
     Answer, AtCut, CheckStatus, Claim, Command, EjectedStatus, Expected, Gate, InFlight,
-    InFlightPhase, Order, Refusal, ServerState, ServerStatus, ServiceStatus, WriteLimit,
-    WritesStatus,
+    InFlightPhase, Order, Refusal, ServerState, ServerStatus, ServiceStatus, WritesStatus,
 };
 use cutover_protocol::hop::{ActionName, Bounds, Costs, Ending, Event, Failure, Link, Round, Undo};
 use cutover_protocol::id::{Epoch, Register, ServiceName, Site};
