@@ -106,3 +106,42 @@ fn receive(socket: BorrowedFd<'_>) -> io::Result<Vec<u8>> {
     }
     Ok(message)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What comes of a runtime that says `question`, and why.
+    fn asked(question: &[u8], verb: &str) -> (ExitCode, String, bool) {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::create_dir(folder.path().join(FOLDER)).unwrap();
+        let program = folder.path().join(FOLDER).join(PROGRAM);
+        std::fs::write(&program, "").unwrap();
+        let (runtime, ours) = socketpair(
+            AddressFamily::UNIX,
+            SocketType::SEQPACKET,
+            SocketFlags::CLOEXEC,
+            None,
+        )
+        .unwrap();
+        send(&runtime, question, SendFlags::empty()).unwrap();
+        let arguments = [verb.into(), ours.as_raw_fd().to_string().into()];
+        let code = run(folder.path(), Path::new("/there/is/no/criu"), &arguments);
+        let why = std::fs::read_to_string(folder.path().join(ERROR_FILE)).unwrap_or_default();
+        (code, why, program.exists())
+    }
+
+    #[test]
+    fn a_runtime_that_does_not_ask_for_the_version_first_is_told_so_and_finds_criu_the_next_time() {
+        // A request to restore.
+        for (question, verb, why) in [
+            ([0x08, 2], "swrk", "does not ask for CRIU's version first"),
+            ([0x08, 10], "restore", "calls CRIU with"),
+            ([0x08, 10], "swrk", "No such file"),
+        ] {
+            let (code, said, is_there) = asked(&question, verb);
+            assert_eq!(format!("{code:?}"), format!("{:?}", ExitCode::FAILURE));
+            assert!(said.contains(why) && !is_there, "{said}");
+        }
+    }
+}
