@@ -268,7 +268,7 @@ impl Target {
         let standing = self.standing.lock().await;
         Self::check(&standing, hop)?;
         let mut starts = tokio::task::JoinSet::new();
-        for name in containers {
+        for name in containers.iter().cloned() {
             let host = self.host.clone();
             starts.spawn(async move {
                 let begun = host.begin_restore(&name, limit).await;
@@ -282,6 +282,9 @@ impl Target {
                 Err(error) => outcome = Err(error.into()),
             }
         }
+        self.fences
+            .prepare(&self.host, &containers, Fence::Inside)
+            .await;
         outcome
     }
 

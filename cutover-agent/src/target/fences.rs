@@ -23,6 +23,12 @@ struct Next {
     moves: Moves,
 }
 
+impl Next {
+    fn is(&self, containers: &[ContainerName], to: Fence) -> bool {
+        self.to == to && self.containers == containers
+    }
+}
+
 #[derive(Debug)]
 enum Moves {
     /// Only to be made.
@@ -45,8 +51,11 @@ impl Fences {
         Ok(())
     }
 
-    /// Makes the next move ready. It is no harm when that fails: the move itself then says why.
+    /// Makes the next move ready, unless that has been done. It is no harm when that fails: the move itself then says why.
     pub(super) async fn prepare(&self, host: &Host, containers: &[ContainerName], to: Fence) {
+        if matches!(&*self.next.lock().await, Some(next) if next.is(containers, to)) {
+            return;
+        }
         let prepared = prepare(host, containers, to).await;
         let failed = |error: &EngineError| tracing::debug!(%error, "no fence was made ready");
         *self.next.lock().await = prepared.inspect_err(failed).ok();
@@ -71,9 +80,8 @@ impl Fences {
     ) -> Result<(), EngineError> {
         let mut next = self.next.lock().await;
         *self.shut.lock().await = None;
-        let fits = |one: &Next| one.to == to && one.containers == containers;
         let begun = match next.take() {
-            Some(begun) if fits(&begun) => begun,
+            Some(begun) if begun.is(containers, to) => begun,
             other => {
                 settle(other).await;
                 prepare(host, containers, to).await?
