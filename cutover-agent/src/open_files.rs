@@ -6,25 +6,44 @@ use std::os::unix::fs::MetadataExt;
 
 use crate::cgroup::Cgroup;
 
-/// Inode numbers of regular files that any process of the container has open, or mapped, for writing.
+/// Inode numbers of regular files.
 ///
 /// Only the inode counts: through an overlay the device number is the overlay's, not the layer's. An inode number
-/// that happens to be used on another file system as well costs one needless hash.
+/// that happens to be used on another file system as well costs one needless look, or hash.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct OpenFiles {
+    /// Those that any process has open, or mapped, for writing.
+    pub(crate) written: HashSet<u64>,
+    /// Those that are mapped such that they may have been written to until their mapping was made read-only: that shows
+    /// in their times, but the kernel tells nobody before they are closed.
+    pub(crate) mapped: HashSet<u64>,
+}
+
+/// The files that the processes of some containers have open.
 #[must_use]
-pub(crate) fn being_written(init_pid: u32) -> HashSet<u64> {
-    if init_pid == 0 {
-        return HashSet::new();
+pub(crate) fn of_containers(init_pids: impl Iterator<Item = u32>) -> OpenFiles {
+    let mut found = OpenFiles::default();
+    for init in init_pids.filter(|init| *init != 0) {
+        let pids = Cgroup::of(init).map(|cgroup| cgroup.pids());
+        for pid in pids.unwrap_or_default() {
+            found.written.extend(open_for_writing(pid));
+            let maps = std::fs::read_to_string(format!("/proc/{pid}/maps")).unwrap_or_default();
+            found.add_mappings(&maps);
+        }
     }
-    let pids = Cgroup::of(init_pid)
-        .map(|cgroup| cgroup.pids())
-        .unwrap_or_default();
-    pids.into_iter()
-        .flat_map(|pid| {
-            open_for_writing(pid)
-                .into_iter()
-                .chain(mapped_for_writing(pid))
-        })
-        .collect()
+    found
+}
+
+impl OpenFiles {
+    fn add_mappings(&mut self, maps: &str) {
+        for (inode, is_writable) in maps.lines().filter_map(shared_inode) {
+            if is_writable {
+                self.written.insert(inode);
+            } else {
+                self.mapped.insert(inode);
+            }
+        }
+    }
 }
 
 fn open_for_writing(pid: u32) -> Vec<u64> {
@@ -54,17 +73,12 @@ fn is_writable(fdinfo: &str) -> bool {
         .is_some_and(|flags| flags & 0o3 != 0)
 }
 
-fn mapped_for_writing(pid: u32) -> Vec<u64> {
-    let text = std::fs::read_to_string(format!("/proc/{pid}/maps")).unwrap_or_default();
-    text.lines().filter_map(shared_writable_inode).collect()
-}
-
-/// "address perms offset dev inode path": shared and writable mappings of files.
-fn shared_writable_inode(line: &str) -> Option<u64> {
+/// "address perms offset dev inode path": shared mappings of files, and whether they are writable.
+fn shared_inode(line: &str) -> Option<(u64, bool)> {
     let mut words = line.split_whitespace();
     let permissions = words.nth(1)?;
     let inode = words.nth(2)?.parse().ok()?;
-    (permissions.contains('w') && permissions.ends_with('s') && inode != 0).then_some(inode)
+    (permissions.ends_with('s') && inode != 0).then_some((inode, permissions.contains('w')))
 }
 
 #[cfg(test)]
@@ -79,18 +93,15 @@ mod tests {
     }
 
     #[test]
-    fn only_shared_writable_mappings_of_files_count() {
-        assert_eq!(
-            shared_writable_inode("7f00-7f01 rw-s 00000000 00:1b 4711 /var/lib/mysql/aria_log"),
-            Some(4711)
+    fn only_shared_mappings_of_files_count_and_writable_ones_are_told_apart() {
+        let mut found = OpenFiles::default();
+        found.add_mappings(
+            "7f00-7f01 rw-s 00000000 00:1b 4711 /var/lib/mysql/aria_log\n\
+             7f00-7f01 r--s 00000000 00:1b 4712 /var/lib/app/was writable\n\
+             7f00-7f01 rw-p 00000000 00:1b 4713 /lib/libc.so\n\
+             7f00-7f01 rw-s 00000000 00:00 0\n",
         );
-        assert_eq!(
-            shared_writable_inode("7f00-7f01 rw-p 00000000 00:1b 4711 /lib/libc.so"),
-            None
-        );
-        assert_eq!(
-            shared_writable_inode("7f00-7f01 rw-s 00000000 00:00 0"),
-            None
-        );
+        assert_eq!(found.written, HashSet::from([4711]));
+        assert_eq!(found.mapped, HashSet::from([4712]));
     }
 }

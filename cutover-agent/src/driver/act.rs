@@ -1,6 +1,5 @@
 //! What each action of the machine means on real hosts. Every one may be repeated after a crash.
 
-use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
 use cutover_protocol::hold::{Command, Expected};
@@ -13,7 +12,7 @@ use super::link::{SyncJob, unless_failed};
 use super::{Driver, patience};
 use crate::config::{Container, IMAGES_TREE};
 use crate::memory::Seal;
-use crate::open_files;
+use crate::open_files::{self, OpenFiles};
 use crate::peer::Part;
 use crate::report::{Moving, Progress, eta_seconds};
 use crate::transfer::TreeName;
@@ -149,18 +148,19 @@ impl Driver {
 
     pub(super) fn tree_jobs(&self, frozen: bool, limit: Duration) -> Result<Vec<SyncJob>, String> {
         let mut jobs = Vec::new();
+        // What any frozen container has open: trees may be shared. A stopped one has nothing.
+        let inits = self.containers().into_iter().filter(|_| frozen);
+        let inits = inits.filter_map(|name| self.host.frozen_init(&name));
+        let open = open_files::of_containers(inits);
         for name in self.containers() {
             let container = self.container(&name)?;
-            // What a frozen container has open for writing; a stopped one has nothing.
-            let init = frozen.then(|| self.host.frozen_init(&name)).flatten();
-            let written = init.map(open_files::being_written).unwrap_or_default();
             for tree in &container.trees {
                 let tree_name = format!("{name}/{}", tree.name);
                 jobs.push(self.link.sync(
                     tree_name,
                     tree.path.clone(),
                     frozen,
-                    written.clone(),
+                    open.clone(),
                     limit,
                 ));
             }
@@ -176,7 +176,7 @@ impl Driver {
                 format!("{name}/{}", IMAGES_TREE),
                 images,
                 true,
-                HashSet::new(),
+                OpenFiles::default(),
                 limit,
             )
         };

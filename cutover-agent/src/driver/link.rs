@@ -15,6 +15,7 @@ use cutover_protocol::wire::{Request, Response};
 
 use crate::config::{Config, IMAGES_TREE};
 use crate::memory::PageSource;
+use crate::open_files::OpenFiles;
 use crate::peer::{self, Answering, Part, PeerTimeouts, Session};
 use crate::tls::{ClientTls, TlsPaths};
 use crate::transfer::{Progress, SyncOptions, TreeName};
@@ -209,13 +210,13 @@ impl Link {
             .ok_or_else(|| "the target's page store was not opened".to_owned())
     }
 
-    /// One round of one tree. `written` are the inodes that the container has open for writing.
+    /// One round of one tree. `open` is what the containers have open.
     pub(super) fn sync(
         self: &Arc<Self>,
         tree: String,
         root: PathBuf,
         frozen: bool,
-        written: HashSet<u64>,
+        open: OpenFiles,
         limit: Duration,
     ) -> SyncJob {
         let link = Arc::clone(self);
@@ -224,11 +225,14 @@ impl Link {
             let device = std::fs::metadata(&root)
                 .map(|metadata| metadata.dev())
                 .unwrap_or(0);
-            let rehash = written.into_iter().map(|inode| (device, inode)).collect();
+            let here = |inodes: HashSet<u64>| inodes.into_iter().map(|inode| (device, inode));
             let mut options = if tree.ends_with(&format!("/{IMAGES_TREE}")) {
                 SyncOptions::images(limit)
             } else if frozen {
-                SyncOptions::frozen(limit, rehash)
+                SyncOptions {
+                    always_look: here(open.mapped).collect(),
+                    ..SyncOptions::frozen(limit, here(open.written).collect())
+                }
             } else {
                 SyncOptions::live(limit)
             };
@@ -240,7 +244,7 @@ impl Link {
                 .await
                 .map_err(|error| format!("{tree}: {error}"))?;
             tracing::debug!(
-                %tree, bytes_wire = report.bytes_wire, bytes_data = report.bytes_data, bytes_read = report.bytes_read,
+                %tree, looked = report.looked, bytes_wire = report.bytes_wire, bytes_data = report.bytes_data, bytes_read = report.bytes_read,
                 took = ?report.took, "synced"
             );
             Ok(report.bytes_wire)

@@ -12,8 +12,9 @@ use rustix::io::Errno;
 use super::FilesError;
 use super::blocks::{self, BLOCK_BYTES, Digest};
 use super::manifest::{Entry, Kind, Manifest};
+use super::remembered::Stamp;
 use super::root::Root;
-use super::walk::{self, Stamp, WALKERS, Walked};
+use super::walk::{self, WALKERS, Walked};
 
 /// Blocks that are read at once: 1 MiB.
 const BLOCKS_AT_ONCE: u64 = 64;

@@ -1,6 +1,6 @@
 //! Trees of files: what is in them, what changed, and how to make another tree equal.
 //!
-//! `walk` reads a tree's structure, `content` its blocks, `apply` changes a tree at the target; all three stay beneath
+//! `walk` reads a tree's structure, `rewalk` only what an `index` says has changed of it, `content` its blocks, `apply` changes a tree at the target; all three stay beneath
 //! an open root ([`Root`]) whatever symlinks are planted in it. Nothing here knows about connections.
 //!
 //! One file system per tree: mount points inside are recorded as empty directories, as `rsync -x` does. Sockets are
@@ -9,7 +9,10 @@
 pub(crate) mod apply;
 pub mod blocks;
 pub(crate) mod content;
+pub(crate) mod index;
 pub mod manifest;
+pub mod remembered;
+pub(crate) mod rewalk;
 mod root;
 pub mod walk;
 

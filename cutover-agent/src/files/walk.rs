@@ -13,63 +13,14 @@ use rustix::fs::{FileType, OFlags, RawDir, Stat};
 use rustix::io::Errno;
 
 use super::manifest::{self, Entry, Kind, ManifestError};
+use super::remembered::{Remembered, Siblings, Stamp};
 use super::root::{Place, Root};
 use super::{FilesError, blocks};
-
-/// By what a file is recognised as unchanged between two rounds.
-#[derive(Debug, Clone, Copy)]
-pub struct Stamp {
-    /// Device number.
-    pub device: u64,
-    /// Inode number.
-    pub inode: u64,
-    size: u64,
-    mtime_ns: i64,
-    ctime_ns: i64,
-    /// Whether fewer bytes are allocated than the file is long.
-    pub(crate) is_sparse: bool,
-}
-
-/// Clocks of file systems tick every few milliseconds, and a write through a mapping is stamped when it happens or
-/// later: what changed this close to a scan may have changed after it, under the same stamp.
-const STAMP_SLACK_NS: i64 = 2_000_000_000;
 
 /// Threads of a walk beside running containers.
 pub(crate) const WALKERS: usize = 2;
 /// Names of a directory are read so many bytes at a time.
 const NAMES_BYTES: usize = 32 << 10;
-
-impl Stamp {
-    pub(crate) fn of(stat: &Stat) -> Self {
-        Self {
-            device: stat.st_dev,
-            inode: stat.st_ino,
-            size: stat.st_size as u64,
-            mtime_ns: nanoseconds(stat.st_mtime, stat.st_mtime_nsec as i64),
-            ctime_ns: nanoseconds(stat.st_ctime, stat.st_ctime_nsec as i64),
-            is_sparse: (stat.st_blocks as u64) * 512 < stat.st_size as u64,
-        }
-    }
-
-    /// Whether both are of the same file in the same state. Allocation is left out: delayed allocation changes it later.
-    pub(crate) fn is_same(&self, other: &Self) -> bool {
-        let parts = |stamp: &Self| {
-            (
-                stamp.device,
-                stamp.inode,
-                stamp.size,
-                stamp.mtime_ns,
-                stamp.ctime_ns,
-            )
-        };
-        parts(self) == parts(other)
-    }
-
-    /// Whether a stamp taken by a scan that started at `scanned_ns` is old enough to be relied upon.
-    pub(crate) fn is_settled(&self, scanned_ns: i64) -> bool {
-        self.mtime_ns.max(self.ctime_ns) < scanned_ns.saturating_sub(STAMP_SLACK_NS)
-    }
-}
 
 /// A tree's structure at one moment.
 #[derive(Debug, Default)]
@@ -80,102 +31,23 @@ pub struct Walked {
     pub stamps: Vec<Stamp>,
     /// As many as entries: which remembered one is the same, in the same state.
     pub(crate) known: Vec<Option<u32>>,
+    /// Of how many the state was looked at.
+    pub(crate) looked: usize,
     /// When the walk began: nanoseconds since 1970.
     pub started_ns: i64,
+    /// Of all files so far.
+    blocks: u64,
+    /// The files that have several names.
+    linked: Vec<u32>,
 }
 
-/// What a tree was when it was walked before.
-pub(crate) struct Remembered<'a> {
-    entries: &'a [Arc<Entry>],
-    stamps: &'a [Option<Stamp>],
-    scanned_ns: i64,
-    /// For each entry, where the first one is that is not inside it.
-    ends: Vec<u32>,
-}
-
-impl<'a> Remembered<'a> {
-    /// Entries in canonical order, what each was when a walk that began at `scanned_ns` had them read.
-    pub(crate) fn new(
-        entries: &'a [Arc<Entry>],
-        stamps: &'a [Option<Stamp>],
-        scanned_ns: i64,
-    ) -> Self {
-        let mut ends: Vec<u32> = (1..=entries.len() as u32).collect();
-        let mut open: Vec<usize> = Vec::new();
-        let is_inside = |folder: usize, path: &[u8]| {
-            let folder = entries[folder].path.as_slice();
-            folder.is_empty()
-                || path
-                    .strip_prefix(folder)
-                    .is_some_and(|rest| rest.starts_with(b"/"))
-        };
-        for (index, entry) in entries.iter().enumerate() {
-            while let Some(folder) = open.pop_if(|folder| !is_inside(*folder, &entry.path)) {
-                ends[folder] = index as u32;
-            }
-            if entry.kind == Kind::Directory {
-                open.push(index);
-            }
-        }
-        for folder in open {
-            ends[folder] = entries.len() as u32;
-        }
-        Self {
-            entries,
-            stamps,
-            scanned_ns,
-            ends,
-        }
-    }
-
-    fn is_unchanged(&self, at: usize, stamp: &Stamp) -> bool {
-        self.stamps[at]
-            .is_some_and(|known| known.is_same(stamp) && known.is_settled(self.scanned_ns))
-    }
-}
-
-/// The remembered entries of one folder, in the order of their names.
-struct Siblings<'a> {
-    remembered: &'a Remembered<'a>,
-    /// Bytes of a path before the name.
-    prefix: usize,
-    at: usize,
-    end: usize,
-}
-
-impl<'a> Siblings<'a> {
-    /// Those in the remembered folder at `folder`.
-    fn of(remembered: &'a Remembered<'a>, folder: usize) -> Self {
-        let length = remembered.entries[folder].path.len();
-        Self {
-            remembered,
-            prefix: if length == 0 { 0 } else { length + 1 },
-            at: folder + 1,
-            end: remembered.ends[folder] as usize,
-        }
-    }
-
-    /// Where the entry of this name is; names are asked for in their order.
-    fn find(&mut self, name: &[u8]) -> Option<usize> {
-        while self.at < self.end {
-            let known = &self.remembered.entries[self.at].path[self.prefix..];
-            match known.cmp(name) {
-                std::cmp::Ordering::Less => self.at = self.remembered.ends[self.at] as usize,
-                std::cmp::Ordering::Equal => return Some(self.at),
-                std::cmp::Ordering::Greater => break,
-            }
-        }
-        None
-    }
-}
-
-struct Found {
-    entry: Arc<Entry>,
-    stamp: Stamp,
-    links: u64,
-    known: Option<u32>,
+/// An entry that was looked at.
+pub(super) struct Found {
+    pub(super) entry: Arc<Entry>,
+    pub(super) stamp: Stamp,
+    pub(super) known: Option<u32>,
     /// Which folder it is.
-    folder: Option<usize>,
+    pub(super) folder: Option<usize>,
 }
 
 /// Walks the tree with so many threads. What vanishes meanwhile is left out.
@@ -188,47 +60,79 @@ pub(crate) fn walk(
     threads: usize,
     cancel: &AtomicBool,
 ) -> Result<Walked, FilesError> {
-    let started_ns = SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .map_or(0, |since| since.as_nanos() as i64);
+    let started_ns = now_ns();
     let first = root_entry(root)?;
-    let survey = Survey {
-        root,
-        remembered: remembered.filter(|remembered| !remembered.entries.is_empty()),
-        device: first.stamp.device,
-        cancel,
-        folders: Mutex::default(),
-        more: Condvar::new(),
-    };
-    survey.lock().add(Vec::new(), Some(0));
-    std::thread::scope(|scope| {
-        for _ in 0..threads {
-            scope.spawn(|| survey.work());
-        }
-    });
-    let folders = survey
-        .folders
-        .into_inner()
-        .unwrap_or_else(PoisonError::into_inner);
-    let mut found = folders.in_order(first)?;
-    mark_hard_links(&mut found);
-    let count = found.len();
-    let mut walked = Walked {
-        entries: Vec::with_capacity(count),
-        stamps: Vec::with_capacity(count),
-        known: Vec::with_capacity(count),
-        started_ns,
-    };
+    let remembered = remembered.filter(|remembered| !remembered.entries.is_empty());
+    let survey = Survey::new(root, remembered, first.stamp.device, cancel);
+    survey.add(Vec::new(), Some(0));
+    let mut folders = survey.run(threads)?;
+    let count = folders.iter().map(Vec::len).sum::<usize>() + 1;
+    let mut found = Vec::with_capacity(count);
+    found.push(first);
+    collect(&mut folders, 0, |item| found.push(item));
+    let mut walked = Walked::with_capacity(count, started_ns);
+    walked.looked = count;
     for item in found {
-        walked.entries.push(item.entry);
-        walked.stamps.push(item.stamp);
-        walked.known.push(item.known);
+        walked.push(item.entry, item.stamp, item.known);
     }
-    Ok(walked)
+    walked.finish()
 }
 
-/// A walk under way.
-struct Survey<'a> {
+/// Nanoseconds since 1970.
+pub(super) fn now_ns() -> i64 {
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |since| since.as_nanos() as i64)
+}
+
+impl Walked {
+    pub(super) fn with_capacity(count: usize, started_ns: i64) -> Self {
+        Self {
+            entries: Vec::with_capacity(count),
+            stamps: Vec::with_capacity(count),
+            known: Vec::with_capacity(count),
+            started_ns,
+            ..Self::default()
+        }
+    }
+
+    /// Adds what comes next in canonical order.
+    pub(super) fn push(&mut self, entry: Arc<Entry>, stamp: Stamp, known: Option<u32>) {
+        self.blocks = self.blocks.saturating_add(blocks::count(entry.size()));
+        if stamp.is_linked {
+            self.linked.push(self.entries.len() as u32);
+        }
+        self.entries.push(entry);
+        self.stamps.push(stamp);
+        self.known.push(known);
+    }
+
+    /// Tells files from their second names, and checks the size of it all.
+    pub(super) fn finish(mut self) -> Result<Self, FilesError> {
+        if self.blocks > manifest::TREE_BLOCKS_MAX {
+            return Err(ManifestError::TooLarge.into());
+        }
+        // The first name in canonical order is the file; the others become links to it.
+        let mut firsts: HashMap<(u64, u64), usize> = HashMap::new();
+        for index in std::mem::take(&mut self.linked) {
+            let index = index as usize;
+            let stamp = &self.stamps[index];
+            match firsts.entry((stamp.device, stamp.inode)) {
+                Slot::Vacant(slot) => {
+                    slot.insert(index);
+                }
+                Slot::Occupied(first) => {
+                    let to = self.entries[*first.get()].path.clone();
+                    Arc::make_mut(&mut self.entries[index]).kind = Kind::HardLink { to };
+                }
+            }
+        }
+        Ok(self)
+    }
+}
+
+/// A walk under way: folders that threads read side by side.
+pub(super) struct Survey<'a> {
     root: &'a Root,
     remembered: Option<&'a Remembered<'a>>,
     device: u64,
@@ -265,36 +169,62 @@ impl Folders {
         });
         number
     }
+}
 
-    /// Everything found, in canonical order.
-    fn in_order(self, root: Found) -> Result<Vec<Found>, FilesError> {
-        if let Some(failure) = self.failure {
-            return Err(failure);
-        }
-        let count = self.found.iter().map(Vec::len).sum::<usize>() + 1;
-        let mut folders: Vec<_> = self.found.into_iter().map(Vec::into_iter).collect();
-        let mut found = Vec::with_capacity(count);
-        found.push(root);
-        let mut blocks: u64 = 0;
-        // The folders that we are in.
-        let mut inside = vec![0];
-        while let Some(&folder) = inside.last() {
-            let Some(item) = folders[folder].next() else {
-                inside.pop();
-                continue;
-            };
-            blocks = blocks.saturating_add(blocks::count(item.entry.size()));
-            inside.extend(item.folder);
-            found.push(item);
-        }
-        if blocks > manifest::TREE_BLOCKS_MAX {
-            return Err(ManifestError::TooLarge.into());
-        }
-        Ok(found)
+/// Gives everything in a folder, in canonical order.
+pub(super) fn collect(folders: &mut [Vec<Found>], folder: usize, mut give: impl FnMut(Found)) {
+    let mut take = |folder: usize| std::mem::take(&mut folders[folder]).into_iter();
+    // The folders that we are in.
+    let mut inside = vec![take(folder)];
+    while let Some(here) = inside.last_mut() {
+        let Some(item) = here.next() else {
+            inside.pop();
+            continue;
+        };
+        inside.extend(item.folder.map(&mut take));
+        give(item);
     }
 }
 
-impl Survey<'_> {
+impl<'a> Survey<'a> {
+    pub(super) fn new(
+        root: &'a Root,
+        remembered: Option<&'a Remembered<'a>>,
+        device: u64,
+        cancel: &'a AtomicBool,
+    ) -> Self {
+        Self {
+            root,
+            remembered,
+            device,
+            cancel,
+            folders: Mutex::default(),
+            more: Condvar::new(),
+        }
+    }
+
+    /// Has a folder read with all that is in it; the number is its place in what [`Self::run`] gives.
+    pub(super) fn add(&self, path: Vec<u8>, known: Option<usize>) -> usize {
+        self.lock().add(path, known)
+    }
+
+    /// Reads all folders with so many threads.
+    pub(super) fn run(self, threads: usize) -> Result<Vec<Vec<Found>>, FilesError> {
+        if !self.lock().waiting.is_empty() {
+            std::thread::scope(|scope| {
+                for _ in 0..threads {
+                    scope.spawn(|| self.work());
+                }
+            });
+        }
+        let folders = self.folders.into_inner();
+        let folders = folders.unwrap_or_else(PoisonError::into_inner);
+        match folders.failure {
+            Some(failure) => Err(failure),
+            None => Ok(folders.found),
+        }
+    }
+
     fn lock(&self) -> MutexGuard<'_, Folders> {
         self.folders.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -383,7 +313,7 @@ impl Survey<'_> {
     }
 
     /// Looks at one entry, `None` for what has no place in a tree.
-    fn look(
+    pub(super) fn look(
         &self,
         place: &Place,
         folder: &[u8],
@@ -413,7 +343,6 @@ impl Survey<'_> {
         Ok(Some(Found {
             entry,
             stamp,
-            links: stat.st_nlink,
             known: known.map(|at| at as u32),
             folder: None,
         }))
@@ -444,7 +373,7 @@ fn names(directory: &OwnedFd) -> Result<Vec<CString>, Errno> {
     Ok(names)
 }
 
-fn root_entry(root: &Root) -> Result<Found, FilesError> {
+pub(super) fn root_entry(root: &Root) -> Result<Found, FilesError> {
     let failed = |errno| FilesError::read(root.shown(b""), errno);
     let place = root.parent(b"").map_err(failed)?;
     let stat = place.stat().map_err(failed)?;
@@ -452,7 +381,6 @@ fn root_entry(root: &Root) -> Result<Found, FilesError> {
     Ok(Found {
         entry: Arc::new(described.ok_or_else(|| failed(Errno::NOTDIR))?),
         stamp: Stamp::of(&stat),
-        links: stat.st_nlink,
         known: None,
         folder: None,
     })
@@ -483,29 +411,9 @@ fn describe(place: &Place, path: Vec<u8>, stat: &Stat) -> Result<Option<Entry>, 
         mode: stat.st_mode & 0o7777,
         uid: stat.st_uid,
         gid: stat.st_gid,
-        mtime_ns: Stamp::of(stat).mtime_ns,
+        mtime_ns: Stamp::of(stat).mtime_ns(),
         attributes: place.attributes()?,
     }))
-}
-
-/// The first name in canonical order is the file; the others become links to it.
-fn mark_hard_links(found: &mut [Found]) {
-    let mut firsts: HashMap<(u64, u64), usize> = HashMap::new();
-    for index in 0..found.len() {
-        let item = &found[index];
-        if item.links < 2 || !matches!(item.entry.kind, Kind::File { .. }) {
-            continue;
-        }
-        match firsts.entry((item.stamp.device, item.stamp.inode)) {
-            Slot::Vacant(slot) => {
-                slot.insert(index);
-            }
-            Slot::Occupied(first) => {
-                let to = found[*first.get()].entry.path.clone();
-                Arc::make_mut(&mut found[index].entry).kind = Kind::HardLink { to };
-            }
-        }
-    }
 }
 
 /// What a tree holds, for a preflight: bytes of files and number of entries.
@@ -518,10 +426,6 @@ pub fn size(root: &Root, cancel: &AtomicBool) -> Result<(u64, u64), FilesError> 
         walked.entries.iter().map(|entry| entry.size()).sum(),
         walked.entries.len() as u64,
     ))
-}
-
-fn nanoseconds(seconds: i64, part: i64) -> i64 {
-    seconds.saturating_mul(1_000_000_000).saturating_add(part)
 }
 
 /// The modification time of an entry as the system wants it.
@@ -537,20 +441,6 @@ mod tests {
     use std::os::unix::fs::PermissionsExt;
 
     use super::*;
-
-    #[test]
-    fn a_stamp_close_to_the_scan_is_not_relied_upon() {
-        let stamp = Stamp {
-            device: 1,
-            inode: 2,
-            size: 3,
-            mtime_ns: 10,
-            ctime_ns: 5_000_000_000,
-            is_sparse: false,
-        };
-        assert!(!stamp.is_settled(6_000_000_000));
-        assert!(stamp.is_settled(8_000_000_000));
-    }
 
     #[test]
     fn sockets_are_skipped_and_a_second_name_is_a_link_to_the_first() {

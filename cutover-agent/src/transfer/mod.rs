@@ -143,6 +143,8 @@ pub struct SyncOptions {
     pub compress: Compress,
     /// Files (device, inode) that are read whatever their times say: those open for writing.
     pub always_rehash: HashSet<(u64, u64)>,
+    /// Files (device, inode) whose times are looked at although nobody told of a change: those that are mapped.
+    pub always_look: HashSet<(u64, u64)>,
     /// When to give up.
     pub limit: Duration,
     /// Where to count; share it with whoever shows progress.
@@ -159,6 +161,7 @@ impl SyncOptions {
             durability: Durability::Cached,
             compress: Compress::Auto,
             always_rehash: HashSet::new(),
+            always_look: HashSet::new(),
             limit,
             progress: Arc::default(),
         }
@@ -223,6 +226,8 @@ pub struct SyncReport {
     pub bytes_tree: u64,
     /// Files in the tree.
     pub files: u64,
+    /// Entries of the tree whose state was looked at; the others were known not to have changed.
+    pub looked: u64,
     /// From the call to the seal.
     pub took: Duration,
 }

@@ -13,9 +13,11 @@ use super::{SyncReport, TransferError, Writers};
 use crate::files::apply;
 use crate::files::blocks::{self, Digest};
 use crate::files::content::{self, Calm};
+use crate::files::index::{Indexes, Watch};
 use crate::files::manifest::{self, Entry, Manifest, Pairing};
-use crate::files::walk::{self, Remembered, Stamp, WALKERS, Walked};
-use crate::files::{FilesError, Kind, Root};
+use crate::files::remembered::{Remembered, Stamp};
+use crate::files::walk::{self, WALKERS, Walked};
+use crate::files::{FilesError, Kind, Root, rewalk};
 
 /// Blocks of files that are gone by which renamed ones are recognised: 4 GiB of them, about 12 MiB of memory.
 pub(super) const MOVED_BLOCKS_MAX: usize = 1 << 18;
@@ -46,6 +48,8 @@ pub(super) struct Ours {
     manifest: Arc<Manifest>,
     stamps: Vec<Option<Stamp>>,
     scanned_ns: i64,
+    /// Of what has changed since that walk began.
+    watch: Option<Watch>,
 }
 
 impl Ours {
@@ -60,6 +64,7 @@ impl Ours {
 pub(super) struct Plan {
     root: Root,
     walked: Walked,
+    watch: Option<Watch>,
     wanted: Vec<usize>,
     /// Digests that need no reading, per entry.
     kept: Vec<Option<Arc<Vec<Digest>>>>,
@@ -111,27 +116,69 @@ impl Plan {
     }
 }
 
-/// Opens and walks a tree that was walked before as `ours`, if it was.
-///
-/// # Errors
-/// When something in it cannot be read.
-pub(super) fn walk_tree(
-    path: &Path,
-    ours: Option<&Ours>,
-    writers: &Writers,
-    cancel: &AtomicBool,
-) -> Result<(Root, Walked), TransferError> {
-    let root = Root::open(path).map_err(|errno| FilesError::read(path.to_owned(), errno))?;
-    let remembered =
-        ours.map(|ours| Remembered::new(&ours.manifest.entries, &ours.stamps, ours.scanned_ns));
-    let threads = match writers {
-        Writers::Running => WALKERS,
-        // The containers leave all processors to us.
-        Writers::Frozen => std::thread::available_parallelism().map_or(WALKERS, usize::from),
-    };
-    let threads = threads.min(FROZEN_WALKERS_MAX);
-    let walked = walk::walk(&root, remembered.as_ref(), threads, cancel)?;
-    Ok((root, walked))
+/// A tree that was walked.
+pub(super) struct Surveyed {
+    root: Root,
+    walked: Walked,
+    watch: Option<Watch>,
+}
+
+/// What a walk of a tree is to know.
+pub(super) struct Survey {
+    /// What the tree was when it was walked before, if it was.
+    pub(super) ours: Option<Arc<Ours>>,
+    pub(super) writers: Writers,
+    /// Files (device, inode) that may change without anybody being told.
+    pub(super) written: HashSet<(u64, u64)>,
+    pub(super) indexes: Arc<Indexes>,
+    pub(super) cancel: Arc<AtomicBool>,
+}
+
+impl Survey {
+    /// Opens and walks a tree. While its writers run, everything is looked at, also what changes without anybody being
+    /// told; when they are frozen, only what has changed since then, if that is known.
+    ///
+    /// # Errors
+    /// When something in it cannot be read.
+    pub(super) fn walk(&self, path: &Path) -> Result<Surveyed, TransferError> {
+        let root = Root::open(path).map_err(|errno| FilesError::read(path.to_owned(), errno))?;
+        let remembered = self
+            .ours
+            .as_ref()
+            .map(|ours| Remembered::new(&ours.manifest.entries, &ours.stamps, ours.scanned_ns));
+        let remembered = remembered.as_ref();
+        let known = self.ours.as_ref().and_then(|ours| ours.watch.as_ref());
+        let (changes, watch) = match (&self.writers, known) {
+            (Writers::Running, _) => (None, self.indexes.watch(&root)),
+            (Writers::Frozen, Some(watch)) => watch.changes(&root),
+            (Writers::Frozen, None) => (None, None),
+        };
+        let threads = self.threads();
+        let mut walked = None;
+        if let (Some(changes), Some(remembered)) = (changes, remembered) {
+            let (written, cancel) = (&self.written, &*self.cancel);
+            let changes = (&changes, rewalk::most(remembered.len()));
+            walked = rewalk::walk_changed(&root, remembered, changes, written, threads, cancel)?;
+        }
+        let walked = match walked {
+            Some(walked) => walked,
+            None => walk::walk(&root, remembered, threads, &self.cancel)?,
+        };
+        Ok(Surveyed {
+            root,
+            walked,
+            watch,
+        })
+    }
+
+    fn threads(&self) -> usize {
+        let threads = match self.writers {
+            Writers::Running => WALKERS,
+            // The containers leave all processors to us.
+            Writers::Frozen => std::thread::available_parallelism().map_or(WALKERS, usize::from),
+        };
+        threads.min(FROZEN_WALKERS_MAX)
+    }
 }
 
 /// Decides what has to be read: everything but files that have not changed since we read them, and that the target has.
@@ -139,12 +186,16 @@ pub(super) fn walk_tree(
 /// # Errors
 /// When the list of entries exceeds its bounds.
 pub(super) fn plan(
-    root: Root,
-    walked: Walked,
+    surveyed: Surveyed,
     sealed: Option<Sealed>,
     ours: Option<Arc<Ours>>,
     rehash: &HashSet<(u64, u64)>,
 ) -> Result<Plan, TransferError> {
+    let Surveyed {
+        root,
+        walked,
+        watch,
+    } = surveyed;
     let origin = sealed.as_ref().map(|sealed| sealed.root);
     let has = sealed.map(|sealed| sealed.manifest).unwrap_or_default();
     let pairs = Pairing::of(&has.entries, &walked.entries);
@@ -172,6 +223,7 @@ pub(super) fn plan(
     Ok(Plan {
         root,
         walked,
+        watch,
         wanted,
         kept,
         base,
@@ -210,6 +262,8 @@ pub(super) struct ReadRound {
     hash: Digest,
     stamps: Vec<Option<Stamp>>,
     scanned_ns: i64,
+    looked: usize,
+    watch: Option<Watch>,
     tally: Arc<Tally>,
 }
 
@@ -221,6 +275,7 @@ pub(super) fn read(plan: Plan, calm: Calm, outlet: Outlet) -> Result<ReadRound, 
     let Plan {
         root,
         walked,
+        watch,
         wanted,
         kept,
         ..
@@ -245,6 +300,8 @@ pub(super) fn read(plan: Plan, calm: Calm, outlet: Outlet) -> Result<ReadRound, 
         manifest,
         stamps,
         scanned_ns: walked.started_ns,
+        looked: walked.looked,
+        watch,
         tally: outlet.tally,
     })
 }
@@ -266,6 +323,7 @@ impl ReadRound {
             manifest: Arc::clone(&manifest),
             stamps: self.stamps,
             scanned_ns: self.scanned_ns,
+            watch: self.watch,
         };
         let sealed = Sealed {
             manifest,
@@ -285,6 +343,7 @@ impl ReadRound {
             bytes_read,
             bytes_tree: self.manifest.bytes(),
             files: self.manifest.files(),
+            looked: self.looked as u64,
             took: Duration::ZERO,
         }
     }

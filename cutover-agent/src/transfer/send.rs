@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use tokio::runtime::Handle;
 
 use super::collect::Outlet;
-use super::plan::{self, Memory, Moved, Plan, Sealed};
+use super::plan::{self, Memory, Moved, Plan, Sealed, Survey};
 use super::wire::{
     Answer, Ask, Base, Codec, DATA_BYTES_MAX, DataHead, Fault, Listing, Packed, Space,
 };
@@ -18,6 +18,7 @@ use super::{
 };
 use crate::files::blocks::Digest;
 use crate::files::content::Calm;
+use crate::files::index::Indexes;
 use crate::files::manifest::Manifest;
 use crate::files::{FilesError, ManifestError};
 use crate::peer::message::{Message, Topic};
@@ -34,6 +35,7 @@ pub(crate) struct Sender {
     trees: Mutex<HashMap<TreeName, Arc<tokio::sync::Mutex<Memory>>>>,
     /// The last round's number; held while a round is announced, so that numbers arrive in order.
     rounds: tokio::sync::Mutex<u64>,
+    indexes: Arc<Indexes>,
 }
 
 impl Sender {
@@ -395,15 +397,21 @@ impl Sender {
     ) -> Result<Plan, TransferError> {
         let remembered = memory.sealed.take();
         let ours = memory.ours.clone();
-        let (path, walking) = (root.to_owned(), Arc::clone(cancel));
-        let (known, writers) = (ours.clone(), options.writers.clone());
-        let walk = off(move || plan::walk_tree(&path, known.as_deref(), &writers, &walking));
+        let survey = Survey {
+            ours: ours.clone(),
+            writers: options.writers.clone(),
+            written: &options.always_rehash | &options.always_look,
+            indexes: Arc::clone(&self.indexes),
+            cancel: Arc::clone(cancel),
+        };
+        let path = root.to_owned();
+        let walk = off(move || survey.walk(&path));
         // The walk and the target's answer take their time together.
         let sealed = sealed(link, tree, options, remembered);
         let (walked, sealed) = tokio::join!(walk, sealed);
-        let ((root, walked), (sealed, has_seeds)) = (walked?, sealed?);
+        let (surveyed, (sealed, has_seeds)) = (walked?, sealed?);
         let rehash = options.always_rehash.clone();
-        let mut plan = off(move || plan::plan(root, walked, sealed, ours, &rehash)).await?;
+        let mut plan = off(move || plan::plan(surveyed, sealed, ours, &rehash)).await?;
         let sizes = plan.new_sizes();
         if has_seeds && !sizes.is_empty() {
             let ask = Ask::Seeds {

@@ -124,7 +124,7 @@ async fn a_hundred_and_fifty_megabytes_of_images_and_a_database_delta() {
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "a measurement"]
 async fn the_frozen_round_of_a_tree_of_many_files() {
-    const FOLDERS: usize = 5_000;
+    const FOLDERS: usize = 10_000;
     const FILES: usize = 100;
     let shm = tempfile::tempdir_in("/dev/shm").unwrap();
     let world = World::within(shm).await;

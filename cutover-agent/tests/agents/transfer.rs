@@ -216,6 +216,88 @@ async fn a_file_open_for_writing_is_read_again_although_its_times_did_not_change
 }
 
 /// An access list as the kernel keeps it (linux/posix_acl_xattr.h): the owner, one more user, group, mask, others.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_frozen_round_looks_only_at_what_has_changed_since_the_round_before() {
+    // Nobody else writes there, so that nobody else's changes are too many.
+    let world = World::within(tempfile::tempdir_in("/dev/shm").unwrap()).await;
+    let here = world.here();
+    for number in 0..300 {
+        fs::create_dir_all(here.join(format!("{}", number % 10))).unwrap();
+        fs::write(here.join(format!("{}/{number}", number % 10)), "x").unwrap();
+    }
+    let session = world.connect().await;
+    let all = world.sync(&session).await.unwrap().looked;
+    assert_eq!(all, 1 + 10 + 300);
+    fs::write(here.join("7/7"), "changed").unwrap();
+    fs::rename(here.join("8"), here.join("9/moved")).unwrap();
+    let frozen = || SyncOptions::frozen(LIMIT, Default::default());
+    let report = session.sync(&volume(), &here, frozen()).await.unwrap();
+    assert_eq!(picture(&here), picture(&world.there()));
+    if is_root() {
+        // The root, one file, the folder's old place, where it moved to, itself, its 30 files.
+        assert_eq!(report.looked, 1 + 1 + 1 + 1 + 1 + 30);
+        assert_eq!(report.bytes_read, 7 + 30, "nothing else was read");
+    } else {
+        assert_eq!(report.looked, all);
+        left_out("what changed is told to root only");
+    }
+    // A frozen round that is done again builds on the one before.
+    fs::remove_file(here.join("1/1")).unwrap();
+    let report = session.sync(&volume(), &here, frozen()).await.unwrap();
+    assert_eq!(picture(&here), picture(&world.there()));
+    // The root, the folder, the place of the file.
+    assert!(report.looked == 3 || !is_root(), "{report:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_file_system_that_does_not_tell_of_changes_is_looked_at_as_a_whole() {
+    // An overlay itself: it is told of in its upper layer only.
+    if !is_root() {
+        return left_out("mounting takes root");
+    }
+    let world = World::new().await;
+    let folder = world.folder.path();
+    for name in ["lower", "upper", "work"] {
+        fs::create_dir(folder.join(name)).unwrap();
+    }
+    let layer = |name: &str| folder.join(name).display().to_string();
+    let (lower, upper, work) = (layer("lower"), layer("upper"), layer("work"));
+    let options = format!("lowerdir={lower},upperdir={upper},workdir={work}");
+    let mut mount = std::process::Command::new("mount");
+    mount.args(["-t", "overlay", "overlay", "-o", &options]);
+    if !mount
+        .arg(world.here())
+        .status()
+        .is_ok_and(|status| status.success())
+    {
+        return left_out("an overlay cannot be mounted");
+    }
+    let mounted = Mounted(world.here());
+    fs::write(world.here().join("a"), "1").unwrap();
+    fs::write(world.here().join("b"), "2").unwrap();
+    let session = world.connect().await;
+    assert_eq!(world.sync(&session).await.unwrap().looked, 3);
+    fs::write(world.here().join("a"), "changed").unwrap();
+    let frozen = SyncOptions::frozen(LIMIT, Default::default());
+    let report = session
+        .sync(&volume(), &world.here(), frozen)
+        .await
+        .unwrap();
+    assert_eq!(report.looked, 3);
+    assert_eq!(picture(&world.here()), picture(&world.there()));
+    drop(mounted);
+}
+
+/// Unmounted at its end.
+struct Mounted(std::path::PathBuf);
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        let mut unmount = std::process::Command::new("umount");
+        let _ = unmount.arg("-l").arg(&self.0).status();
+    }
+}
+
 fn acl(user: u32, permissions: u16) -> Vec<u8> {
     const NOBODY: u32 = u32::MAX;
     let lines: [(u16, u16, u32); 5] = [
