@@ -46,6 +46,12 @@ pub use wire::{Fault, Space};
 
 pub use cutover_protocol::plan::Compress;
 
+/// Gives back the memory of a large list while the work goes on: of a million entries that takes long enough to be felt by
+/// clients who wait.
+fn discard(list: impl Send + 'static) {
+    tokio::task::spawn_blocking(move || drop(list));
+}
+
 /// The name of a tree, the same at both sites: `CONTAINER/TREE`, as `db/volume`.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]

@@ -12,10 +12,10 @@ use std::time::Duration;
 use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
 
-use super::TreeName;
 use super::round::{Round, open_tree};
 use super::seeds::Seeds;
 use super::wire::{Answer, Ask, Base, DataHead, Fault, Listing, Packed, Space};
+use super::{TreeName, discard};
 use crate::files::blocks::Digest;
 use crate::files::{FilesError, Manifest, apply, content, walk};
 use crate::peer::message::{Outbox, Topic};
@@ -164,6 +164,7 @@ impl Receiver {
                     opened.fail(fault.clone());
                 }
                 self.lock().rounds.remove(&round);
+                discard(opened);
                 outcome.map(|()| Answer::Done)
             }
             Ask::Measure { round, frames } => {
@@ -251,9 +252,8 @@ impl Receiver {
         }
         self.leave_tree(tree);
         let (manifest, root) = outcome?;
-        self.lock()
-            .known
-            .insert(tree.clone(), (Arc::new(manifest), root));
+        let known = (Arc::new(manifest), root);
+        discard(self.lock().known.insert(tree.clone(), known));
         self.arrivals.note(Part::Tree(tree.clone()));
         Ok(())
     }

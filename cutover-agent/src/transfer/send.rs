@@ -15,6 +15,7 @@ use super::wire::{
 };
 use super::{
     Durability, Measured, Origin, SyncOptions, SyncReport, TransferError, TreeName, Writers,
+    discard,
 };
 use crate::files::blocks::Digest;
 use crate::files::content::Calm;
@@ -381,7 +382,7 @@ impl Sender {
         })?;
         underway.is_over = true;
         let report = read.report(bytes_read, list_bytes);
-        *memory = read.into_memory();
+        discard(std::mem::replace(memory, read.into_memory()));
         Ok(report)
     }
 

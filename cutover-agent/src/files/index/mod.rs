@@ -2,10 +2,10 @@
 //! nothing else.
 //!
 //! The kernel tells (fanotify) of every change of a file system: of names that come into a directory or leave it, and of
-//! files and directories that are written to. Both are told by handles, which stay with a file whatever its path: through
-//! an overlay, a file that was copied up is told of by the name it had while it was copied. The index keeps them since
-//! [`Mark`]s, and never guesses: when anything was missed, [`Mark::changes`] gives nothing, and the tree is walked as a
-//! whole. It knows nothing of writes through mappings and of asynchronous ones (io_submit) until the file is closed:
+//! files and directories that are written to. Both are told by handles, which stay with a file whatever its path: whoever
+//! writes to a file may have opened it by a name that it no longer has, or never had in the tree. The index keeps them
+//! since [`Mark`]s, and never guesses: when anything was missed, [`Mark::changes`] gives nothing, and the tree is walked
+//! as a whole. It knows nothing of writes through mappings and of asynchronous ones (io_submit) until the file is closed:
 //! files that are open for writing have to be looked at anyway.
 
 mod fanotify;

@@ -412,7 +412,7 @@ fn random_changes_through_an_overlay_come_out_as_in_a_walk_of_everything() {
 }
 
 #[test]
-fn a_file_that_an_overlay_has_copied_up_is_told_of_whatever_it_is_called_meanwhile() {
+fn what_is_written_through_an_overlay_is_told_of_whenever_it_was_opened() {
     let folder = tempfile::tempdir().unwrap();
     plant(&folder.path().join("lower"));
     let Some(overlay) = Overlay::mount(folder.path()) else {
