@@ -5,7 +5,7 @@ use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, symlink};
 use std::path::Path;
 use std::time::Duration;
 
-use crate::world::{LIMIT, World, picture, volume};
+use crate::world::{LIMIT, Mounted, World, picture, volume};
 use cutover_agent::transfer::{Fault, SyncOptions, TransferError, TreeName};
 
 fn pattern(seed: u64, bytes: usize) -> Vec<u8> {
@@ -263,16 +263,9 @@ async fn a_file_system_that_does_not_tell_of_changes_is_looked_at_as_a_whole() {
     let layer = |name: &str| folder.join(name).display().to_string();
     let (lower, upper, work) = (layer("lower"), layer("upper"), layer("work"));
     let options = format!("lowerdir={lower},upperdir={upper},workdir={work}");
-    let mut mount = std::process::Command::new("mount");
-    mount.args(["-t", "overlay", "overlay", "-o", &options]);
-    if !mount
-        .arg(world.here())
-        .status()
-        .is_ok_and(|status| status.success())
-    {
+    let Some(mounted) = Mounted::of("overlay", &options, world.here()) else {
         return left_out("an overlay cannot be mounted");
-    }
-    let mounted = Mounted(world.here());
+    };
     fs::write(world.here().join("a"), "1").unwrap();
     fs::write(world.here().join("b"), "2").unwrap();
     let session = world.connect().await;
@@ -286,16 +279,6 @@ async fn a_file_system_that_does_not_tell_of_changes_is_looked_at_as_a_whole() {
     assert_eq!(report.looked, 3);
     assert_eq!(picture(&world.here()), picture(&world.there()));
     drop(mounted);
-}
-
-/// Unmounted at its end.
-struct Mounted(std::path::PathBuf);
-
-impl Drop for Mounted {
-    fn drop(&mut self) {
-        let mut unmount = std::process::Command::new("umount");
-        let _ = unmount.arg("-l").arg(&self.0).status();
-    }
 }
 
 fn acl(user: u32, permissions: u16) -> Vec<u8> {

@@ -139,6 +139,26 @@ impl World {
     }
 }
 
+/// Something that is mounted, and unmounted at its end.
+pub(crate) struct Mounted(PathBuf);
+
+impl Mounted {
+    /// `None` where that is not allowed.
+    pub(crate) fn of(kind: &str, options: &str, at: PathBuf) -> Option<Self> {
+        let mut mount = std::process::Command::new("mount");
+        mount.args(["-t", kind, kind, "-o", options]).arg(&at);
+        let is_mounted = mount.status().is_ok_and(|status| status.success());
+        is_mounted.then(|| Self(at))
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        let mut unmount = std::process::Command::new("umount");
+        let _ = unmount.arg("-l").arg(&self.0).status();
+    }
+}
+
 pub(crate) fn volume() -> TreeName {
     TreeName::new("db/volume").unwrap()
 }
