@@ -34,6 +34,9 @@ const KEPT_MAX: usize = 1 << 17;
 const READ_BYTES: usize = 64 << 10;
 /// Reads in a row: four times what the kernel's queue holds by default. Whoever writes faster is not waited for.
 const READS_MAX: usize = 128;
+/// ext4 says that there is no memory, too, when an inode number that was free is being given to a new file at this very
+/// moment (iget_locked gives nothing then): a little later it says that the old file is gone.
+const OPENS_MAX: u32 = 1000;
 /// Between two looks at the queue: the kernel merges meanwhile what changes again and again, and the queue has room for
 /// 1.6 million different events a second.
 const PAUSE: Duration = Duration::from_millis(10);
@@ -319,11 +322,15 @@ fn kernel(release: &str) -> Option<(u32, u32)> {
 /// # Errors
 /// When that cannot be found out.
 pub(crate) fn status(root: &Root, handle: &Handle) -> Result<Option<Stat>, Errno> {
-    match fanotify::open(root.fd(), handle) {
-        Ok(object) => rustix::fs::fstat(&object).map(Some),
-        Err(Errno::STALE | Errno::NOENT) => Ok(None),
-        Err(errno) => Err(errno),
+    for _ in 0..OPENS_MAX {
+        match fanotify::open(root.fd(), handle) {
+            Ok(object) => return rustix::fs::fstat(&object).map(Some),
+            Err(Errno::STALE | Errno::NOENT) => return Ok(None),
+            Err(Errno::NOMEM) => std::thread::yield_now(),
+            Err(errno) => return Err(errno),
+        }
     }
+    Err(Errno::NOMEM)
 }
 
 #[cfg(test)]
