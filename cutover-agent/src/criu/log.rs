@@ -48,11 +48,14 @@ fn released(log: &str) -> Option<u64> {
     lines.find_map(milliseconds)
 }
 
-/// "(00.123456) Running post-dump scripts": seconds and microseconds; restores put the task's number before the text.
+/// "(00.123456) Running post-dump scripts": seconds and microseconds, here to the nearest millisecond; restores put the
+/// task's number before the text.
 fn milliseconds(line: &str) -> Option<u64> {
     let (seconds, micros) = line.strip_prefix('(')?.split_once(')')?.0.split_once('.')?;
     let (seconds, micros): (u64, u64) = (seconds.parse().ok()?, micros.parse().ok()?);
-    seconds.checked_mul(1000)?.checked_add(micros / 1000)
+    seconds
+        .checked_mul(1000)?
+        .checked_add(micros.saturating_add(500) / 1000)
 }
 
 #[cfg(test)]
@@ -68,7 +71,7 @@ mod tests {
         assert_eq!(released(log), Some(3000));
         let file = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(file.path(), log).unwrap();
-        assert_eq!(dump_ms(file.path()), Some(1234));
+        assert_eq!(dump_ms(file.path()), Some(1235));
         assert_eq!(restore_ms(file.path()), None);
     }
 

@@ -224,7 +224,8 @@ impl Driver {
         for (index, begun) in std::mem::take(&mut self.begun).into_iter().enumerate() {
             let host = self.host.clone();
             let shipper = Shipper::new(Arc::clone(&pages), Arc::clone(&tally), lanes.enter(index));
-            dumps.spawn(async move { begun.serve(&host, shipper, limit).await });
+            let pages = Arc::clone(&pages);
+            dumps.spawn(async move { begun.serve(&host, (pages, shipper), limit).await });
         }
         let dumping = async {
             let mut seals = Vec::new();
@@ -373,6 +374,16 @@ async fn served<T>(
     }
 }
 
+/// Has the target complete the images while CRIU is busy with all that is not memory. The transfer asks for the same, and
+/// finds it done, or says why it cannot be.
+fn seal_early(pages: Arc<PageSource>, seal: Seal, limit: Duration) {
+    tokio::spawn(async move {
+        if let Err(error) = pages.seal(seal, limit).await {
+            tracing::debug!(%error, "the images of memory were not completed early");
+        }
+    });
+}
+
 /// A container's final dump that has begun, and who takes its pages.
 #[derive(Debug)]
 pub(super) struct BegunDump {
@@ -407,10 +418,18 @@ impl BegunDump {
     }
 
     /// Freezes the container, and takes its pages.
-    async fn serve(self, host: &Host, shipper: Shipper, limit: Duration) -> Result<Seal, String> {
+    async fn serve(
+        self,
+        host: &Host,
+        (pages, shipper): (Arc<PageSource>, Shipper),
+        limit: Duration,
+    ) -> Result<Seal, String> {
         let (server, parent, container) = (self.server, self.parent, self.name.to_string());
-        let serving =
-            tokio::task::spawn_blocking(move || server.serve(shipper, &container, parent, limit));
+        let serving = tokio::task::spawn_blocking(move || {
+            let seal = server.serve(shipper, &container, parent, limit)?;
+            seal_early(pages, seal.clone(), limit);
+            Ok(seal)
+        });
         let dumping = host.checkpoint(&self.name, self.dump, limit);
         served(&self.name, dumping, serving, self.given_up).await
     }
