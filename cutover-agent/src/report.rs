@@ -92,7 +92,7 @@ pub struct MemoryReport {
     pub dump_ms: u64,
     /// CRIU's own time for the restore that took longest, in milliseconds.
     pub restore_ms: u64,
-    /// From the first page to the last of the first round, in milliseconds.
+    /// From the beginning of the first round until all its pages had arrived, in milliseconds.
     pub round_ms: u64,
     /// Round trip and bytes a second of the link, as measured before anything was sent.
     pub link: Link,

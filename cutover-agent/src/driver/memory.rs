@@ -37,7 +37,10 @@ impl Driver {
         let pages = self.link.pages()?;
         let cancel = Cancel::default();
         let pids = self.look_at_memory().await?;
-        let lanes = Lanes::new(self.schedule(), self.resident.clone());
+        let (began, lanes) = (
+            Instant::now(),
+            Lanes::new(self.schedule(), self.resident.clone()),
+        );
         let mut dumps = tokio::task::JoinSet::new();
         for (index, (name, pids)) in self.containers().into_iter().zip(pids).enumerate() {
             let (host, parent) = (self.host.clone(), self.parent(&name));
@@ -67,7 +70,7 @@ impl Driver {
         };
         let (parents, dirty, bytes) = self.telling(&lanes, dumping).await?;
         self.parents = parents;
-        self.note_round(&lanes);
+        self.note_round(&lanes, began);
         let images = self.join(self.image_jobs(UNHELD_MAX)).await?;
         Ok((dirty, bytes + images))
     }
@@ -83,7 +86,10 @@ impl Driver {
         let tally = Arc::<Tally>::default();
         let cancel = Cancel::default();
         let pids = self.look_at_memory().await?;
-        let lanes = Lanes::new(self.schedule(), self.resident.clone());
+        let (began, lanes) = (
+            Instant::now(),
+            Lanes::new(self.schedule(), self.resident.clone()),
+        );
         let mut readers = tokio::task::JoinSet::new();
         for (index, pids) in pids.into_iter().enumerate() {
             let shipper = Shipper::new(Arc::clone(&pages), Arc::clone(&tally), lanes.enter(index));
@@ -102,23 +108,18 @@ impl Driver {
                 .map_err(|error| error.to_string())
         };
         self.telling(&lanes, reading).await?;
-        self.note_round(&lanes);
+        self.note_round(&lanes, began);
         let bytes = tally.bytes_wire.load(Ordering::Relaxed);
         Ok((tally.pages_new.load(Ordering::Relaxed), bytes))
     }
 
-    /// Remembers how the first round went, in which everything moves.
-    fn note_round(&mut self, lanes: &Lanes) {
+    /// Remembers how the first round went, in which everything moves, now that all has arrived.
+    fn note_round(&mut self, lanes: &Lanes, began: Instant) {
         let moved = lanes.moved();
         let memory = &mut self.report.memory;
         if memory.round_spread_percent.is_none() {
             memory.round_spread_percent = Some(spread_percent(&moved));
-            memory.round_ms = moved
-                .iter()
-                .filter_map(|one| one.took)
-                .map(milliseconds)
-                .max()
-                .unwrap_or(0);
+            memory.round_ms = milliseconds(began.elapsed());
         }
     }
 

@@ -65,7 +65,7 @@ impl Carrier {
         self.session.link()
     }
 
-    /// Sends a frame with pages for the slots of `runs`; waits for room.
+    /// Sends a frame with pages for the slots of `runs`. Whoever does calls [`Self::narrow`] before the next one.
     ///
     /// # Errors
     /// When the session is lost and cannot be taken up again.
@@ -80,7 +80,7 @@ impl Carrier {
         if !is_taken {
             self.mend(&used).await?;
         }
-        self.narrow().await
+        Ok(())
     }
 
     /// Tells a piece; gives the bytes that took.
@@ -128,8 +128,12 @@ impl Carrier {
             .retain(|said| said.container != container);
     }
 
-    /// Keeps the window within its bound: waits until the target has the oldest frames.
-    async fn narrow(&self) -> Result<(), MemoryError> {
+    /// Keeps the window within its bound, but for a frame of everybody who sends: waits until the target has the oldest
+    /// frames.
+    ///
+    /// # Errors
+    /// When the session is lost and cannot be taken up again.
+    pub(super) async fn narrow(&self) -> Result<(), MemoryError> {
         let oldest: Vec<Arc<Sent>> = {
             let window = self.lock();
             if window.frames.len() < WINDOW_FRAMES {

@@ -153,10 +153,22 @@ impl OwnLane {
         drop(states);
         let sent = send();
         self.set_waiting(false);
+        self.add_waited(began);
+        sent
+    }
+
+    /// Waits for the link without a turn.
+    pub(crate) fn wait<T>(&self, wait: impl FnOnce() -> T) -> T {
+        let began = Instant::now();
+        let waited = wait();
+        self.add_waited(began);
+        waited
+    }
+
+    fn add_waited(&self, began: Instant) {
         if let Some(state) = self.lanes.lock().get_mut(self.index) {
             state.waited += began.elapsed();
         }
-        sent
     }
 
     fn set_waiting(&self, is_waiting: bool) {

@@ -220,7 +220,9 @@ impl Shipper {
             .fetch_add(frame.len() as u64, Ordering::Relaxed);
         let (carrier, runtime) = (&self.source.carrier, &self.source.runtime);
         self.lane
-            .send(|| runtime.block_on(carrier.send(runs, frame)))
+            .send(|| runtime.block_on(carrier.send(runs, frame)))?;
+        // Others may send meanwhile.
+        self.lane.wait(|| runtime.block_on(carrier.narrow()))
     }
 
     fn tell(&self, piece: Option<Piece>) -> Result<(), MemoryError> {
