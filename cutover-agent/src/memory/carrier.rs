@@ -1,7 +1,7 @@
 //! Carries pages and what is said of them to the target, also over connections that break: what was sent and may not
 //! have arrived is kept until the target says that it has it, and is sent again over the next connection if it has not.
 //!
-//! What it never does: send a page again that has arrived, or keep more than [`WINDOW_FRAMES`] frames.
+//! What it never does: send a page again that has arrived, or keep more than [`WINDOW_FRAMES`] frames and one for each container.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
