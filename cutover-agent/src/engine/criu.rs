@@ -273,11 +273,6 @@ pub(super) async fn begin_restore(
     container: &Container,
     limit: Duration,
 ) -> Result<Begun, EngineError> {
-    let (name, park) = (&container.name, host.park(&container.name));
-    if park.tell(Word::Veto, limit).await? {
-        // Begun by an earlier agent.
-        host.runc.delete(name.as_str(), &host.work(name)).await?;
-    }
     start_restore(host, container, StandIn::Wanted, limit).await
 }
 
@@ -295,6 +290,10 @@ async fn start_restore(
     limit: Duration,
 ) -> Result<Begun, EngineError> {
     let (name, park) = (&container.name, host.park(&container.name));
+    if park.tell(Word::Veto, limit).await? {
+        // Begun by an earlier agent.
+        host.runc.delete(name.as_str(), &host.work(name)).await?;
+    }
     let cgroup_root = cgroup_root(container);
     let waiting = park.prepare(
         ParkAt::Restore,
