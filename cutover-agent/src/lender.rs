@@ -33,11 +33,12 @@ impl Lender {
         })
     }
 
-    /// Whether it has a TCP connection that the peer has closed and it has not. The kernel's tables of connections tell that
-    /// as well, but take milliseconds to be read: all of a machine's namespaces share one.
-    pub(crate) fn has_half_closed(&self) -> bool {
+    /// Whether it has a TCP connection that the peer has closed and it has not, or connections that it has not accepted, of
+    /// which that may be true. The kernel's tables of connections tell that as well, but take milliseconds to be read: all
+    /// of a machine's namespaces share one.
+    pub(crate) fn has_to_close(&self) -> bool {
         let borrowed = self.sockets().map(|(number, _)| self.borrow(number));
-        borrowed.flatten().any(|socket| is_half_closed(&socket))
+        borrowed.flatten().any(|socket| is_to_be_closed(&socket))
     }
 
     /// A second descriptor of what has this number there now. The socket stays open for as long as it is kept.
@@ -49,44 +50,59 @@ impl Lender {
     }
 }
 
-/// TCP in the state `CLOSE_WAIT`: the peer will send no more, and we have not said so (poll(2)).
-fn is_half_closed(socket: &OwnedFd) -> bool {
+/// TCP in the state `CLOSE_WAIT`: the peer will send no more, and we have not said so; or listening, and somebody is there
+/// (poll(2)).
+fn is_to_be_closed(socket: &OwnedFd) -> bool {
     let families = [AddressFamily::INET, AddressFamily::INET6];
     if !sockopt::socket_domain(socket).is_ok_and(|family| families.contains(&family))
         || !sockopt::socket_type(socket).is_ok_and(|kind| kind == SocketType::STREAM)
     {
         return false;
     }
-    let mut watched = [PollFd::new(socket, PollFlags::RDHUP)];
-    let found = poll(&mut watched, Some(&Timespec::default()));
+    let mut watched = [PollFd::new(socket, PollFlags::RDHUP | PollFlags::IN)];
+    if poll(&mut watched, Some(&Timespec::default())).is_err() {
+        return false;
+    }
     let state = watched[0].revents();
-    found.is_ok() && state.contains(PollFlags::RDHUP) && !state.contains(PollFlags::HUP)
+    if sockopt::socket_acceptconn(socket).unwrap_or(false) {
+        return state.contains(PollFlags::IN);
+    }
+    state.contains(PollFlags::RDHUP) && !state.contains(PollFlags::HUP)
 }
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write;
     use std::net::{Shutdown, TcpListener, TcpStream};
     use std::time::{Duration, Instant};
 
     use super::*;
 
+    /// Waits until the kernel has seen what a peer did.
+    fn soon(is_so: impl Fn() -> bool) {
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while !is_so() {
+            assert!(Instant::now() < deadline, "it never was");
+        }
+    }
+
     #[test]
-    fn only_a_connection_that_the_peer_alone_has_closed_is_half_closed() {
+    fn what_the_peer_alone_has_closed_and_what_is_not_accepted_has_to_close() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let listening = OwnedFd::from(listener.try_clone().unwrap());
+        assert!(!is_to_be_closed(&listening), "nobody is there");
         let peer = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        soon(|| is_to_be_closed(&listening));
         let ours = listener.accept().unwrap().0;
         let own = OwnedFd::from(ours.try_clone().unwrap());
-        let listening = OwnedFd::from(listener);
-        assert!(!is_half_closed(&own) && !is_half_closed(&listening));
+        assert!(!is_to_be_closed(&listening) && !is_to_be_closed(&own));
+        (&peer).write_all(b"said").unwrap();
         peer.shutdown(Shutdown::Write).unwrap();
-        let deadline = Instant::now() + Duration::from_secs(10);
-        while !is_half_closed(&own) {
-            assert!(Instant::now() < deadline, "the peer has closed");
-        }
+        soon(|| is_to_be_closed(&own));
         let this = Lender::of(std::process::id().cast_signed()).unwrap();
-        assert!(this.has_half_closed());
+        assert!(this.has_to_close());
         ours.shutdown(Shutdown::Write).unwrap();
-        assert!(!is_half_closed(&own), "closed at both ends");
-        assert!(!is_half_closed(&OwnedFd::from(peer)));
+        assert!(!is_to_be_closed(&own), "closed at both ends");
+        assert!(!is_to_be_closed(&OwnedFd::from(peer)));
     }
 }

@@ -146,15 +146,18 @@ fn let_close(init_pid: u32) {
         return;
     };
     let lenders = cgroup.pids().into_iter();
-    let mut closing: Vec<Lender> = lenders
+    let lenders: Vec<Lender> = lenders
         .filter_map(|pid| Lender::of(pid.cast_signed()))
         .collect();
-    while Instant::now() < deadline {
-        closing.retain(Lender::has_half_closed);
-        if closing.is_empty() {
-            break;
+    // A connection is nowhere to be seen while it is being accepted, so one look is not enough.
+    let mut clean = 0;
+    while clean < 2 && Instant::now() < deadline {
+        if lenders.iter().any(Lender::has_to_close) {
+            clean = 0;
+            std::thread::sleep(CLOSING_PAUSE);
+        } else {
+            clean += 1;
         }
-        std::thread::sleep(CLOSING_PAUSE);
     }
 }
 
