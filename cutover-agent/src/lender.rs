@@ -1,11 +1,39 @@
 //! Sockets of another process, borrowed through `pidfd_getfd(2)` (since Linux 5.6).
 
 use std::os::fd::OwnedFd;
+use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Result;
 use rustix::net::{AddressFamily, SocketType, sockopt};
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
+
+use crate::cgroup::Cgroup;
+
+/// How long containers may take to close what their peers have closed. Some never do.
+const CLOSING_MAX: Duration = Duration::from_millis(100);
+/// When nothing was to be closed for so long, all that a drain has closed has arrived: on a busy machine that takes some
+/// milliseconds even if the peer is on it.
+const CLOSED_FOR: Duration = Duration::from_millis(8);
+const CLOSING_PAUSE: Duration = Duration::from_millis(1);
+
+/// Waits until the processes of some cgroups have closed what their peers have closed, for a limited time: a socket that
+/// is frozen half closed cannot be restored where its address is another one, and one drain ends in many of them.
+pub(crate) fn let_close(cgroups: &[Cgroup]) {
+    let pids = cgroups.iter().flat_map(Cgroup::pids);
+    let lenders: Vec<Lender> = pids
+        .filter_map(|pid| Lender::of(pid.cast_signed()))
+        .collect();
+    let began = Instant::now();
+    let mut closed_since = began;
+    let is_over = |closed: Duration| closed >= CLOSED_FOR || began.elapsed() >= CLOSING_MAX;
+    while !lenders.is_empty() && !is_over(closed_since.elapsed()) {
+        if lenders.iter().any(Lender::has_to_close) {
+            closed_since = Instant::now();
+        }
+        std::thread::sleep(CLOSING_PAUSE);
+    }
+}
 
 /// A process that has sockets.
 #[derive(Debug)]
@@ -72,11 +100,9 @@ fn is_to_be_closed(socket: &OwnedFd) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use super::*;
     use std::io::Write;
     use std::net::{Shutdown, TcpListener, TcpStream};
-    use std::time::{Duration, Instant};
-
-    use super::*;
 
     /// Waits until the kernel has seen what a peer did.
     fn soon(is_so: impl Fn() -> bool) {

@@ -16,13 +16,11 @@
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
 use crate::cgroup::Cgroup;
 use crate::fence::{self, Fence, Ready};
-use crate::lender::Lender;
 use crate::sockets;
 
 /// The hook's own listening socket, in its park folder.
@@ -35,10 +33,6 @@ pub(super) const SPEC_FILE: &str = "hook.json";
 pub(super) const FROZEN_FILE: &str = "frozen.json";
 /// Why the hook refused, for the agent's message.
 pub(super) const ERROR_FILE: &str = "hook-error";
-
-/// How long a container may take to close what its peers have closed. Some never do.
-const CLOSING_MAX: Duration = Duration::from_millis(100);
-const CLOSING_PAUSE: Duration = Duration::from_millis(1);
 
 /// Which end of a hop a hook parks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -97,7 +91,6 @@ fn act(folder: &Path, action: &str) -> std::io::Result<bool> {
             let fence = fence.map_err(std::io::Error::other)?;
             let released = park(folder)?;
             if released {
-                let_close(init_pid()?);
                 std::thread::scope(|threads| {
                     let fencing = threads.spawn(|| fence.map_or(Ok(()), Ready::apply));
                     freeze(folder)?;
@@ -136,29 +129,6 @@ fn init_pid() -> std::io::Result<u32> {
     named.and_then(|pid| pid.parse().ok()).ok_or_else(|| {
         std::io::Error::other("CRIU did not say which process it dumps (CRTOOLS_INIT_PID)")
     })
-}
-
-/// Waits until the container has closed what its peers have closed, for a limited time: a socket that is frozen half
-/// closed cannot be restored where its address is another one, and one drain ends in many of them.
-fn let_close(init_pid: u32) {
-    let deadline = Instant::now() + CLOSING_MAX;
-    let Ok(cgroup) = Cgroup::of(init_pid) else {
-        return;
-    };
-    let lenders = cgroup.pids().into_iter();
-    let lenders: Vec<Lender> = lenders
-        .filter_map(|pid| Lender::of(pid.cast_signed()))
-        .collect();
-    // A connection is nowhere to be seen while it is being accepted, so one look is not enough.
-    let mut clean = 0;
-    while clean < 2 && Instant::now() < deadline {
-        if lenders.iter().any(Lender::has_to_close) {
-            clean = 0;
-            std::thread::sleep(CLOSING_PAUSE);
-        } else {
-            clean += 1;
-        }
-    }
 }
 
 fn freeze(folder: &Path) -> std::io::Result<Frozen> {

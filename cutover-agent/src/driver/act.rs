@@ -9,8 +9,11 @@ use cutover_protocol::plan::{Engine, Tracking};
 use cutover_protocol::wire::{Request, Response, Severity};
 
 use super::link::{SyncJob, unless_failed};
+use super::memory::cgroup;
 use super::{Driver, patience};
+use crate::cgroup::Cgroup;
 use crate::config::{Container, IMAGES_TREE};
+use crate::lender;
 use crate::memory::Seal;
 use crate::open_files::{self, OpenFiles};
 use crate::peer::Part;
@@ -270,6 +273,7 @@ impl Driver {
             lease_ms,
             drain_ms_max,
         };
+        let cgroups = self.cgroups().await?;
         // A hold ends every limit.
         self.writes.end_renewals().await;
         // The leases of before a restart are no longer renewed for a hold that is begun anew.
@@ -277,7 +281,19 @@ impl Driver {
         let held = self.proxy.command_all(&command).await;
         held.map_err(|error| error.to_string())?;
         self.renew_leases();
-        Ok(())
+        let closing = tokio::task::spawn_blocking(move || lender::let_close(&cgroups));
+        closing.await.map_err(|error| error.to_string())
+    }
+
+    /// Where the processes of the containers are that a checkpoint will freeze.
+    async fn cgroups(&self) -> Result<Vec<Cgroup>, String> {
+        let mut cgroups = Vec::new();
+        if self.engine() == Engine::Criu {
+            for name in self.containers() {
+                cgroups.push(cgroup(&self.host, &name).await?);
+            }
+        }
+        Ok(cgroups)
     }
 
     async fn checkpoint(&mut self) -> Result<(), String> {

@@ -308,6 +308,14 @@ impl Drop for Cancel {
 
 /// The processes of a running container.
 pub(super) async fn pids(host: &Host, name: &ContainerName) -> Result<Vec<u32>, String> {
+    let mut pids = cgroup(host, name).await?.pids();
+    // In the order of their dump, so that pages which lie together there get slots together.
+    pids.sort_unstable();
+    Ok(pids)
+}
+
+/// The cgroup of a running container.
+pub(super) async fn cgroup(host: &Host, name: &ContainerName) -> Result<Cgroup, String> {
     let state = host
         .runc
         .state(name.as_str())
@@ -316,12 +324,7 @@ pub(super) async fn pids(host: &Host, name: &ContainerName) -> Result<Vec<u32>, 
     let Some(state) = state.filter(|state| state.pid != 0) else {
         return Err(format!("the container {name} does not run here any more"));
     };
-    let mut pids = Cgroup::of(state.pid)
-        .map_err(|error| error.to_string())?
-        .pids();
-    // In the order of their dump, so that pages which lie together there get slots together.
-    pids.sort_unstable();
-    Ok(pids)
+    Cgroup::of(state.pid).map_err(|error| error.to_string())
 }
 
 /// What one of CRIU's own rounds brought of a container.
