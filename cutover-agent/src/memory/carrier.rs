@@ -121,6 +121,16 @@ impl Carrier {
         }
     }
 
+    /// Whether a frame may be sent before it is full: frames that nobody waits for must not be what others wait for.
+    pub(super) fn has_room(&self) -> bool {
+        self.lock().frames.len() < ASKED_FRAMES
+    }
+
+    /// Forgets all frames: everything has arrived, and nobody sends.
+    pub(super) fn forget_frames(&self) {
+        self.lock().frames.clear();
+    }
+
     /// Forgets the pieces of a container, whose images are complete.
     pub(super) fn forget(&self, container: &str) {
         self.lock()

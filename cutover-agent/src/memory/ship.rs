@@ -79,7 +79,7 @@ impl PageSource {
         Ok(source)
     }
 
-    /// Waits until the target has every page that was sent.
+    /// Waits until the target has every page that was sent. Nobody may send meanwhile.
     ///
     /// # Errors
     /// When a page was damaged or had no room, the time is over, or the session is lost.
@@ -88,7 +88,9 @@ impl PageSource {
         let what = "the target to have every page";
         self.carrier
             .ask(&PageAsk::Settle { end }, what, limit)
-            .await
+            .await?;
+        self.carrier.forget_frames();
+        Ok(())
     }
 
     /// Has the target complete the images of a container.
@@ -367,13 +369,16 @@ impl Sink for DumpSink {
 
     /// What there is can cross and be put together while CRIU is busy: behind the last page of all it has much to do.
     fn pause(&mut self) -> Result<(), MemoryError> {
-        self.shipper.flush()?;
-        let piece = self.layout.cut();
-        self.shipper.tell(piece)
+        if self.shipper.source.carrier.has_room() {
+            return self.close();
+        }
+        Ok(())
     }
 
     fn close(&mut self) -> Result<(), MemoryError> {
-        self.pause()
+        self.shipper.flush()?;
+        let piece = self.layout.cut();
+        self.shipper.tell(piece)
     }
 }
 
