@@ -1,4 +1,4 @@
-//! Sockets of another process, borrowed through `pidfd_getfd(2)` (since Linux 5.6).
+//! Sockets of another process, borrowed through `pidfd_getfd(2)` (since Linux 5.6), or only looked at.
 
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};

@@ -37,10 +37,7 @@ impl Driver {
         let pages = self.link.pages()?;
         let cancel = Cancel::default();
         let pids = self.look_at_memory().await?;
-        let (began, lanes) = (
-            Instant::now(),
-            Lanes::new(self.schedule(), self.resident.clone()),
-        );
+        let lanes = Lanes::new(self.schedule(), self.resident.clone());
         let mut dumps = tokio::task::JoinSet::new();
         for (index, (name, pids)) in self.containers().into_iter().zip(pids).enumerate() {
             let (host, parent) = (self.host.clone(), self.parent(&name));
@@ -70,7 +67,7 @@ impl Driver {
         };
         let (parents, dirty, bytes) = self.telling(&lanes, dumping).await?;
         self.parents = parents;
-        self.note_round(&lanes, began);
+        self.note_round(&lanes);
         let images = self.join(self.image_jobs(UNHELD_MAX)).await?;
         Ok((dirty, bytes + images))
     }
@@ -86,10 +83,7 @@ impl Driver {
         let tally = Arc::<Tally>::default();
         let cancel = Cancel::default();
         let pids = self.look_at_memory().await?;
-        let (began, lanes) = (
-            Instant::now(),
-            Lanes::new(self.schedule(), self.resident.clone()),
-        );
+        let lanes = Lanes::new(self.schedule(), self.resident.clone());
         let mut readers = tokio::task::JoinSet::new();
         for (index, pids) in pids.into_iter().enumerate() {
             let shipper = Shipper::new(Arc::clone(&pages), Arc::clone(&tally), lanes.enter(index));
@@ -108,18 +102,18 @@ impl Driver {
                 .map_err(|error| error.to_string())
         };
         self.telling(&lanes, reading).await?;
-        self.note_round(&lanes, began);
+        self.note_round(&lanes);
         let bytes = tally.bytes_wire.load(Ordering::Relaxed);
         Ok((tally.pages_new.load(Ordering::Relaxed), bytes))
     }
 
     /// Remembers how the first round went, in which everything moves, now that all has arrived.
-    fn note_round(&mut self, lanes: &Lanes, began: Instant) {
+    fn note_round(&mut self, lanes: &Lanes) {
         let moved = lanes.moved();
         let memory = &mut self.report.memory;
         if memory.round_spread_percent.is_none() {
             memory.round_spread_percent = Some(spread_percent(&moved));
-            memory.round_ms = milliseconds(began.elapsed());
+            memory.round_ms = milliseconds(lanes.elapsed());
         }
     }
 

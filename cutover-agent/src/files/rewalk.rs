@@ -155,7 +155,7 @@ fn looks(
         let names = stamp.and_then(|stamp| named.get(&stamp.inode));
         for name in names.into_iter().flatten().copied().flatten() {
             looks.push(Look {
-                path: joined(&path, name),
+                path: walk::joined(&path, name),
                 reach: Reach::Whole,
             });
         }
@@ -316,14 +316,6 @@ fn split(path: &[u8]) -> (&[u8], &[u8]) {
     match path.iter().rposition(|byte| *byte == b'/') {
         Some(cut) => (&path[..cut], &path[cut + 1..]),
         None => (&path[..0], path),
-    }
-}
-
-fn joined(folder: &[u8], name: &[u8]) -> Vec<u8> {
-    if folder.is_empty() {
-        name.to_vec()
-    } else {
-        [folder, b"/", name].concat()
     }
 }
 

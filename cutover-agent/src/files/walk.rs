@@ -304,7 +304,7 @@ impl<'a> Survey<'a> {
                 Ok(item) => found.extend(item),
                 Err(Errno::NOENT) => {}
                 Err(errno) => {
-                    let path = joined(&folder.path, &place);
+                    let path = joined(&folder.path, place.name.to_bytes());
                     return Err(FilesError::read(self.root.shown(&path), errno));
                 }
             }
@@ -329,7 +329,7 @@ impl<'a> Survey<'a> {
             Some((remembered, at)) if is_folder || stat.st_nlink < 2 => {
                 Arc::clone(&remembered.entries[at])
             }
-            _ => match describe(place, joined(folder, place), &stat)? {
+            _ => match describe(place, joined(folder, place.name.to_bytes()), &stat)? {
                 Some(entry) => Arc::new(entry),
                 None => return Ok(None),
             },
@@ -349,8 +349,7 @@ impl<'a> Survey<'a> {
     }
 }
 
-fn joined(folder: &[u8], place: &Place) -> Vec<u8> {
-    let name = place.name.to_bytes();
+pub(super) fn joined(folder: &[u8], name: &[u8]) -> Vec<u8> {
     if folder.is_empty() {
         name.to_vec()
     } else {

@@ -97,6 +97,11 @@ impl Lanes {
         }
     }
 
+    /// How long ago the round, or the dump, began.
+    pub(crate) fn elapsed(&self) -> Duration {
+        self.began.elapsed()
+    }
+
     /// How far each has come.
     pub(crate) fn moved(&self) -> Vec<Moved> {
         let moved = |state: &State| Moved {
