@@ -8,6 +8,7 @@ pub mod door;
 pub mod hold;
 pub mod hop;
 pub mod id;
+pub mod pattern;
 pub mod plan;
 pub mod schedule;
 pub mod tunnel;

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::door::Redirect;
 use crate::id::{ContainerName, ServiceName};
+use crate::pattern::NamePattern;
 use crate::schedule::Schedule;
 use crate::tunnel::{self, address};
 
@@ -139,6 +140,10 @@ pub struct RawPlan {
     /// What all data connections together may send, in Mbit/s, also while clients are held; no limit without it.
     #[serde(default)]
     pub bandwidth_mbit_max: Option<u32>,
+    /// Names of files whose bytes keep their places when they change, as those of databases do. Of any other file that is
+    /// written anew, pieces that are still in it somewhere do not cross again.
+    #[serde(default = "NamePattern::databases")]
+    pub in_place: Vec<NamePattern>,
     /// How long a connection to the target that broke is tried to be made again, in milliseconds; what was under way
     /// then goes on from what has arrived. 0 for not at all.
     #[serde(default = "default_reconnect_ms_max")]
@@ -493,6 +498,7 @@ mod tests {
             streams: 4,
             compress: Compress::Auto,
             bandwidth_mbit_max: None,
+            in_place: NamePattern::databases(),
             reconnect_ms_max: 15_000,
             rounds_max: 4,
             throttle_percent_max: 0,

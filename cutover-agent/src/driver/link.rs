@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use cutover_protocol::hop::Link as Measured;
 use cutover_protocol::id::HopId;
+use cutover_protocol::pattern::NamePattern;
 use cutover_protocol::plan::{Compress, RawPlan};
 use cutover_protocol::wire::{Request, Response};
 
@@ -43,6 +44,7 @@ pub(super) struct Link {
     streams: u16,
     resume_within: Duration,
     compress: Compress,
+    in_place: Arc<[NamePattern]>,
     bytes_per_second_max: Option<u64>,
     tls: TlsPaths,
     /// The tunnel of a hop, which connections go through while it is there.
@@ -59,6 +61,7 @@ impl Link {
         Self {
             resume_within: Duration::from_millis(settings.reconnect_ms_max),
             compress: settings.compress,
+            in_place: settings.in_place.clone().into(),
             bytes_per_second_max: settings
                 .bandwidth_mbit_max
                 .map(|mbit| u64::from(mbit) * 1_000_000 / 8),
@@ -73,6 +76,7 @@ impl Link {
             streams,
             resume_within: Duration::ZERO,
             compress: Compress::default(),
+            in_place: Arc::default(),
             bytes_per_second_max: None,
             tls: config.peer.tls.clone(),
             tunnel: None,
@@ -237,6 +241,7 @@ impl Link {
                 SyncOptions::live(limit)
             };
             options.compress = link.compress;
+            options.in_place = Arc::clone(&link.in_place);
             options.progress = link.new_progress();
             let name = TreeName::new(&tree).map_err(|error| error.to_string())?;
             let report = session

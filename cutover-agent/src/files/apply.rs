@@ -118,7 +118,11 @@ fn make_directory(root: &Root, path: &[u8]) -> Result<(), Errno> {
     Ok(())
 }
 
-fn remove(root: &Root, entry: &Entry) -> Result<(), FilesError> {
+/// Takes an entry's name away, if it is there.
+///
+/// # Errors
+/// When the file system fails.
+pub(crate) fn remove(root: &Root, entry: &Entry) -> Result<(), FilesError> {
     let failed = |errno| FilesError::write(root.shown(&entry.path), errno);
     let flags = if entry.kind == Kind::Directory {
         AtFlags::REMOVEDIR
@@ -276,8 +280,17 @@ pub(crate) fn write_zeros(
     }
 }
 
-/// Brings everything but content in order: lengths, links, nodes, deletions, metadata. `touched` are the indices of
-/// entries whose content was written, `completed` those that [`complete`] was called for.
+/// What has been done before [`finish`], by indices.
+pub(crate) struct Done<'a> {
+    /// Entries whose content was written.
+    pub(crate) touched: &'a HashSet<usize>,
+    /// Those that [`complete`] was called for.
+    pub(crate) completed: &'a HashSet<usize>,
+    /// Whether an entry of the base was removed, and its name given to a new file.
+    pub(crate) is_anew: &'a dyn Fn(usize) -> bool,
+}
+
+/// Brings everything but content in order: lengths, links, nodes, deletions, metadata.
 ///
 /// # Errors
 /// When the tree cannot be changed.
@@ -286,8 +299,7 @@ pub(crate) fn finish(
     base: &Manifest,
     new: &[Arc<Entry>],
     pairs: &Pairing,
-    touched: &HashSet<usize>,
-    completed: &HashSet<usize>,
+    done: &Done<'_>,
 ) -> Result<(), FilesError> {
     let mut disturbed: HashSet<&[u8]> = HashSet::new();
     for (index, entry) in new.iter().enumerate() {
@@ -297,11 +309,13 @@ pub(crate) fn finish(
         if entry.kind == Kind::Directory && !(is_same && is_open_directory(entry)) {
             disturbed.insert(&entry.path);
         }
-        if old.is_none_or(|old| !has_shape(&old.kind, &entry.kind)) {
+        if old.is_none_or(|old| !has_shape(&old.kind, &entry.kind))
+            || pairs.old_of(index).is_some_and(done.is_anew)
+        {
             disturbed.extend(parent_of(&entry.path));
         }
-        if (is_same && !touched.contains(&index))
-            || completed.contains(&index)
+        if (is_same && !done.touched.contains(&index))
+            || done.completed.contains(&index)
             || entry.kind == Kind::Directory
         {
             continue;

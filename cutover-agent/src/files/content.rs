@@ -53,14 +53,14 @@ struct Run {
 }
 
 /// Reads the blocks of the entries in `wanted` with one thread per visitor, and gives their digests, in `wanted`'s order.
-/// `unsteady` collects the entries whose content did not match their stamp.
+/// Blocks of an entry that is wanted whole come in their order, all to one visitor. `unsteady` collects the entries whose content did not match their stamp.
 ///
 /// # Errors
 /// The first failure of any thread.
 pub(crate) fn read<V: Visit>(
     root: &Root,
     walked: &Walked,
-    wanted: &[usize],
+    (wanted, is_whole): (&[usize], &dyn Fn(usize) -> bool),
     calm: Calm,
     visitors: Vec<V>,
     cancel: &AtomicBool,
@@ -70,7 +70,7 @@ pub(crate) fn read<V: Visit>(
         walked,
         calm,
         cancel,
-        runs: plan(walked, wanted),
+        runs: plan(walked, wanted, is_whole),
         next: AtomicUsize::new(0),
         done: Mutex::default(),
     };
@@ -100,12 +100,24 @@ pub(crate) struct Contents {
     pub(crate) unsteady: Vec<usize>,
 }
 
-fn plan(walked: &Walked, wanted: &[usize]) -> Vec<Vec<Run>> {
+fn plan(walked: &Walked, wanted: &[usize], is_whole: &dyn Fn(usize) -> bool) -> Vec<Vec<Run>> {
     let mut jobs: Vec<Vec<Run>> = Vec::new();
     let mut room = 0;
     for &entry in wanted {
         let blocks = blocks::count(walked.entries[entry].size());
         let mut first = 0;
+        if is_whole(entry) {
+            let runs = (0..blocks)
+                .step_by(BLOCKS_AT_ONCE as usize)
+                .map(|first| Run {
+                    entry,
+                    first,
+                    count: BLOCKS_AT_ONCE.min(blocks - first),
+                });
+            jobs.push(runs.collect());
+            room = 0;
+            continue;
+        }
         while first < blocks {
             if room == 0 {
                 jobs.push(Vec::new());
@@ -344,7 +356,7 @@ pub(crate) fn scan_files(
     let contents = read(
         root,
         &walked,
-        &wanted,
+        (&wanted, &|_| false),
         Calm::Staging,
         vec![HashOnly, HashOnly],
         cancel,

@@ -9,6 +9,7 @@
 pub(crate) mod apply;
 pub mod blocks;
 pub(crate) mod content;
+pub(crate) mod cuts;
 pub(crate) mod index;
 pub mod manifest;
 pub mod remembered;

@@ -6,7 +6,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use tokio::runtime::Handle;
 
 use super::pack::Packer;
-use super::plan::Moved;
+use super::plan::There;
+use super::weave::{Old, Weaver};
 use super::wire::{Blocks, Codec, DATA_BYTES_MAX, DataHead, Piece};
 use super::{Compress, Progress};
 use crate::files::FilesError;
@@ -16,6 +17,8 @@ use crate::peer::{Link, parcel};
 
 /// Pieces in one frame at most, so that heads stay small whatever a tree looks like.
 const PIECES_MAX: usize = 4096;
+/// Pieces in a frame when one more is woven: the target then has a few MiB to put together.
+const WOVEN_PIECES_MAX: usize = 64;
 /// Bytes of each collector's first frames, so that every stream has some of a short round: one alone, which had to share
 /// the link before, would begin with its share.
 const FIRST_BYTES_MAX: usize = 32 << 10;
@@ -29,10 +32,7 @@ pub(super) struct Outlet {
     pub(super) runtime: Handle,
     pub(super) round: u64,
     pub(super) compress: Compress,
-    /// What the target has, per entry.
-    pub(super) base: Vec<Option<Arc<Vec<Digest>>>>,
-    /// Where else it has blocks.
-    pub(super) moved: Moved,
+    pub(super) there: There,
     pub(super) cancel: Arc<AtomicBool>,
     pub(super) progress: Arc<Progress>,
     pub(super) tally: Arc<Tally>,
@@ -53,6 +53,7 @@ pub(super) struct Collector<'a> {
     bytes: Vec<u8>,
     /// Of the blocks in `bytes`.
     digests: Vec<Digest>,
+    weaver: Weaver,
     packer: Packer,
     /// Whether the last frame became smaller by packing.
     is_packable: bool,
@@ -66,6 +67,7 @@ impl<'a> Collector<'a> {
             pieces: Vec::new(),
             bytes: Vec::with_capacity(DATA_BYTES_MAX),
             digests: Vec::new(),
+            weaver: Weaver::default(),
             packer: Packer::new(outlet.compress),
             is_packable: true,
             flushed: 0,
@@ -133,7 +135,7 @@ impl<'a> Collector<'a> {
     }
 
     fn add(&mut self, entry: u32, index: u32, digest: Digest, bytes: &[u8]) {
-        let block = match self.outlet.moved.get(&digest) {
+        let block = match self.outlet.there.moved.get(&digest) {
             _ if bytes.is_empty() => Block::Zeros,
             Some((from, at)) => Block::Moved(*from, *at),
             None => Block::Data,
@@ -147,6 +149,38 @@ impl<'a> Collector<'a> {
         if !is_next {
             self.pieces.push(Piece::new(entry, index, digest, block));
         }
+    }
+
+    /// Takes a block of a file that is written anew. They come in their order, and all on one thread.
+    fn weave(
+        &mut self,
+        old: &Old,
+        (entry, index): (u32, u64),
+        digest: Digest,
+        bytes: &[u8],
+    ) -> Result<(), FilesError> {
+        let is_zero = bytes.is_empty();
+        if !is_zero {
+            self.weaver.push(old, digest, bytes);
+        }
+        let is_finished = is_zero || old.ends_with(index);
+        if is_finished {
+            self.weaver.finish(old);
+        }
+        let next = index + u64::from(!is_zero);
+        while let Some((piece, bytes, digests)) = self.weaver.take(entry, next, old, is_finished) {
+            let is_full = self.bytes.len() + bytes.len() > self.bytes_max();
+            if is_full || self.pieces.len() >= WOVEN_PIECES_MAX {
+                self.flush()?;
+            }
+            self.pieces.push(piece);
+            self.bytes.extend(bytes);
+            self.digests.extend(digests);
+        }
+        if is_zero {
+            self.add(entry, index as u32, digest, bytes);
+        }
+        Ok(())
     }
 }
 
@@ -213,7 +247,13 @@ impl Visit for Collector<'_> {
             .progress
             .done
             .fetch_add(done as u64, Ordering::Relaxed);
-        let known = self.outlet.base[entry]
+        // Both fit: a tree has at most TREE_BLOCKS_MAX blocks, and fewer than u32::MAX entries.
+        let (place, block) = (entry as u32, index as u32);
+        let outlet = self.outlet;
+        if let Some(old) = outlet.there.olds.get(&entry) {
+            return self.weave(old, (place, index), digest, bytes);
+        }
+        let known = self.outlet.there.base[entry]
             .as_ref()
             .and_then(|known| known.get(index as usize));
         if known == Some(&digest) {
@@ -222,8 +262,7 @@ impl Visit for Collector<'_> {
         if self.bytes.len() + bytes.len() > self.bytes_max() || self.pieces.len() >= PIECES_MAX {
             self.flush()?;
         }
-        // Both fit: a tree has at most TREE_BLOCKS_MAX blocks, and fewer than u32::MAX entries.
-        self.add(entry as u32, index as u32, digest, bytes);
+        self.add(place, block, digest, bytes);
         Ok(())
     }
 

@@ -6,6 +6,8 @@
 //!                       ◄───────────────────── manifest, digest of each block
 //!   (first round only)  seeds? (sizes of new files) ──────►  looks in the layers of its images
 //!                       ◄───────────────────── digests of files of these sizes
+//!   (files written anew)  cuts? (which files) ────────────►  cuts them by their content
+//!                       ◄───────────────────── length and mark of each piece
 //!   walks, reads, hashes   begin(entries that changed) ──►  makes room
 //!     changed blocks, packed, over K streams ────────────►  checks each digest, writes in place
 //!                          seal(frames, root hash) ──────►  metadata, deletions, compares the root hash
@@ -17,13 +19,17 @@
 //!
 //! Memory does not depend on sizes: about 30 frames of at most 1 MiB at each end, plus 32 bytes of digest per 16 KiB of tree.
 
+mod body;
 mod collect;
+mod old;
 mod pack;
 mod plan;
 mod receive;
+mod replaced;
 mod round;
 mod seeds;
 mod send;
+mod weave;
 mod wire;
 
 use std::collections::HashSet;
@@ -31,6 +37,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use cutover_protocol::pattern::NamePattern;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
@@ -151,6 +158,8 @@ pub struct SyncOptions {
     pub always_rehash: HashSet<(u64, u64)>,
     /// Files (device, inode) whose times are looked at although nobody told of a change: those that are mapped.
     pub always_look: HashSet<(u64, u64)>,
+    /// Files whose bytes keep their places when they change; pieces of others are looked for in their old content.
+    pub in_place: Arc<[NamePattern]>,
     /// When to give up.
     pub limit: Duration,
     /// Where to count; share it with whoever shows progress.
@@ -168,6 +177,7 @@ impl SyncOptions {
             compress: Compress::Auto,
             always_rehash: HashSet::new(),
             always_look: HashSet::new(),
+            in_place: NamePattern::databases().into(),
             limit,
             progress: Arc::default(),
         }

@@ -6,13 +6,18 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use cutover_protocol::pattern::NamePattern;
+
 use super::collect::{Collector, Outlet, Tally};
+use super::replaced::{self, Replaced};
 use super::seeds::SEED_BYTES_MIN;
+use super::weave::Old;
 use super::wire::{Ask, Packed};
 use super::{SyncReport, TransferError, Writers};
 use crate::files::apply;
 use crate::files::blocks::{self, Digest};
 use crate::files::content::{self, Calm};
+use crate::files::cuts::Cut;
 use crate::files::index::{Indexes, Watch};
 use crate::files::manifest::{self, Entry, Manifest, Pairing};
 use crate::files::remembered::{Remembered, Stamp};
@@ -68,15 +73,25 @@ pub(super) struct Plan {
     wanted: Vec<usize>,
     /// Digests that need no reading, per entry.
     kept: Vec<Option<Arc<Vec<Digest>>>>,
-    /// What the target has, per entry.
-    pub(super) base: Vec<Option<Arc<Vec<Digest>>>>,
-    /// Where the target has blocks of files that are there no more, and of seeds.
-    pub(super) moved: Moved,
+    pub(super) there: There,
+    /// Files that were written anew, as far as the target can write them so too.
+    pub(super) replaced: Vec<Replaced>,
     /// Entries of what the target has.
     based_on: usize,
     /// The root hash of what the target has; absent when it begins with nothing.
     pub(super) origin: Option<Digest>,
     pub(super) steps: Packed,
+}
+
+/// What the target has.
+#[derive(Debug, Default)]
+pub(super) struct There {
+    /// Blocks in their places, per entry.
+    pub(super) base: Vec<Option<Arc<Vec<Digest>>>>,
+    /// Blocks of files that are there no more, and of seeds.
+    pub(super) moved: Moved,
+    /// The old content of files that are written anew, by entry. They have no blocks in their places.
+    pub(super) olds: HashMap<usize, Old>,
 }
 
 impl Plan {
@@ -89,7 +104,9 @@ impl Plan {
     /// The sizes, sorted, of files that are new at the target, or have another size there: what seeds may be for.
     pub(super) fn new_sizes(&self) -> Vec<u64> {
         let is_new = |at: usize, size: u64| {
-            let there = self.base[at].as_ref().map_or(0, |there| there.len() as u64);
+            let there = self.there.base[at]
+                .as_ref()
+                .map_or(0, |there| there.len() as u64);
             there != blocks::count(size) && size >= SEED_BYTES_MIN
         };
         let sizes = self
@@ -106,12 +123,25 @@ impl Plan {
     /// Takes in what the target told of its seeds.
     pub(super) fn add_seeds(&mut self, seeds: &[Vec<Digest>]) {
         for (place, digests) in (self.based_on..).zip(seeds) {
-            if self.moved.len() + digests.len() > MOVED_BLOCKS_MAX {
+            let moved = &mut self.there.moved;
+            if moved.len() + digests.len() > MOVED_BLOCKS_MAX {
                 break;
             }
             // There are fewer than u32::MAX blocks of the base and of seeds.
             let places = (0..).map(|at| (place as u32, at));
-            self.moved.extend(digests.iter().copied().zip(places));
+            moved.extend(digests.iter().copied().zip(places));
+        }
+    }
+
+    /// Takes in what the target told of the files that were written anew.
+    pub(super) fn add_cuts(&mut self, cuts: &[Vec<Cut>]) {
+        let told = std::mem::take(&mut self.replaced).into_iter().zip(cuts);
+        for (replaced, cuts) in told.filter(|(_, cuts)| !cuts.is_empty()) {
+            let blocks = blocks::count(self.walked.entries[replaced.entry].size());
+            let old = Old::new(replaced.old, cuts, blocks);
+            self.there.olds.insert(replaced.entry, old);
+            self.there.base[replaced.entry] = None;
+            self.replaced.push(replaced);
         }
     }
 }
@@ -181,6 +211,15 @@ impl Survey {
     }
 }
 
+/// How a round is to be planned.
+pub(super) struct Wishes {
+    /// Files (device, inode) that are read in any case.
+    pub(super) rehash: HashSet<(u64, u64)>,
+    /// Files that are never taken for written anew; absent when none may be.
+    pub(super) in_place: Option<Arc<[NamePattern]>>,
+    pub(super) writers: Writers,
+}
+
 /// Decides what has to be read: everything but files that have not changed since we read them, and that the target has.
 ///
 /// # Errors
@@ -189,7 +228,7 @@ pub(super) fn plan(
     surveyed: Surveyed,
     sealed: Option<Sealed>,
     ours: Option<Arc<Ours>>,
-    rehash: &HashSet<(u64, u64)>,
+    wishes: &Wishes,
 ) -> Result<Plan, TransferError> {
     let Surveyed {
         root,
@@ -210,7 +249,7 @@ pub(super) fn plan(
         }
         let there = pairs.old_of(index).and_then(|at| has.digests_of(at));
         let unchanged = walked.known[index]
-            .filter(|_| !rehash.contains(&(stamp.device, stamp.inode)))
+            .filter(|_| !wishes.rehash.contains(&(stamp.device, stamp.inode)))
             .and_then(|at| ours.as_ref()?.digests(at as usize, entry.size()))
             .filter(|here| there.is_some_and(|there| Arc::ptr_eq(here, there) || *here == there));
         if unchanged.is_none() {
@@ -220,14 +259,22 @@ pub(super) fn plan(
         base.push(there.cloned());
     }
     let moved = moved(&has, &walked.entries, &pairs);
+    let replaced = wishes.in_place.as_ref().map(|in_place| {
+        let (tree, known) = ((&root, &walked), (&*has, &pairs));
+        replaced::find(tree, known, &wanted, in_place, &wishes.writers)
+    });
     Ok(Plan {
         root,
         walked,
         watch,
         wanted,
         kept,
-        base,
-        moved,
+        there: There {
+            base,
+            moved,
+            olds: HashMap::new(),
+        },
+        replaced: replaced.unwrap_or_default(),
         based_on: has.entries.len(),
         origin,
         steps,
@@ -281,7 +328,10 @@ pub(super) fn read(plan: Plan, calm: Calm, outlet: Outlet) -> Result<ReadRound, 
         ..
     } = plan;
     let collectors = (0..READERS).map(|_| Collector::new(&outlet)).collect();
-    let contents = content::read(&root, &walked, &wanted, calm, collectors, &outlet.cancel)?;
+    // A file that is written anew is read by one thread, from its beginning to its end.
+    let is_whole: &dyn Fn(usize) -> bool = &|entry| outlet.there.olds.contains_key(&entry);
+    let what = (wanted.as_slice(), is_whole);
+    let contents = content::read(&root, &walked, what, calm, collectors, &outlet.cancel)?;
     let mut digests: Vec<Arc<Vec<Digest>>> =
         kept.into_iter().map(Option::unwrap_or_default).collect();
     for (entry, found) in wanted.iter().zip(contents.digests) {

@@ -12,6 +12,7 @@ use std::time::Duration;
 use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
 
+use super::old;
 use super::round::{Round, open_tree};
 use super::seeds::Seeds;
 use super::wire::{Answer, Ask, Base, DataHead, Fault, Listing, Packed, Space};
@@ -155,10 +156,12 @@ impl Receiver {
                 tree,
                 base,
                 steps,
+                replaced,
                 is_durable,
             } => {
                 let opened = opened.ok_or(Fault::Garbled)?;
-                let outcome = self.round(&opened, &tree, base, steps, is_durable).await;
+                let list = (steps, replaced);
+                let outcome = self.round(&opened, &tree, base, list, is_durable).await;
                 if let Err(fault) = &outcome {
                     // Streams may be waiting for this round to be ready.
                     opened.fail(fault.clone());
@@ -179,6 +182,7 @@ impl Receiver {
             }
             Ask::Have { tree } => self.have(tree).await,
             Ask::Seeds { tree, sizes } => self.seeds(tree, sizes).await,
+            Ask::Cuts { tree, files } => self.cuts(tree, files).await,
             Ask::Forget { tree } => {
                 self.lock().known.remove(&tree);
                 Ok(Answer::Done)
@@ -213,7 +217,7 @@ impl Receiver {
         opened: &Arc<Round>,
         tree: &TreeName,
         base: Base,
-        steps: Packed,
+        list: (Packed, Vec<u32>),
         is_durable: bool,
     ) -> Result<(), Fault> {
         // Taken, not copied: from here on until the seal nobody knows what the tree holds.
@@ -233,7 +237,7 @@ impl Receiver {
                 if base.is_none() {
                     apply::clear(&root, &cancel)?;
                 }
-                round.prepare(root, (base.unwrap_or_default(), seeds), &steps)
+                round.prepare(root, (base.unwrap_or_default(), seeds), list)
             })
             .await?;
             opened
@@ -309,6 +313,20 @@ impl Receiver {
         let (seeds, list) = looked.await?;
         self.lock().seeds.insert(tree, Arc::new(seeds));
         Ok(Answer::Seeds(list))
+    }
+
+    /// Cuts files of a tree that is known. Nothing is written there meanwhile: a session has one round of a tree at a time.
+    async fn cuts(self: &Arc<Self>, tree: TreeName, files: Packed) -> Result<Answer, Fault> {
+        let path = self.path(&tree)?;
+        let known = self.lock().known.get(&tree).cloned();
+        let (manifest, _) = known.ok_or_else(|| Fault::StaleBase(tree.clone()))?;
+        let cancel = Arc::clone(&self.cancel);
+        let cut = self.work(move || {
+            let files: Vec<u32> = files.open()?;
+            let cuts = old::cut(&open_tree(&path)?, &manifest, &files, &cancel)?;
+            Ok(Packed::of(&cuts)?)
+        });
+        cut.await.map(Answer::Cuts)
     }
 
     /// Reserves a tree, and forgets what it held. A round that was just given up has a moment to let go of it.

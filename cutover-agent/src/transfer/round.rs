@@ -5,14 +5,15 @@ use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
-use rustix::fs::{OFlags, Stat};
-use rustix::io::Errno;
+use rustix::fs::Stat;
 use tokio::sync::watch;
 
 use super::TreeName;
+use super::body::Body;
+use super::old::OldFiles;
 use super::seeds::Seeds;
-use super::wire::{Blocks, Codec, DATA_BYTES_MAX, DataHead, Fault, Packed, Piece};
-use crate::files::blocks::{self, BLOCK_BYTES, Digest};
+use super::wire::{Codec, DATA_BYTES_MAX, DataHead, Fault, Packed};
+use crate::files::blocks::{self, Digest};
 use crate::files::manifest::{self, Entry, Manifest, Pairing, Step};
 use crate::files::{FilesError, Kind, Root, apply};
 
@@ -40,17 +41,6 @@ pub(super) struct Round {
     body: OnceLock<Body>,
 }
 
-struct Body {
-    root: Root,
-    base: Arc<Manifest>,
-    seeds: Arc<Seeds>,
-    entries: Vec<Arc<Entry>>,
-    pairs: Pairing,
-    digests: Vec<Mutex<Arc<Vec<Digest>>>>,
-    touched: Vec<AtomicBool>,
-    completed: Vec<AtomicBool>,
-}
-
 impl Round {
     pub(super) fn new() -> Self {
         Self {
@@ -71,15 +61,16 @@ impl Round {
         &self,
         root: Root,
         (base, seeds): (Arc<Manifest>, Arc<Seeds>),
-        steps: &Packed,
+        (steps, replaced): (Packed, Vec<u32>),
     ) -> Result<(), Fault> {
         let steps: Vec<Step> = steps.open()?;
         let entries = manifest::rebuild(&base.entries, steps)?;
         manifest::check(&entries)?;
         let pairs = Pairing::of(&base.entries, &entries);
+        let old = OldFiles::set_aside(&root, &base, &replaced)?;
         apply::prepare(&root, &base, &entries, &pairs)?;
         let inherited = |(index, entry): (usize, &Arc<Entry>)| {
-            let old = pairs.old_of(index);
+            let old = pairs.old_of(index).filter(|at| !old.contains(*at));
             inherited(old.and_then(|at| base.digests_of(at)), entry)
         };
         let all = entries.iter().enumerate();
@@ -91,6 +82,7 @@ impl Round {
             root,
             base,
             seeds,
+            old,
             entries,
             pairs,
             digests,
@@ -159,173 +151,17 @@ impl Round {
         };
         let (touched, completed) = (marked(&tree.touched), marked(&tree.completed));
         let (base, entries) = (&tree.base, &tree.entries);
-        apply::finish(&tree.root, base, entries, &tree.pairs, &touched, &completed)?;
+        let is_anew = |at: usize| tree.old.contains(at);
+        let done = apply::Done {
+            touched: &touched,
+            completed: &completed,
+            is_anew: &is_anew,
+        };
+        apply::finish(&tree.root, base, entries, &tree.pairs, &done)?;
         if is_durable {
             apply::sync(&tree.root)?;
         }
         Ok((manifest, root))
-    }
-}
-
-impl Body {
-    fn open(&self, entry: u32) -> Result<(OwnedFd, Stat), Fault> {
-        let index = entry as usize;
-        let known = self
-            .entries
-            .get(index)
-            .filter(|entry| matches!(entry.kind, Kind::File { .. }));
-        let entry = known.ok_or(Fault::Garbled)?;
-        self.touched[index].store(true, Ordering::Relaxed);
-        Ok(apply::open_file(&self.root, &entry.path)?)
-    }
-
-    /// A piece that is all of a file leaves nothing to do for it later: most files are small.
-    fn complete(&self, piece: &Piece, file: &OwnedFd, stat: &Stat) -> Result<(), Fault> {
-        let index = piece.entry as usize;
-        let entry = &self.entries[index];
-        if piece.first == 0 && piece.blocks.count() == blocks::count(entry.size()) {
-            apply::complete(&self.root, entry, file, stat)?;
-            self.completed[index].store(true, Ordering::Relaxed);
-        }
-        Ok(())
-    }
-
-    /// Where a piece belongs: the file's place in the list, and first byte and number of bytes there.
-    fn span(&self, piece: &Piece) -> Result<(usize, u64, u64), Fault> {
-        let index = piece.entry as usize;
-        let size = self.entries.get(index).ok_or(Fault::Garbled)?.size();
-        let (first, count) = (u64::from(piece.first), piece.blocks.count());
-        if count == 0 || first + count > blocks::count(size) {
-            return Err(Fault::Garbled);
-        }
-        let start = first * BLOCK_BYTES as u64;
-        Ok((index, start, (size - start).min(count * BLOCK_BYTES as u64)))
-    }
-
-    /// The digests of the blocks in a frame, once they are known to be those that were sent.
-    fn check(&self, head: &DataHead, mut bytes: &[u8]) -> Result<Vec<Digest>, Fault> {
-        let mut digests = Vec::new();
-        let mut path: &[u8] = &[];
-        for piece in &head.pieces {
-            if let Blocks::Data(_) = piece.blocks {
-                let (index, _, length) = self.span(piece)?;
-                let data;
-                (data, bytes) = bytes
-                    .split_at_checked(length as usize)
-                    .ok_or(Fault::Garbled)?;
-                path = &self.entries[index].path;
-                digests.extend(data.chunks(BLOCK_BYTES).map(Digest::of));
-            }
-        }
-        if !bytes.is_empty() {
-            return Err(Fault::Garbled);
-        }
-        if Digest::over(&digests) != head.digest {
-            return Err(damaged(path));
-        }
-        Ok(digests)
-    }
-
-    /// Writes one piece, and gives the bytes that belong to the next, with their digests.
-    fn place<'a>(
-        &self,
-        piece: &Piece,
-        file: &OwnedFd,
-        (bytes, known): (&'a [u8], &'a [Digest]),
-    ) -> Result<(&'a [u8], &'a [Digest]), Fault> {
-        let (index, start, length) = self.span(piece)?;
-        let (path, size) = (&self.entries[index].path, self.entries[index].size());
-        let (first, count) = (u64::from(piece.first), piece.blocks.count());
-        let (digests, rest) = match &piece.blocks {
-            Blocks::Zeros(_) => {
-                apply::write_zeros(&self.root, path, file, start, length)?;
-                let zeros =
-                    (first..first + count).map(|at| Digest::of_zeros(blocks::length(size, at)));
-                (zeros.collect::<Vec<_>>(), (bytes, known))
-            }
-            Blocks::Moved { from, at, digests } => {
-                self.copy(*from, *at, digests, (path, file, start, length))?;
-                (digests.clone(), (bytes, known))
-            }
-            Blocks::Data(_) => {
-                let data = bytes.split_at_checked(length as usize);
-                let digests = known.split_at_checked(count as usize);
-                let ((data, bytes), (digests, known)) = data.zip(digests).ok_or(Fault::Garbled)?;
-                apply::write(&self.root, path, file, data, start)?;
-                (digests.to_vec(), (bytes, known))
-            }
-        };
-        let mut kept = self.digests[index]
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        Arc::make_mut(&mut kept)[first as usize..][..digests.len()].copy_from_slice(&digests);
-        Ok(rest)
-    }
-}
-
-impl Body {
-    /// Opens a file of the base that is not part of the new tree, so nobody else writes there; or a seed.
-    fn open_other(&self, from: u32) -> Result<OwnedFd, Fault> {
-        let from = from as usize;
-        let Some(entry) = self.base.entries.get(from) else {
-            return self.seeds.open(from - self.base.entries.len());
-        };
-        if !matches!(entry.kind, Kind::File { .. }) {
-            return Err(Fault::Garbled);
-        }
-        let failed = |errno| FilesError::read(self.root.shown(&entry.path), errno);
-        let flags = OFlags::RDONLY | OFlags::NONBLOCK;
-        let opened = self.root.open_beneath(&entry.path, flags, 0);
-        Ok(opened.map_err(failed)?)
-    }
-
-    /// Copies blocks of another file.
-    fn copy(
-        &self,
-        from: u32,
-        at: u32,
-        digests: &[Digest],
-        (path, file, start, length): (&[u8], &OwnedFd, u64, u64),
-    ) -> Result<(), Fault> {
-        let opened = self.open_other(from)?;
-        let failed = |errno| Fault::from(FilesError::read(self.root.shown(path), errno));
-        let mut data = vec![0; (length as usize).min(DATA_BYTES_MAX)];
-        let mut done = 0;
-        for digests in digests.chunks(DATA_BYTES_MAX / BLOCK_BYTES) {
-            let bytes = ((length - done) as usize).min(data.len());
-            let place = u64::from(at) * BLOCK_BYTES as u64 + done;
-            let mut filled = 0;
-            while filled < bytes {
-                match rustix::io::pread(&opened, &mut data[filled..bytes], place + filled as u64) {
-                    Ok(0) => break,
-                    Ok(count) => filled += count,
-                    Err(Errno::INTR) => {}
-                    Err(errno) => return Err(failed(errno)),
-                }
-            }
-            check(path, &data[..bytes], digests)?;
-            apply::write(&self.root, path, file, &data[..bytes], start + done)?;
-            done += bytes as u64;
-        }
-        Ok(())
-    }
-}
-
-/// Compares blocks with the digests they came with.
-fn check(path: &[u8], data: &[u8], digests: &[Digest]) -> Result<(), Fault> {
-    let is_intact = data
-        .chunks(BLOCK_BYTES)
-        .zip(digests)
-        .all(|(block, digest)| Digest::of(block) == *digest);
-    if is_intact {
-        return Ok(());
-    }
-    Err(damaged(path))
-}
-
-fn damaged(path: &[u8]) -> Fault {
-    Fault::Damaged {
-        path: String::from_utf8_lossy(path).into_owned(),
     }
 }
 
@@ -372,7 +208,9 @@ pub(super) fn open_tree(path: &std::path::Path) -> Result<Root, FilesError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::files::content;
     use crate::files::manifest::difference;
+    use crate::transfer::wire::{Blocks, Part, Piece};
 
     fn round(folder: &std::path::Path, size: u64) -> Round {
         round_with(Seeds::default(), folder, size)
@@ -400,7 +238,7 @@ mod tests {
             .prepare(
                 open_tree(folder).unwrap(),
                 (Arc::default(), Arc::new(seeds)),
-                &steps,
+                (steps, Vec::new()),
             )
             .unwrap();
         round
@@ -464,6 +302,50 @@ mod tests {
         std::fs::write(&seed, [7; 5000]).unwrap();
         assert_eq!(place(0), Ok(()));
         assert_eq!(std::fs::read(&copy).unwrap(), [7; 5000]);
+    }
+
+    #[test]
+    fn a_woven_piece_that_is_not_what_was_sent_is_not_written() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("file");
+        std::fs::write(&file, "old content").unwrap();
+        let cancel = AtomicBool::new(false);
+        let base = content::scan(&open_tree(folder.path()).unwrap(), &cancel).unwrap();
+        let mut entries = base.entries.clone();
+        Arc::make_mut(&mut entries[1]).kind = Kind::File { size: 9 };
+        let pairs = Pairing::of(&base.entries, &entries);
+        let steps = Packed::of(&difference(&base.entries, &entries, &pairs)).unwrap();
+        let round = Round::new();
+        let known = (Arc::new(base), Arc::default());
+        let root = open_tree(folder.path()).unwrap();
+        round.prepare(root, known, (steps, vec![1])).unwrap();
+        let send = |parts: Vec<Part>, body: &[u8]| {
+            let mut head = head(0, Vec::new());
+            head.pieces[0].blocks = Blocks::Woven {
+                from: 1,
+                blocks: 1,
+                parts,
+                digest: Digest::over(&[Digest::of(b"content 2")]),
+            };
+            round.apply(&head, body)
+        };
+        let old = |at, length| Part::Old { at, length };
+        let path = "file".to_owned();
+        let refused = send(vec![old(3, 7), Part::New(2)], b" 2");
+        assert_eq!(refused, Err(Fault::Damaged { path }));
+        // Too short, too long, more or fewer bytes than it speaks of.
+        for (parts, body) in [
+            (vec![old(4, 7)], &b""[..]),
+            (vec![old(0, 9), Part::New(1)], b"2"),
+            (vec![old(4, 7), Part::New(2)], b" "),
+            (vec![old(4, 7), Part::New(2)], b" 2 "),
+            (vec![Part::New(u32::MAX); 3], b" 2"),
+        ] {
+            assert_eq!(send(parts, body), Err(Fault::Garbled));
+        }
+        assert_eq!(std::fs::read(&file).unwrap(), [0; 9]);
+        assert_eq!(send(vec![old(4, 7), Part::New(2)], b" 2"), Ok(()));
+        assert_eq!(std::fs::read(&file).unwrap(), b"content 2");
     }
 
     #[test]

@@ -9,7 +9,8 @@ use std::time::{Duration, Instant};
 use tokio::runtime::Handle;
 
 use super::collect::Outlet;
-use super::plan::{self, Memory, Moved, Plan, Sealed, Survey};
+use super::plan::{self, Memory, Plan, Sealed, Survey, There, Wishes};
+use super::replaced::Replaced;
 use super::wire::{
     Answer, Ask, Base, Codec, DATA_BYTES_MAX, DataHead, Fault, Listing, Packed, Space,
 };
@@ -19,6 +20,7 @@ use super::{
 };
 use crate::files::blocks::Digest;
 use crate::files::content::Calm;
+use crate::files::cuts::Cut;
 use crate::files::index::Indexes;
 use crate::files::manifest::Manifest;
 use crate::files::{FilesError, ManifestError};
@@ -121,10 +123,12 @@ impl Session {
         mut options: SyncOptions,
         memory: &mut Memory,
     ) -> Result<SyncReport, TransferError> {
-        let (mut tries, mut spent) = (0, Spent::default());
+        let (mut tries, mut spent, mut weaves) = (0, Spent::default(), true);
         loop {
             let link = self.link();
-            let round = self.sender.round(&link, tree, root, &options, memory);
+            let round = self
+                .sender
+                .round(&link, (tree, root), &options, weaves, memory);
             let error = match round.await {
                 Ok(report) => return Ok(spent.added_to(report)),
                 Err(failed) => {
@@ -140,6 +144,8 @@ impl Session {
             } else {
                 return Err(error);
             }
+            // One piece may have been taken for another.
+            weaves &= !matches!(error, TransferError::Target(Fault::Damaged { .. }));
             tracing::info!(%tree, %error, "a round goes on from what has arrived");
             options.origin = Origin::Ask;
         }
@@ -324,9 +330,9 @@ impl Sender {
     async fn round(
         &self,
         link: &Arc<Link>,
-        tree: &TreeName,
-        root: &Path,
+        (tree, root): (&TreeName, &Path),
         options: &SyncOptions,
+        weaves: bool,
         memory: &mut Memory,
     ) -> Result<SyncReport, FailedRound> {
         let cancel = Arc::new(AtomicBool::new(false));
@@ -337,19 +343,16 @@ impl Sender {
             is_over: false,
         };
         let mut plan = self
-            .plan(link, tree, root, options, memory, &cancel)
+            .plan(link, (tree, root), options, weaves, memory, &cancel)
             .await?;
         let (bytes_read, list_bytes) = (plan.bytes(), plan.steps.length());
         let progress = &options.progress;
-        let (base, moved) = (
-            std::mem::take(&mut plan.base),
-            std::mem::take(&mut plan.moved),
-        );
+        let there = std::mem::take(&mut plan.there);
         progress.total.fetch_add(bytes_read, Ordering::Relaxed);
         let number = link.number();
         let booking = link.expect(number);
         underway.round = self.begin(link, number, tree, options, &mut plan).await?;
-        let outlet = outlet(link, underway.round, (base, moved), cancel, options);
+        let outlet = outlet(link, underway.round, there, cancel, options);
         let tally = Arc::clone(&outlet.tally);
         let calm = match options.writers {
             Writers::Frozen => Calm::Frozen,
@@ -390,9 +393,9 @@ impl Sender {
     async fn plan(
         &self,
         link: &Link,
-        tree: &TreeName,
-        root: &Path,
+        (tree, root): (&TreeName, &Path),
         options: &SyncOptions,
+        weaves: bool,
         memory: &mut Memory,
         cancel: &Arc<AtomicBool>,
     ) -> Result<Plan, TransferError> {
@@ -411,21 +414,20 @@ impl Sender {
         let sealed = sealed(link, tree, options, remembered);
         let (walked, sealed) = tokio::join!(walk, sealed);
         let (surveyed, (sealed, has_seeds)) = (walked?, sealed?);
-        let rehash = options.always_rehash.clone();
-        let mut plan = off(move || plan::plan(surveyed, sealed, ours, &rehash)).await?;
+        let wishes = Wishes {
+            rehash: options.always_rehash.clone(),
+            in_place: weaves.then(|| Arc::clone(&options.in_place)),
+            writers: options.writers.clone(),
+        };
+        let mut plan = off(move || plan::plan(surveyed, sealed, ours, &wishes)).await?;
         let sizes = plan.new_sizes();
         if has_seeds && !sizes.is_empty() {
-            let ask = Ask::Seeds {
-                tree: tree.clone(),
-                sizes: Packed::of(&sizes)?,
-            };
-            match request(link, &ask, "what else the target has", options.limit).await? {
-                Answer::Seeds(list) => {
-                    let seeds: Vec<Vec<Digest>> = off(move || Ok(list.open()?)).await?;
-                    plan.add_seeds(&seeds);
-                }
-                _ => return Err(PeerError::Vocabulary.into()),
-            }
+            let seeds = seeds(link, tree, &sizes, options.limit).await?;
+            plan.add_seeds(&seeds);
+        }
+        if !plan.replaced.is_empty() {
+            let cuts = cuts(link, tree, &plan.replaced, options.limit).await?;
+            plan.add_cuts(&cuts);
         }
         Ok(plan)
     }
@@ -446,6 +448,7 @@ impl Sender {
             tree: tree.clone(),
             base: plan.origin.take().map_or(Base::Empty, Base::Known),
             steps: std::mem::take(&mut plan.steps),
+            replaced: plan.replaced.iter().map(|replaced| replaced.old).collect(),
             is_durable: options.durability == Durability::Synced,
         };
         link.tell(Topic::Ask, number, &encoded(&ask)?).await?;
@@ -453,10 +456,45 @@ impl Sender {
     }
 }
 
+/// What else the target has of files of these sizes.
+async fn seeds(
+    link: &Link,
+    tree: &TreeName,
+    sizes: &Vec<u64>,
+    limit: Duration,
+) -> Result<Vec<Vec<Digest>>, TransferError> {
+    let ask = Ask::Seeds {
+        tree: tree.clone(),
+        sizes: Packed::of(sizes)?,
+    };
+    match request(link, &ask, "what else the target has", limit).await? {
+        Answer::Seeds(list) => off(move || Ok(list.open()?)).await,
+        _ => Err(PeerError::Vocabulary.into()),
+    }
+}
+
+/// What the target's old content of these files is cut into.
+async fn cuts(
+    link: &Link,
+    tree: &TreeName,
+    replaced: &[Replaced],
+    limit: Duration,
+) -> Result<Vec<Vec<Cut>>, TransferError> {
+    let files: Vec<u32> = replaced.iter().map(|replaced| replaced.old).collect();
+    let ask = Ask::Cuts {
+        tree: tree.clone(),
+        files: Packed::of(&files)?,
+    };
+    match request(link, &ask, "what old files consist of", limit).await? {
+        Answer::Cuts(list) => off(move || Ok(list.open()?)).await,
+        _ => Err(PeerError::Vocabulary.into()),
+    }
+}
+
 fn outlet(
     link: &Arc<Link>,
     round: u64,
-    (base, moved): (Vec<Option<Arc<Vec<Digest>>>>, Moved),
+    there: There,
     cancel: Arc<AtomicBool>,
     options: &SyncOptions,
 ) -> Outlet {
@@ -465,8 +503,7 @@ fn outlet(
         runtime: Handle::current(),
         round,
         compress: options.compress,
-        base,
-        moved,
+        there,
         cancel,
         progress: Arc::clone(&options.progress),
         tally: Arc::default(),

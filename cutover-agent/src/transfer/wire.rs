@@ -14,6 +14,10 @@ use crate::files::{FilesError, manifest};
 pub(crate) const LIST_BYTES_MAX: usize = 256 << 20;
 /// The most bytes of file data in one frame.
 pub(crate) const DATA_BYTES_MAX: usize = 1 << 20;
+/// The most blocks in a woven piece: it is put together in memory.
+pub(crate) const WOVEN_BLOCKS_MAX: usize = 16;
+/// The most files of a round that are written anew beside their old content, which stays open until the round's end.
+pub(crate) const REPLACED_MAX: usize = 256;
 
 /// What the source asks for. The answer to `Begin` comes when the whole round is over.
 #[derive(Debug, Serialize, Deserialize)]
@@ -26,11 +30,19 @@ pub(crate) enum Ask {
         tree: TreeName,
         sizes: Packed,
     },
+    /// What files of the tree, by their places in its list, are cut into (a packed `Vec<u32>`).
+    Cuts {
+        tree: TreeName,
+        files: Packed,
+    },
+    /// `replaced` are files of the base, by their places there, that are written anew. Their old content can be read
+    /// until the round's end.
     Begin {
         round: u64,
         tree: TreeName,
         base: Base,
         steps: Packed,
+        replaced: Vec<u32>,
         is_durable: bool,
     },
     Seal {
@@ -78,6 +90,8 @@ pub(crate) enum Answer {
     },
     /// A packed `Vec<Vec<Digest>>`, one of each seed.
     Seeds(Packed),
+    /// A packed `Vec<Vec<Cut>>`, one of each file; none of a file that cannot be written anew beside its old content.
+    Cuts(Packed),
     Done,
     Space(Space),
     Size {
@@ -207,6 +221,50 @@ pub(crate) enum Blocks {
         at: u32,
         digests: Vec<Digest>,
     },
+    /// Bytes of the old content of a file that is written anew, and new ones, which follow the head. `digest` is that over
+    /// the digests of the blocks they make.
+    Woven {
+        from: u32,
+        blocks: u32,
+        parts: Vec<Part>,
+        digest: Digest,
+    },
+}
+
+/// What some bytes of a file are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Part {
+    /// Those that were at this place of the old file.
+    Old { at: u64, length: u32 },
+    /// So many that were not there.
+    New(u32),
+}
+
+impl Part {
+    /// How many.
+    pub(crate) fn length(&self) -> u32 {
+        match self {
+            Self::Old { length, .. } | Self::New(length) => *length,
+        }
+    }
+
+    /// At most so many of them from the front, and what is left.
+    pub(crate) fn split(self, most: u32) -> (Self, Option<Self>) {
+        if self.length() <= most {
+            return (self, None);
+        }
+        let left = self.length() - most;
+        match self {
+            Self::New(_) => (Self::New(most), Some(Self::New(left))),
+            Self::Old { at, .. } => {
+                let rest = Self::Old {
+                    at: at + u64::from(most),
+                    length: left,
+                };
+                (Self::Old { at, length: most }, Some(rest))
+            }
+        }
+    }
 }
 
 impl Blocks {
@@ -214,7 +272,9 @@ impl Blocks {
     pub(crate) fn count(&self) -> u64 {
         match self {
             Self::Moved { digests, .. } => digests.len() as u64,
-            Self::Data(count) | Self::Zeros(count) => u64::from(*count),
+            Self::Data(count) | Self::Zeros(count) | Self::Woven { blocks: count, .. } => {
+                u64::from(*count)
+            }
         }
     }
 }

@@ -11,3 +11,4 @@ mod speed;
 mod transfer;
 mod tunnel;
 mod world;
+mod woven;

@@ -13,6 +13,7 @@ use crate::world::{World, picture};
 enum Change {
     Write { name: u8, blocks: u8, seed: u8 },
     Patch { name: u8, at: u32, seed: u8 },
+    Insert { name: u8, at: u32, bytes: u16 },
     Cut { name: u8, size: u32 },
     Folder { name: u8 },
     Link { name: u8, to: u8 },
@@ -26,8 +27,9 @@ enum Change {
 fn change() -> impl Strategy<Value = Change> {
     let name = 0..24_u8;
     prop_oneof![
-        4 => (name.clone(), 0..6_u8, any::<u8>()).prop_map(|(name, blocks, seed)| Change::Write { name, blocks, seed }),
+        4 => (name.clone(), 0..9_u8, any::<u8>()).prop_map(|(name, blocks, seed)| Change::Write { name, blocks, seed }),
         3 => (name.clone(), 0..100_000_u32, any::<u8>()).prop_map(|(name, at, seed)| Change::Patch { name, at, seed }),
+        3 => (name.clone(), 0..100_000_u32, any::<u16>()).prop_map(|(name, at, bytes)| Change::Insert { name, at, bytes }),
         2 => (name.clone(), 0..200_000_u32).prop_map(|(name, size)| Change::Cut { name, size }),
         3 => name.clone().prop_map(|name| Change::Folder { name }),
         1 => (name.clone(), name.clone()).prop_map(|(name, to)| Change::Link { name, to }),
@@ -73,6 +75,15 @@ fn happen(root: &Path, change: &Change) {
             .write(true)
             .open(at(name))
             .and_then(|file| file.write_all_at(&[*seed; 100], u64::from(*offset))),
+        Change::Insert {
+            name,
+            at: offset,
+            bytes,
+        } if is_plain(&at(name)) => fs::read(at(name)).and_then(|mut data| {
+            let offset = (*offset as usize).min(data.len());
+            data.splice(offset..offset, vec![7; usize::from(*bytes)]);
+            fs::write(at(name), data)
+        }),
         Change::Cut { name, size } if is_plain(&at(name)) => fs::OpenOptions::new()
             .write(true)
             .open(at(name))

@@ -117,6 +117,32 @@ async fn the_frozen_pass_and_new_images_go_on_as_well() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_round_of_files_that_are_written_anew_goes_on_as_well() {
+    let (world, cable, session) = world(LIMIT).await;
+    let (volume, here) = (volume(), world.here());
+    world.sync(&session).await.unwrap();
+    for number in 0..4 {
+        let file = here.join(format!("file-{number}"));
+        let mut content = fs::read(&file).unwrap();
+        content.insert(0, 7);
+        // Half of it stays what it was.
+        let middle = content.len() / 2;
+        content[middle..].reverse();
+        fs::write(&file, content).unwrap();
+    }
+    let before = *cable.carried.borrow();
+    let options = SyncOptions::live(LIMIT);
+    let (synced, ()) = tokio::join!(session.sync(&volume, &here, options), async {
+        carried(&cable, before + 40 * MIB).await;
+        cable.cut.send_replace(Cut::Closed);
+        session.lost().await;
+        cable.cut.send_replace(Cut::Whole);
+    });
+    synced.unwrap();
+    assert_eq!(picture(&world.here()), picture(&world.there()));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_flipped_bit_is_found_and_its_bytes_are_fetched_again() {
     let (world, cable, session) = world(LIMIT).await;
     let (volume, here) = (volume(), world.here());

@@ -1,0 +1,233 @@
+//! The tree a round writes: puts blocks in their places, from frames and from what the target has.
+
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use rustix::fs::{OFlags, Stat};
+use rustix::io::Errno;
+
+use super::old::OldFiles;
+use super::seeds::Seeds;
+use super::wire::{Blocks, DATA_BYTES_MAX, DataHead, Fault, Part, Piece, WOVEN_BLOCKS_MAX};
+use crate::files::blocks::{self, BLOCK_BYTES, Digest};
+use crate::files::manifest::{Entry, Manifest, Pairing};
+use crate::files::{FilesError, Kind, Root, apply};
+
+/// What a round has at hand.
+pub(super) struct Body {
+    pub(super) root: Root,
+    pub(super) base: Arc<Manifest>,
+    pub(super) seeds: Arc<Seeds>,
+    pub(super) old: OldFiles,
+    pub(super) entries: Vec<Arc<Entry>>,
+    pub(super) pairs: Pairing,
+    pub(super) digests: Vec<Mutex<Arc<Vec<Digest>>>>,
+    pub(super) touched: Vec<AtomicBool>,
+    pub(super) completed: Vec<AtomicBool>,
+}
+
+impl Body {
+    pub(super) fn open(&self, entry: u32) -> Result<(OwnedFd, Stat), Fault> {
+        let index = entry as usize;
+        let known = self
+            .entries
+            .get(index)
+            .filter(|entry| matches!(entry.kind, Kind::File { .. }));
+        let entry = known.ok_or(Fault::Garbled)?;
+        self.touched[index].store(true, Ordering::Relaxed);
+        Ok(apply::open_file(&self.root, &entry.path)?)
+    }
+
+    /// A piece that is all of a file leaves nothing to do for it later: most files are small.
+    pub(super) fn complete(&self, piece: &Piece, file: &OwnedFd, stat: &Stat) -> Result<(), Fault> {
+        let index = piece.entry as usize;
+        let entry = &self.entries[index];
+        if piece.first == 0 && piece.blocks.count() == blocks::count(entry.size()) {
+            apply::complete(&self.root, entry, file, stat)?;
+            self.completed[index].store(true, Ordering::Relaxed);
+        }
+        Ok(())
+    }
+
+    /// Where a piece belongs: the file's place in the list, and first byte and number of bytes there.
+    fn span(&self, piece: &Piece) -> Result<(usize, u64, u64), Fault> {
+        let index = piece.entry as usize;
+        let size = self.entries.get(index).ok_or(Fault::Garbled)?.size();
+        let (first, count) = (u64::from(piece.first), piece.blocks.count());
+        if count == 0 || first + count > blocks::count(size) {
+            return Err(Fault::Garbled);
+        }
+        let start = first * BLOCK_BYTES as u64;
+        Ok((index, start, (size - start).min(count * BLOCK_BYTES as u64)))
+    }
+
+    /// The digests of the blocks in a frame, once they are known to be those that were sent.
+    pub(super) fn check(&self, head: &DataHead, mut bytes: &[u8]) -> Result<Vec<Digest>, Fault> {
+        let mut digests = Vec::new();
+        let mut path: &[u8] = &[];
+        for piece in &head.pieces {
+            let (index, _, length) = self.span(piece)?;
+            let length = match &piece.blocks {
+                Blocks::Data(_) => length,
+                Blocks::Woven { parts, .. } => new_bytes(parts),
+                Blocks::Zeros(_) | Blocks::Moved { .. } => 0,
+            };
+            let data;
+            (data, bytes) = bytes
+                .split_at_checked(length as usize)
+                .ok_or(Fault::Garbled)?;
+            if let Blocks::Data(_) = piece.blocks {
+                path = &self.entries[index].path;
+                digests.extend(data.chunks(BLOCK_BYTES).map(Digest::of));
+            }
+        }
+        if !bytes.is_empty() {
+            return Err(Fault::Garbled);
+        }
+        if Digest::over(&digests) != head.digest {
+            return Err(damaged(path));
+        }
+        Ok(digests)
+    }
+
+    /// Writes one piece, and gives the bytes that belong to the next, with their digests.
+    pub(super) fn place<'a>(
+        &self,
+        piece: &Piece,
+        file: &OwnedFd,
+        (bytes, known): (&'a [u8], &'a [Digest]),
+    ) -> Result<(&'a [u8], &'a [Digest]), Fault> {
+        let (index, start, length) = self.span(piece)?;
+        let (path, size) = (&self.entries[index].path, self.entries[index].size());
+        let (first, count) = (u64::from(piece.first), piece.blocks.count());
+        let (digests, rest) = match &piece.blocks {
+            Blocks::Zeros(_) => {
+                apply::write_zeros(&self.root, path, file, start, length)?;
+                let zeros =
+                    (first..first + count).map(|at| Digest::of_zeros(blocks::length(size, at)));
+                (zeros.collect::<Vec<_>>(), (bytes, known))
+            }
+            Blocks::Moved { from, at, digests } => {
+                self.copy(*from, *at, digests, (path, file, start, length))?;
+                (digests.clone(), (bytes, known))
+            }
+            Blocks::Woven {
+                from,
+                parts,
+                digest,
+                ..
+            } => {
+                let (digests, rest) =
+                    self.weave((*from, parts, digest), bytes, (path, file, start, length))?;
+                (digests, (rest, known))
+            }
+            Blocks::Data(_) => {
+                let data = bytes.split_at_checked(length as usize);
+                let digests = known.split_at_checked(count as usize);
+                let ((data, bytes), (digests, known)) = data.zip(digests).ok_or(Fault::Garbled)?;
+                apply::write(&self.root, path, file, data, start)?;
+                (digests.to_vec(), (bytes, known))
+            }
+        };
+        let mut kept = self.digests[index]
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        Arc::make_mut(&mut kept)[first as usize..][..digests.len()].copy_from_slice(&digests);
+        Ok(rest)
+    }
+
+    /// Puts a piece together from old bytes and new ones, and writes it if it is what was sent. Gives the digests of its
+    /// blocks, and the new bytes that belong to the next piece.
+    fn weave<'a>(
+        &self,
+        (from, parts, digest): (u32, &[Part], &Digest),
+        new: &'a [u8],
+        (path, file, start, length): (&[u8], &OwnedFd, u64, u64),
+    ) -> Result<(Vec<Digest>, &'a [u8]), Fault> {
+        if length > (WOVEN_BLOCKS_MAX * BLOCK_BYTES) as u64 {
+            return Err(Fault::Garbled);
+        }
+        let mut woven = vec![0; length as usize];
+        let rest = self.old.weave(from, parts, new, &mut woven)?;
+        let digests: Vec<Digest> = woven.chunks(BLOCK_BYTES).map(Digest::of).collect();
+        if Digest::over(&digests) != *digest {
+            return Err(damaged(path));
+        }
+        apply::write(&self.root, path, file, &woven, start)?;
+        Ok((digests, rest))
+    }
+
+    /// Opens a file of the base that is not part of the new tree, so nobody else writes there; or a seed.
+    fn open_other(&self, from: u32) -> Result<OwnedFd, Fault> {
+        let from = from as usize;
+        let Some(entry) = self.base.entries.get(from) else {
+            return self.seeds.open(from - self.base.entries.len());
+        };
+        if !matches!(entry.kind, Kind::File { .. }) {
+            return Err(Fault::Garbled);
+        }
+        let failed = |errno| FilesError::read(self.root.shown(&entry.path), errno);
+        let flags = OFlags::RDONLY | OFlags::NONBLOCK;
+        let opened = self.root.open_beneath(&entry.path, flags, 0);
+        Ok(opened.map_err(failed)?)
+    }
+
+    /// Copies blocks of another file.
+    fn copy(
+        &self,
+        from: u32,
+        at: u32,
+        digests: &[Digest],
+        (path, file, start, length): (&[u8], &OwnedFd, u64, u64),
+    ) -> Result<(), Fault> {
+        let opened = self.open_other(from)?;
+        let failed = |errno| Fault::from(FilesError::read(self.root.shown(path), errno));
+        let mut data = vec![0; (length as usize).min(DATA_BYTES_MAX)];
+        let mut done = 0;
+        for digests in digests.chunks(DATA_BYTES_MAX / BLOCK_BYTES) {
+            let bytes = ((length - done) as usize).min(data.len());
+            let place = u64::from(at) * BLOCK_BYTES as u64 + done;
+            let mut filled = 0;
+            while filled < bytes {
+                match rustix::io::pread(&opened, &mut data[filled..bytes], place + filled as u64) {
+                    Ok(0) => break,
+                    Ok(count) => filled += count,
+                    Err(Errno::INTR) => {}
+                    Err(errno) => return Err(failed(errno)),
+                }
+            }
+            check(path, &data[..bytes], digests)?;
+            apply::write(&self.root, path, file, &data[..bytes], start + done)?;
+            done += bytes as u64;
+        }
+        Ok(())
+    }
+}
+
+/// How many bytes of a woven piece come with it.
+fn new_bytes(parts: &[Part]) -> u64 {
+    let new = parts.iter().map(|part| match part {
+        Part::New(length) => u64::from(*length),
+        Part::Old { .. } => 0,
+    });
+    new.sum()
+}
+
+/// Compares blocks with the digests they came with.
+fn check(path: &[u8], data: &[u8], digests: &[Digest]) -> Result<(), Fault> {
+    let is_intact = data
+        .chunks(BLOCK_BYTES)
+        .zip(digests)
+        .all(|(block, digest)| Digest::of(block) == *digest);
+    if is_intact {
+        return Ok(());
+    }
+    Err(damaged(path))
+}
+
+fn damaged(path: &[u8]) -> Fault {
+    Fault::Damaged {
+        path: String::from_utf8_lossy(path).into_owned(),
+    }
+}
