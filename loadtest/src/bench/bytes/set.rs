@@ -38,6 +38,8 @@ pub enum Set {
     Noise,
     /// Large logs.
     Text,
+    /// A dump that is made again, with some lines more.
+    Dump,
 }
 
 /// How large a set is made.
@@ -53,11 +55,12 @@ pub struct Size {
 
 impl Set {
     /// All, in the order they are measured.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 7] = [
         Self::Wordpress,
         Self::SmallFiles,
         Self::Noise,
         Self::Text,
+        Self::Dump,
         Self::Sparse,
         Self::Mariadb,
     ];
@@ -72,6 +75,7 @@ impl Set {
             Self::Sparse => "sparse",
             Self::Noise => "noise",
             Self::Text => "text",
+            Self::Dump => "dump",
         }
     }
 
@@ -85,6 +89,7 @@ impl Set {
             Self::Sparse => "one sparse file of 4 GiB",
             Self::Noise => "1 GiB that nothing can compress",
             Self::Text => "1 GiB of logs",
+            Self::Dump => "a dump of 256 MiB that is made again",
         }
     }
 
@@ -95,6 +100,7 @@ impl Set {
             Self::Sparse => 4096 * MIB,
             Self::SmallFiles | Self::Wordpress => 0,
             Self::Mariadb | Self::Noise | Self::Text => 1024 * MIB,
+            Self::Dump => 256 * MIB,
         };
         Size {
             bytes: full / bytes,
@@ -115,7 +121,7 @@ impl Set {
             Self::SmallFiles => small_files(size.files, folder),
             Self::Sparse => sparse(size.bytes, folder),
             Self::Noise => large(size.bytes, folder, noise),
-            Self::Text => large(size.bytes, folder, text),
+            Self::Text | Self::Dump => large(size.bytes, folder, text),
         }
     }
 
@@ -129,6 +135,7 @@ impl Set {
             Self::SmallFiles => change_small_files(size.files, folder),
             Self::Wordpress => change_some(folder),
             Self::Sparse | Self::Noise | Self::Text => patch_all(folder),
+            Self::Dump => make_again(folder),
         }
     }
 }
@@ -249,6 +256,26 @@ fn patch_all(folder: &Path) -> Result<()> {
     Ok(())
 }
 
+/// Writes every file anew, with a line inserted in every MiB, and gives it the old one's name.
+fn make_again(folder: &Path) -> Result<()> {
+    for path in tree::files(folder)? {
+        let old = fs::read(&path).on("read", &path)?;
+        let beside = path.with_extension("new");
+        let file = File::create(&beside).on("create", &beside)?;
+        let mut writer = BufWriter::new(file);
+        for (number, piece) in old.chunks(MIB as usize).enumerate() {
+            let line = format!("one line more, number {number}\n");
+            let written = writer.write_all(line.as_bytes());
+            written
+                .and_then(|()| writer.write_all(piece))
+                .on("write", &beside)?;
+        }
+        writer.flush().on("write", &beside)?;
+        fs::rename(&beside, &path).on("rename", &beside)?;
+    }
+    Ok(())
+}
+
 /// Changes one file in a hundred, removes one and adds one.
 fn change_some(folder: &Path) -> Result<()> {
     let files = tree::files(folder)?;
@@ -332,7 +359,14 @@ mod tests {
 
     #[test]
     fn every_set_that_is_drawn_from_numbers_is_the_same_twice_and_differs_after_its_change() {
-        for set in [Set::SmallFiles, Set::Sparse, Set::Noise, Set::Text] {
+        let drawn = [
+            Set::SmallFiles,
+            Set::Sparse,
+            Set::Noise,
+            Set::Text,
+            Set::Dump,
+        ];
+        for set in drawn {
             let size = set.size(1024, 200);
             let (one, two) = (made(set, size), made(set, size));
             // Folders are as old as the test; files are not.
