@@ -4,7 +4,7 @@
 //! source                                                   target
 //!   (first round only)  have? ───────────────────────────►  scans its tree
 //!                       ◄───────────────────── manifest, digest of each block
-//!   (first round only)  seeds? (sizes of new files) ──────►  looks in the layers of its images
+//!   (first round only)  seeds? (sizes of new files) ──────►  looks in the layers of its images, and in sealed trees
 //!                       ◄───────────────────── digests of files of these sizes
 //!   (files written anew)  cuts? (which files) ────────────►  cuts them by their content
 //!                       ◄───────────────────── length and mark of each piece
@@ -29,6 +29,7 @@ mod replaced;
 mod round;
 mod seeds;
 mod send;
+mod sharing;
 mod weave;
 mod wire;
 

@@ -101,8 +101,14 @@ impl Plan {
         sizes.sum()
     }
 
-    /// The sizes, sorted, of files that are new at the target, or have another size there: what seeds may be for.
-    pub(super) fn new_sizes(&self) -> Vec<u64> {
+    /// The sizes of all files that may be seeds for others.
+    pub(super) fn file_sizes(&self) -> impl Iterator<Item = u64> {
+        let sizes = self.walked.entries.iter().map(|entry| entry.size());
+        sizes.filter(|size| *size >= SEED_BYTES_MIN)
+    }
+
+    /// The sizes of files that are new at the target, or have another size there: what seeds may be for.
+    pub(super) fn new_file_sizes(&self) -> impl Iterator<Item = u64> {
         let is_new = |at: usize, size: u64| {
             let there = self.there.base[at]
                 .as_ref()
@@ -113,10 +119,14 @@ impl Plan {
             .wanted
             .iter()
             .map(|at| (*at, self.walked.entries[*at].size()));
-        let new: BTreeSet<u64> = sizes
-            .filter(|(at, size)| is_new(*at, *size))
+        sizes
+            .filter(move |(at, size)| is_new(*at, *size))
             .map(|(_, size)| size)
-            .collect();
+    }
+
+    /// These sizes sorted, each once.
+    pub(super) fn new_sizes(&self) -> Vec<u64> {
+        let new: BTreeSet<u64> = self.new_file_sizes().collect();
         new.into_iter().collect()
     }
 

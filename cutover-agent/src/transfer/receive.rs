@@ -3,7 +3,7 @@
 //! Streams hand in frames in any order and at any time; a frame that comes before its round waits, one that comes after
 //! its end is dropped. All file work is done on blocking threads, a bounded number of frames at a time.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -14,7 +14,7 @@ use tokio::task::JoinSet;
 
 use super::old;
 use super::round::{Round, open_tree};
-use super::seeds::Seeds;
+use super::seeds::{SealedTree, Seeds};
 use super::wire::{Answer, Ask, Base, DataHead, Fault, Listing, Packed, Space};
 use super::{TreeName, discard};
 use crate::files::blocks::Digest;
@@ -45,15 +45,26 @@ pub(crate) struct Receiver {
     arrivals: Arc<Arrivals>,
 }
 
-/// What each tree was sealed with, while nobody has written there since.
-pub(crate) type Known = HashMap<TreeName, (Arc<Manifest>, Digest)>;
+/// What a session knows of its trees.
+#[derive(Clone, Default)]
+pub(crate) struct Known {
+    held: Held,
+    sealed: BTreeSet<TreeName>,
+}
+
+/// What each tree was sealed with or found to be, while nobody has written there since.
+type Held = HashMap<TreeName, (Arc<Manifest>, Digest)>;
 
 #[derive(Default)]
 struct Registry {
     rounds: HashMap<u64, Arc<Round>>,
     active: HashSet<TreeName>,
-    known: Known,
+    known: Held,
+    /// Trees that the source has filled in this session, but for those that began with nothing.
+    sealed: BTreeSet<TreeName>,
     seeds: HashMap<TreeName, Arc<Seeds>>,
+    /// Trees that were told of blocks and did not find them as they were told: they do without other trees.
+    wary: HashSet<TreeName>,
 }
 
 impl Receiver {
@@ -62,7 +73,8 @@ impl Receiver {
         Self {
             trees,
             registry: Mutex::new(Registry {
-                known,
+                known: known.held,
+                sealed: known.sealed,
                 ..Registry::default()
             }),
             begun: watch::Sender::new(0),
@@ -123,7 +135,11 @@ impl Receiver {
 
     /// What is known of the trees, for the session that comes in the place of this one.
     pub(crate) fn known(&self) -> Known {
-        self.lock().known.clone()
+        let registry = self.lock();
+        Known {
+            held: registry.known.clone(),
+            sealed: registry.sealed.clone(),
+        }
     }
 
     /// What has arrived whole in this session.
@@ -229,9 +245,11 @@ impl Receiver {
             (Base::Known(_), _) => return Err(Fault::StaleBase(tree.clone())),
         };
         self.enter_tree(tree).await?;
+        let may_share = base.is_some();
         let outcome = async {
             let (round, cancel) = (Arc::clone(opened), Arc::clone(&self.cancel));
-            let seeds = self.lock().seeds.get(tree).cloned().unwrap_or_default();
+            // They are for one round, and keep folders open.
+            let seeds = self.lock().seeds.remove(tree).unwrap_or_default();
             self.work(move || {
                 let root = open_tree(&path)?;
                 if base.is_none() {
@@ -250,6 +268,9 @@ impl Receiver {
         };
         let outcome = outcome.await;
         if let Err(fault) = &outcome {
+            if matches!(fault, Fault::Damaged { .. }) {
+                self.lock().wary.insert(tree.clone());
+            }
             opened.fail(fault.clone());
             // Frames being written now must not meet whoever looks at the tree next.
             drop(self.frames.acquire_many(FRAMES_AT_ONCE).await);
@@ -258,13 +279,20 @@ impl Receiver {
         let (manifest, root) = outcome?;
         let known = (Arc::new(manifest), root);
         discard(self.lock().known.insert(tree.clone(), known));
+        if may_share {
+            self.share(tree);
+        }
         self.arrivals.note(Part::Tree(tree.clone()));
         Ok(())
     }
 
     async fn have(self: &Arc<Self>, tree: TreeName) -> Result<Answer, Fault> {
         // Not looked at again: a container may have been built on it since.
-        let known = self.lock().known.get(&tree).cloned();
+        let (known, was_shared) = {
+            let registry = self.lock();
+            let known = registry.known.get(&tree).cloned();
+            (known, self.is_shared(&registry, &tree))
+        };
         let path = self.enter_tree(&tree).await?;
         let cancel = Arc::clone(&self.cancel);
         let scanned = self.work(move || {
@@ -291,7 +319,11 @@ impl Receiver {
         self.leave_tree(&tree);
         let (manifest, root, list) = scanned?;
         let has_seeds = !self.seed_folders(&tree).is_empty();
-        self.lock().known.insert(tree, (manifest, root));
+        let mut registry = self.lock();
+        // Else somebody has written there while we looked.
+        if was_shared || !self.is_shared(&registry, &tree) {
+            registry.known.insert(tree, (manifest, root));
+        }
         Ok(Answer::Have {
             list,
             root,
@@ -305,9 +337,10 @@ impl Receiver {
 
     async fn seeds(self: &Arc<Self>, tree: TreeName, sizes: Packed) -> Result<Answer, Fault> {
         let (folders, cancel) = (self.seed_folders(&tree), Arc::clone(&self.cancel));
+        let others = self.others(&tree);
         let looked = self.work(move || {
             let sizes: HashSet<u64> = sizes.open()?;
-            let (seeds, digests) = Seeds::find(&folders, &sizes, &cancel)?;
+            let (seeds, digests) = Seeds::find((&others, &folders), &sizes, &cancel)?;
             Ok((seeds, Packed::of(&digests)?))
         });
         let (seeds, list) = looked.await?;
@@ -327,6 +360,40 @@ impl Receiver {
             Ok(Packed::of(&cuts)?)
         });
         cut.await.map(Answer::Cuts)
+    }
+
+    /// The trees whose files may be in this one as well: only what the source has sent itself, so it is told nothing new.
+    fn others(&self, tree: &TreeName) -> Vec<SealedTree> {
+        let registry = self.lock();
+        if registry.wary.contains(tree) {
+            return Vec::new();
+        }
+        let others = registry.sealed.iter().filter(|other| *other != tree);
+        let known = others.filter_map(|other| {
+            let (manifest, _) = registry.known.get(other)?;
+            Some((self.path(other).ok()?, Arc::clone(manifest)))
+        });
+        known.collect()
+    }
+
+    /// A tree was sealed: others may use its files. If it is the first of several in one folder, what was found there for
+    /// the others is no longer true, and they ask again. Once is enough: later only what changes meanwhile differs, and each
+    /// of them brings that itself.
+    fn share(&self, tree: &TreeName) {
+        let path = self.path(tree);
+        let mut registry = self.lock();
+        if !self.is_shared(&registry, tree) {
+            let known = &mut registry.known;
+            known.retain(|other, _| other == tree || !overlap(&path, &self.path(other)));
+        }
+        registry.sealed.insert(tree.clone());
+    }
+
+    /// Whether another tree was sealed in the same folder, or in a part of it.
+    fn is_shared(&self, registry: &Registry, tree: &TreeName) -> bool {
+        let path = self.path(tree);
+        let mut others = registry.sealed.iter().filter(|other| *other != tree);
+        others.any(|other| overlap(&path, &self.path(other)))
     }
 
     /// Reserves a tree, and forgets what it held. A round that was just given up has a moment to let go of it.
@@ -463,6 +530,14 @@ impl Receiver {
     fn lock(&self) -> MutexGuard<'_, Registry> {
         self.registry.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Whether one of two folders is in the other.
+fn overlap(one: &Result<PathBuf, Fault>, other: &Result<PathBuf, Fault>) -> bool {
+    let (Ok(one), Ok(other)) = (one, other) else {
+        return false;
+    };
+    one.starts_with(other) || other.starts_with(one)
 }
 
 /// Waits until all frames of a round are in, and gives the root hash it was sealed with.

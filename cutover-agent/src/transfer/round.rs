@@ -279,7 +279,7 @@ mod tests {
         let (copy, seed) = (folder.path().join("file"), layer.path().join("app.php"));
         std::fs::write(&seed, [7; 5000]).unwrap();
         let (folders, sizes) = ([layer.path().to_owned()], HashSet::from([5000]));
-        let found = Seeds::find(&folders, &sizes, &AtomicBool::new(false));
+        let found = Seeds::find((&[], &folders), &sizes, &AtomicBool::new(false));
         let (seeds, told) = found.unwrap();
         let round = round_with(seeds, folder.path(), 5000);
         let place = |from| {
@@ -297,6 +297,9 @@ mod tests {
         assert!(is_damaged(place(0)));
         std::fs::remove_file(&seed).unwrap();
         assert!(is_damaged(place(0)));
+        std::fs::create_dir(&seed).unwrap();
+        assert!(is_damaged(place(0)));
+        std::fs::remove_dir(&seed).unwrap();
         assert_eq!(std::fs::read(&copy).unwrap(), b"");
         assert_eq!(place(1), Err(Fault::Garbled), "there is only one");
         std::fs::write(&seed, [7; 5000]).unwrap();

@@ -11,6 +11,7 @@ use tokio::runtime::Handle;
 use super::collect::Outlet;
 use super::plan::{self, Memory, Plan, Sealed, Survey, There, Wishes};
 use super::replaced::Replaced;
+use super::sharing::{Rank, Ranks, Sizes};
 use super::wire::{
     Answer, Ask, Base, Codec, DATA_BYTES_MAX, DataHead, Fault, Listing, Packed, Space,
 };
@@ -39,6 +40,7 @@ pub(crate) struct Sender {
     /// The last round's number; held while a round is announced, so that numbers arrive in order.
     rounds: tokio::sync::Mutex<u64>,
     indexes: Arc<Indexes>,
+    ranks: Ranks,
 }
 
 impl Sender {
@@ -124,13 +126,17 @@ impl Session {
         memory: &mut Memory,
     ) -> Result<SyncReport, TransferError> {
         let (mut tries, mut spent, mut weaves) = (0, Spent::default(), true);
+        let rank = self.sender.ranks.enter(tree, &options);
         loop {
             let link = self.link();
             let round = self
                 .sender
-                .round(&link, (tree, root), &options, weaves, memory);
+                .round(&link, (&rank, root), &options, weaves, memory);
             let error = match round.await {
-                Ok(report) => return Ok(spent.added_to(report)),
+                Ok(report) => {
+                    rank.seal();
+                    return Ok(spent.added_to(report));
+                }
                 Err(failed) => {
                     spent.add(&failed.spent);
                     failed.error
@@ -330,11 +336,12 @@ impl Sender {
     async fn round(
         &self,
         link: &Arc<Link>,
-        (tree, root): (&TreeName, &Path),
+        (rank, root): (&Rank<'_>, &Path),
         options: &SyncOptions,
         weaves: bool,
         memory: &mut Memory,
     ) -> Result<SyncReport, FailedRound> {
+        let tree = rank.tree();
         let cancel = Arc::new(AtomicBool::new(false));
         let mut underway = Underway {
             link,
@@ -343,7 +350,7 @@ impl Sender {
             is_over: false,
         };
         let mut plan = self
-            .plan(link, (tree, root), options, weaves, memory, &cancel)
+            .plan(link, (rank, root), options, weaves, memory, &cancel)
             .await?;
         let (bytes_read, list_bytes) = (plan.bytes(), plan.steps.length());
         let progress = &options.progress;
@@ -393,13 +400,15 @@ impl Sender {
     async fn plan(
         &self,
         link: &Link,
-        (tree, root): (&TreeName, &Path),
+        (rank, root): (&Rank<'_>, &Path),
         options: &SyncOptions,
         weaves: bool,
         memory: &mut Memory,
         cancel: &Arc<AtomicBool>,
     ) -> Result<Plan, TransferError> {
+        let tree = rank.tree();
         let remembered = memory.sealed.take();
+        let may_share = rank.may_share() && remembered.is_none();
         let ours = memory.ours.clone();
         let survey = Survey {
             ours: ours.clone(),
@@ -419,9 +428,18 @@ impl Sender {
             in_place: weaves.then(|| Arc::clone(&options.in_place)),
             writers: options.writers.clone(),
         };
-        let mut plan = off(move || plan::plan(surveyed, sealed, ours, &wishes)).await?;
+        let planning = off(move || {
+            let plan = plan::plan(surveyed, sealed, ours, &wishes)?;
+            let sizes = may_share.then(|| Sizes::of(&plan));
+            Ok((plan, sizes))
+        });
+        let (mut plan, sizes) = planning.await?;
+        let has_others = match sizes {
+            Some(sizes) => rank.wait(sizes).await,
+            None => false,
+        };
         let sizes = plan.new_sizes();
-        if has_seeds && !sizes.is_empty() {
+        if (has_seeds || has_others) && !sizes.is_empty() {
             let seeds = seeds(link, tree, &sizes, options.limit).await?;
             plan.add_seeds(&seeds);
         }

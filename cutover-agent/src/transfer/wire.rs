@@ -25,7 +25,8 @@ pub(crate) enum Ask {
     Have {
         tree: TreeName,
     },
-    /// Which other files the target has of these sizes (sorted, a packed `Vec<u64>`). They are for rounds of this tree.
+    /// Which other files the target has of these sizes (sorted, a packed `Vec<u64>`). They are for the next round of this
+    /// tree.
     Seeds {
         tree: TreeName,
         sizes: Packed,

@@ -7,6 +7,7 @@ mod names;
 mod peer;
 mod property;
 mod resume;
+mod sharing;
 mod speed;
 mod transfer;
 mod tunnel;

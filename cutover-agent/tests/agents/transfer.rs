@@ -8,7 +8,7 @@ use std::time::Duration;
 use crate::world::{LIMIT, Mounted, World, picture, volume};
 use cutover_agent::transfer::{Fault, SyncOptions, TransferError, TreeName};
 
-fn pattern(seed: u64, bytes: usize) -> Vec<u8> {
+pub(crate) fn pattern(seed: u64, bytes: usize) -> Vec<u8> {
     let mut data = vec![0; bytes];
     blake3::Hasher::new()
         .update(&seed.to_le_bytes())

@@ -39,7 +39,8 @@ impl Handler for Echo {
     }
 }
 
-/// A folder with certificates and trees, and a target that serves `db/volume` and `web/upper`.
+/// A folder with certificates and trees, and a target that serves `db/volume` and `web/upper`, which have a layer; `data` of
+/// `one`, `two` and `three`, which have none; and those of everybody `beside` the first, in its folder.
 pub(crate) struct World {
     pub(crate) folder: tempfile::TempDir,
     pub(crate) addr: SocketAddr,
@@ -85,12 +86,14 @@ impl World {
         let there = self.folder.path().join("there");
         let layer = self.folder.path().join("layer");
         let trees = move |tree: &TreeName| {
-            ["db/volume", "web/upper"]
-                .contains(&tree.as_str())
-                .then(|| Folder {
-                    path: there.join(tree.as_str()),
-                    seeds: vec![layer.clone()],
-                })
+            let (place, seeds) = match tree.as_str() {
+                "db/volume" | "web/upper" => (tree.as_str(), vec![layer.clone()]),
+                "one/data" | "two/data" | "three/data" => (tree.as_str(), Vec::new()),
+                name if name.starts_with("beside") => ("one/data", Vec::new()),
+                _ => return None,
+            };
+            let path = there.join(place);
+            Some(Folder { path, seeds })
         };
         let (handler, trees) = (Arc::clone(&self.handler), Arc::new(trees));
         self.tasks.spawn(async move {
