@@ -214,7 +214,14 @@ impl Driver {
         if self.resident.is_empty() {
             self.look_at_memory().await?;
         }
-        let lanes = Lanes::new(self.schedule(), self.resident.clone());
+        // After rounds little is left to send, all of it is waited for, and nothing is written meanwhile: turns would only
+        // leave processors idle.
+        let schedule = if self.hop.rounds().is_empty() {
+            self.schedule()
+        } else {
+            Schedule::Parallel
+        };
+        let lanes = Lanes::new(schedule, self.resident.clone());
         let mut dumps = tokio::task::JoinSet::new();
         for (index, begun) in std::mem::take(&mut self.begun).into_iter().enumerate() {
             let host = self.host.clone();
