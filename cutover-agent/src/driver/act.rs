@@ -16,7 +16,7 @@ use crate::config::{Container, IMAGES_TREE};
 use crate::lender;
 use crate::memory::Seal;
 use crate::open_files::{self, OpenFiles};
-use crate::peer::Part;
+use crate::peer::{Part, Priority};
 use crate::report::{Moving, Progress, eta_seconds};
 use crate::transfer::TreeName;
 
@@ -278,6 +278,8 @@ impl Driver {
         self.writes.end_renewals().await;
         // The leases of before a restart are no longer renewed for a hold that is begun anew.
         self.lease = None;
+        // From the first held client on, until nobody is.
+        self.link.set_priority(Priority::Urgent);
         let held = self.proxy.command_all(&command).await;
         held.map_err(|error| error.to_string())?;
         self.renew_leases();

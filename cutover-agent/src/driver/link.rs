@@ -17,7 +17,7 @@ use cutover_protocol::wire::{Request, Response};
 use crate::config::{Config, IMAGES_TREE};
 use crate::memory::PageSource;
 use crate::open_files::OpenFiles;
-use crate::peer::{self, Answering, Part, PeerTimeouts, Session};
+use crate::peer::{self, Answering, Part, PeerTimeouts, Priority, Session};
 use crate::tls::{ClientTls, TlsPaths};
 use crate::transfer::{Progress, SyncOptions, TreeName};
 use crate::tunnel::Tunnel;
@@ -50,6 +50,7 @@ pub(super) struct Link {
     /// The tunnel of a hop, which connections go through while it is there.
     tunnel: Option<(Arc<Tunnel>, HopId)>,
     session: tokio::sync::Mutex<Option<Arc<Session>>>,
+    priority: Mutex<Priority>,
     moving: Mutex<Vec<Arc<Progress>>>,
     pages: Mutex<Option<Arc<PageSource>>>,
 }
@@ -81,6 +82,7 @@ impl Link {
             tls: config.peer.tls.clone(),
             tunnel: None,
             session: tokio::sync::Mutex::new(None),
+            priority: Mutex::default(),
             moving: Mutex::new(Vec::new()),
             pages: Mutex::new(None),
         }
@@ -110,14 +112,31 @@ impl Link {
         if let Some(session) = slot.as_ref() {
             // Rounds that are under way do the same, and wait for each other.
             if session.revive().await.is_ok() {
+                session.set_priority(self.priority());
                 return Ok(Arc::clone(session));
             }
         }
         *slot = None;
         let session = Arc::new(self.connect().await?);
         session.limit_bandwidth(self.bytes_per_second_max);
+        session.set_priority(self.priority());
         *slot = Some(Arc::clone(&session));
         Ok(session)
+    }
+
+    fn priority(&self) -> Priority {
+        *self.priority.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Says how much what crosses from now on matters beside other traffic.
+    pub(super) fn set_priority(&self, priority: Priority) {
+        *self.priority.lock().unwrap_or_else(PoisonError::into_inner) = priority;
+        // Whoever is opening it or taking it up again gives it the priority then.
+        if let Ok(slot) = self.session.try_lock()
+            && let Some(session) = &*slot
+        {
+            session.set_priority(priority);
+        }
     }
 
     /// Connects through the tunnel, and past it when nobody answers there: what is to be undone must be.

@@ -36,7 +36,7 @@ use crate::control::Checked;
 use crate::engine::Host;
 use crate::memory::{Parent, Seal};
 use crate::names::Names;
-use crate::peer::Answering;
+use crate::peer::{Answering, Priority};
 use crate::preflight;
 use crate::proxy::{Proxy, ProxyError};
 use crate::report::{Outcome, Progress, Report};
@@ -244,6 +244,7 @@ impl Driver {
             driver.writes.note_restart();
         }
         if is_holding {
+            driver.link.set_priority(Priority::Urgent);
             driver.renew_leases();
         }
         Ok(Some(driver))

@@ -10,6 +10,7 @@ use cutover_protocol::wire::Request;
 use super::Driver;
 use super::act::KILL_MAX;
 use super::lease::Lease;
+use crate::peer::Priority;
 use crate::proxy::ProxyError;
 use crate::{durable, probe};
 
@@ -51,6 +52,7 @@ impl Driver {
             self.give(&service, epoch, Site::Target).await?;
         }
         self.lease = None;
+        self.link.set_priority(Priority::Background);
         for name in self.containers().iter().rev() {
             self.host
                 .retire(self.engine(), name, self.step_max())
@@ -153,6 +155,7 @@ impl Driver {
                     self.give(&service, epoch, Site::Source).await?;
                 }
                 self.lease = None;
+                self.link.set_priority(Priority::Background);
                 Ok(())
             }
             Undo::DropStaging => {

@@ -16,7 +16,9 @@ use tokio_rustls::client::TlsStream;
 use super::hello::{self, Hello, Purpose, Refusal, SessionId, VERSION, Welcome};
 use super::message::{self, Inbox, Message, Outbox, Topic};
 use super::pace::{PIECE_BYTES, Pace};
-use super::{Parcel, PeerError, PeerTimeouts, Queue, socket};
+use super::priority::{Priority, Sockets};
+use super::socket::{self, Load};
+use super::{Parcel, PeerError, PeerTimeouts, Queue};
 use crate::tls::{self, ClientTls};
 use crate::transfer::{Gauge, Look, Sender};
 
@@ -79,6 +81,7 @@ pub(crate) struct Link {
     pub(crate) gauge: Gauge,
     streams: usize,
     pace: Pace,
+    sockets: Sockets,
     dead_after: Duration,
 }
 
@@ -173,7 +176,10 @@ async fn attach(link: Arc<Link>, mut dialling: Dialling, limit: Duration) {
     let attaching = async {
         while let Some(dialled) = dialling.join_next().await {
             match dialled {
-                Ok(Ok(stream)) => writers.spawn(write_data(Arc::clone(&link), stream)),
+                Ok(Ok(stream)) => {
+                    link.sockets.add(stream.get_ref().0, Load::Bulk);
+                    writers.spawn(write_data(Arc::clone(&link), stream))
+                }
                 Ok(Err(error)) => return Err(error.to_string()),
                 Err(error) => return Err(error.to_string()),
             };
@@ -257,8 +263,10 @@ impl Connection {
             gauge: Gauge::new(),
             streams: usize::from(streams),
             pace: Pace::default(),
+            sockets: Sockets::default(),
             dead_after: timeouts.dead_after,
         });
+        link.sockets.add(control.get_ref().0, Load::Control);
         let mut tasks = JoinSet::new();
         let (read, mut write) = tokio::io::split(control);
         tasks.spawn(read_control(Arc::clone(&link), read));
@@ -311,8 +319,7 @@ impl Session {
         while may_try {
             match self.door.open(Some(id)).await {
                 Ok(connection) => {
-                    connection.link.pace.set(link.pace.limit());
-                    *self.current() = connection;
+                    self.take_over(connection);
                     *patience = Patience::Whole;
                     tracing::info!(reason = %link.lost_error(), "the session was taken up again");
                     return Ok(());
@@ -327,6 +334,14 @@ impl Session {
         }
         *patience = Patience::Spent;
         Err(link.lost_error())
+    }
+
+    /// Puts new connections in the place of the old ones, with what was set for those.
+    fn take_over(&self, connection: Connection) {
+        let mut current = self.current();
+        connection.link.pace.set(current.link.pace.limit());
+        connection.link.sockets.set(current.link.sockets.priority());
+        *current = connection;
     }
 
     /// How long a round trip takes now: the best of `times` (at least one), each at most `limit`.
@@ -347,7 +362,12 @@ impl Session {
     /// Bounds what all streams together send from now on, in bytes a second; nothing means no bound. Requests and lists
     /// on the control connection are not counted.
     pub fn limit_bandwidth(&self, bytes_per_second: Option<u64>) {
-        self.link().pace.set(bytes_per_second);
+        self.current().link.pace.set(bytes_per_second);
+    }
+
+    /// Says how much what is sent from now on matters beside other traffic, also over connections that are opened later.
+    pub fn set_priority(&self, priority: Priority) {
+        self.current().link.sockets.set(priority);
     }
 
     /// Waits until the connections of now are lost, and says why.
@@ -493,6 +513,7 @@ impl Link {
         });
         if is_first {
             self.frames.close();
+            self.sockets.close();
             self.waiting
                 .lock()
                 .unwrap_or_else(PoisonError::into_inner)

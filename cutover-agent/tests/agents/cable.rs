@@ -27,9 +27,13 @@ pub(crate) enum Cut {
 impl Cable {
     pub(crate) async fn to(target: std::net::SocketAddr) -> Self {
         // A link has no room for megabytes: what it holds when it breaks is lost.
-        let socket = TcpSocket::new_v4().unwrap();
+        let socket = if target.is_ipv4() {
+            TcpSocket::new_v4().unwrap()
+        } else {
+            TcpSocket::new_v6().unwrap()
+        };
         socket.set_recv_buffer_size(64 << 10).unwrap();
-        socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+        socket.bind((target.ip(), 0).into()).unwrap();
         let listener = socket.listen(64).unwrap();
         let addr = listener.local_addr().unwrap();
         let (cut, _) = watch::channel(Cut::Whole);

@@ -5,6 +5,7 @@ mod cable;
 mod clouds;
 mod names;
 mod peer;
+mod priority;
 mod property;
 mod resume;
 mod sharing;

@@ -21,7 +21,7 @@ use cutover_protocol::tunnel::{Answer, Fare, Kind, address};
 const LIMIT: Duration = Duration::from_secs(60);
 
 /// A site: a network namespace with a runtime all of whose threads live in it.
-struct Site {
+pub(crate) struct Site {
     runtime: tokio::runtime::Handle,
     thread: i32,
     _end: SyncSender<()>,
@@ -29,7 +29,7 @@ struct Site {
 }
 
 impl Site {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let (tell, told) = sync_channel(1);
         let (end, ended): (SyncSender<()>, Receiver<()>) = sync_channel(1);
         let keeper = std::thread::spawn(move || {
@@ -55,7 +55,10 @@ impl Site {
     }
 
     /// Runs something in the site's network.
-    fn run<T: Send + 'static>(&self, work: impl Future<Output = T> + Send + 'static) -> T {
+    pub(crate) fn run<T: Send + 'static>(
+        &self,
+        work: impl Future<Output = T> + Send + 'static,
+    ) -> T {
         let (tell, told) = sync_channel(1);
         self.runtime.spawn(async move {
             let _ = tell.send(work.await);
@@ -63,7 +66,7 @@ impl Site {
         told.recv_timeout(LIMIT).unwrap()
     }
 
-    fn ip(&self, lines: &[&str]) {
+    pub(crate) fn ip(&self, lines: &[&str]) {
         for line in lines {
             let words: Vec<String> = line.split(' ').map(str::to_owned).collect();
             let done = self.run(async move { Command::new("ip").args(words).output().unwrap() });
@@ -84,12 +87,12 @@ struct World {
     hop: HopId,
 }
 
-fn is_root() -> bool {
+pub(crate) fn is_root() -> bool {
     // SAFETY: no pointers.
     let root = unsafe { libc::geteuid() } == 0;
     let ip = Command::new("ip").arg("-V").output().is_ok();
     if !(root && ip) {
-        eprintln!("left out: tunnels need root, and ip of iproute2");
+        eprintln!("left out: network namespaces need root, and ip of iproute2");
     }
     root && ip
 }

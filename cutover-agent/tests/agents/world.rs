@@ -1,6 +1,6 @@
 //! Two agents on loopback, for tests: real certificates, real sockets, trees in temporary folders.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -62,11 +62,15 @@ impl World {
     }
 
     pub(crate) async fn within(folder: tempfile::TempDir) -> Self {
+        Self::at(Ipv4Addr::LOCALHOST.into(), folder).await
+    }
+
+    pub(crate) async fn at(host: IpAddr, folder: tempfile::TempDir) -> Self {
         pki::create(&folder.path().join("tls")).unwrap();
         for name in ["here", "layer"] {
             std::fs::create_dir(folder.path().join(name)).unwrap();
         }
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let listener = TcpListener::bind((host, 0)).await.unwrap();
         let mut world = Self {
             addr: listener.local_addr().unwrap(),
             folder,
