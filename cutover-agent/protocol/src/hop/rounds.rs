@@ -236,15 +236,15 @@ fn shrank(rounds: &[Round]) -> bool {
     }
 }
 
-/// By how much the source's processors are to be slowed down in the next round, in percent: one step for each round so
-/// far that did not shrink and left more than the budget allows.
+/// By how much the source is to be slowed down in the next round, in percent: one step for each round so far that did not
+/// shrink and left more than the budget allows. That can be the second: then almost all there is was written to meanwhile.
 #[must_use]
 pub fn throttle_percent(rounds: &[Round], bounds: &Bounds, link: &Link) -> u8 {
     let outran = |count: &usize| {
         let seen = &rounds[..*count];
         !shrank(seen) && predicted_stall(seen, bounds, link).total_ms() > bounds.stall_ms_max
     };
-    let steps = (3..=rounds.len()).filter(outran).count();
+    let steps = (2..=rounds.len()).filter(outran).count();
     let Some(further) = u32::try_from(steps).unwrap_or(u32::MAX).checked_sub(1) else {
         return 0;
     };
@@ -325,6 +325,16 @@ mod tests {
         // Slowed down as far as it may be, and it still does not shrink.
         allowed.rounds_max = 64;
         assert_eq!(next_round(&rounds, &allowed, &LINK), NextRound::Switch);
+    }
+
+    #[test]
+    fn a_source_that_writes_to_everything_in_the_first_round_is_slowed_down_after_the_second() {
+        let rounds = [round(500_000_000), round(490_000_000)];
+        let mut allowed = bounds(8, 1000);
+        assert_eq!(next_round(&rounds, &allowed, &LINK), NextRound::Switch);
+        allowed.throttle_percent_max = 45;
+        assert_eq!(throttle_percent(&rounds, &allowed, &LINK), 20);
+        assert_eq!(next_round(&rounds, &allowed, &LINK), NextRound::Copy);
     }
 
     #[test]
