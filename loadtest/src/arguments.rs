@@ -11,6 +11,7 @@ use loadtest::lab::kill::Victim;
 use loadtest::lab::link::Link;
 use loadtest::lab::place::{Place, Wish};
 use loadtest::lab::tunnel::Tunnel;
+use loadtest::lab::writes::Writes;
 use loadtest::{bench, counter};
 
 /// Moves a real application between two sites under load, and proves that nothing was lost or doubled.
@@ -30,6 +31,10 @@ pub(crate) struct HopOptions {
     /// How many clients post ids and read pages.
     #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u16).range(1..=5000))]
     pub(crate) clients: u16,
+    /// What the clients' writes do to memory: few pages, or so much of a counter's that the hop has to slow them down; for
+    /// 50 clients and a link of 200mbit,20ms,0%.
+    #[arg(long, default_value = "few")]
+    pub(crate) writes: Writes,
     /// Checkpoint and restore, or clean stop and start.
     #[arg(long, default_value = "criu")]
     pub(crate) engine: Engine,
@@ -64,6 +69,7 @@ impl HopOptions {
         Wish {
             app: self.app,
             clients,
+            writes: self.writes,
             engine: self.engine,
             place,
             link: self.link,

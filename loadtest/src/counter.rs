@@ -8,7 +8,7 @@ use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
@@ -45,6 +45,9 @@ pub struct Options {
     /// How much of it is rewritten every second, in MiB.
     #[arg(long, default_value_t = 1)]
     pub write_mb_s: usize,
+    /// How much of it is rewritten for each id, in KiB.
+    #[arg(long, default_value_t = 0)]
+    pub write_kb_id: usize,
     /// What the pattern is made from: two counters with different seeds have no page in common.
     #[arg(long, default_value_t = 0x5eed)]
     pub seed: u64,
@@ -94,6 +97,10 @@ impl Pattern {
         fill(content, self.seed, page, generation);
     }
 
+    fn pages(&self) -> usize {
+        self.blocks.len() * BLOCK_PAGES
+    }
+
     fn hot_pages(&self) -> usize {
         self.blocks.len().div_ceil(HOT_SHARE) * BLOCK_PAGES
     }
@@ -129,6 +136,10 @@ struct Counter {
     pattern: Pattern,
     store: Mutex<Store>,
     generation: AtomicU32,
+    /// Pages rewritten for each id.
+    pages_per_id: usize,
+    /// Pages rewritten for ids so far.
+    rewritten: AtomicUsize,
     free: (Mutex<u32>, Condvar),
 }
 
@@ -158,6 +169,8 @@ pub fn run(options: &Options) -> io::Result<()> {
         pattern: Pattern::new(options.memory_mb, options.seed),
         store: Mutex::new(store),
         generation: AtomicU32::new(1),
+        pages_per_id: (options.write_kb_id << 10).div_ceil(PAGE_BYTES),
+        rewritten: AtomicUsize::new(0),
         free: (Mutex::new(CONNECTIONS_MAX), Condvar::new()),
     });
     let listener = TcpListener::bind(&options.listen)?;
@@ -374,7 +387,20 @@ fn add(counter: &Counter, id: &str) -> (&'static str, String) {
         );
     }
     store.ids.push(id.to_owned());
-    ("201 Created", format!("{}\n", store.ids.len()))
+    let count = store.ids.len();
+    drop(store);
+    rewrite_for_an_id(counter);
+    ("201 Created", format!("{count}\n"))
+}
+
+/// Each id takes the pages behind those of the one before.
+fn rewrite_for_an_id(counter: &Counter) {
+    let (pattern, pages) = (&counter.pattern, counter.pages_per_id);
+    let generation = counter.generation.fetch_add(1, Ordering::Relaxed) + 1;
+    let first = counter.rewritten.fetch_add(pages, Ordering::Relaxed);
+    for page in first..first + pages {
+        pattern.rewrite(page % pattern.pages(), u64::from(generation));
+    }
 }
 
 #[cfg(test)]

@@ -2,11 +2,13 @@
 
 use std::fmt::Write as _;
 
+use cutover_agent::report::Slowed;
 use serde::{Deserialize, Serialize};
 
 use crate::lab::app::App;
 use crate::lab::link::Measured;
 use crate::lab::tunnel::{Fare, Tunnel};
+use crate::lab::writes::Slowing;
 use crate::verdict::Verdict;
 
 /// One phase of a hop, as the agent reports it.
@@ -47,6 +49,8 @@ pub struct Memory {
     pub dirty_bytes: u64,
     /// Bytes that crossed the link for them, and for CRIU's other images, meanwhile.
     pub freeze_bytes: u64,
+    /// Rounds that the source was slowed down in.
+    pub slowed: Vec<Slowed>,
 }
 
 /// The agent's own report of one hop.
@@ -128,6 +132,8 @@ pub struct Report {
     pub fault: Option<String>,
     /// Ids sent while the gate held, and acknowledged in the end.
     pub ids_while_holding: usize,
+    /// What the proxy did with writes.
+    pub writes: Slowing,
     /// Requests the proxy held.
     pub requests_held: u64,
     /// The fate of the web container's database connections.
@@ -209,6 +215,18 @@ impl Report {
                 mebibytes(memory.freeze_bytes),
                 memory.freeze_bytes as f64 * 100.0 / memory.dumped_bytes as f64,
                 mebibytes(memory.dumped_bytes)
+            )?;
+        }
+        if !self.writes.rounds.is_empty() {
+            let Slowing {
+                rounds,
+                delayed,
+                delayed_after,
+                ..
+            } = &self.writes;
+            writeln!(
+                text,
+                "  writes slowed down in rounds {rounds:?}: {delayed} delayed, {delayed_after} after the hop"
             )?;
         }
         if let Some(intact) = self.memory_intact {

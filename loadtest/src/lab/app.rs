@@ -122,6 +122,12 @@ impl ContainerKind {
         Self::Counter4,
     ];
 
+    /// Whether it is the lab's stateful program.
+    #[must_use]
+    pub const fn is_counter(self) -> bool {
+        !matches!(self, Self::Db | Self::Web)
+    }
+
     /// Its name at both sites.
     #[must_use]
     pub const fn name(self) -> &'static str {

@@ -207,9 +207,10 @@ fn guest_script(wish: &Wish, folders: &Folders, kernel: &Kernel, out: &Path) -> 
             .unwrap_or_default()
     };
     let mut options = format!(
-        "--app {} --clients {} --engine {} --link {} --tunnel {} --out {}",
+        "--app {} --clients {} --writes {} --engine {} --link {} --tunnel {} --out {}",
         wish.app.as_str(),
         wish.clients,
+        word(wish.writes.to_possible_value()),
         wish.engine.as_str(),
         wish.link,
         wish.tunnel.as_str(),
@@ -264,7 +265,8 @@ fn hop_inside(wish: &Wish, out: &Path, progress: &Progress) -> Result<()> {
     } else {
         Checkpoints::NotWanted
     };
-    let parts = setup::parts(wish.app, wish.link, checkpoints, &folders, progress)?;
+    let mut parts = setup::parts(wish.app, wish.link, checkpoints, &folders, progress)?;
+    parts.arguments = wish.writes.arguments(wish.app);
     let outcome = hop::run(
         &script(wish, wish.engine, "guest"),
         &parts,

@@ -29,6 +29,7 @@ use crate::lab::tunnel::{self, Tunnel};
 use crate::lab::watch::{self, Seen, Watch};
 use crate::lab::witness::Witness;
 use crate::lab::world::{HOST, Parts, World};
+use crate::lab::writes::{Slowing, Writes};
 use crate::progress::Progress;
 use crate::record::{ids_between, stall};
 use crate::report::{HopReport, Kept, Report};
@@ -88,6 +89,8 @@ pub enum Again {
 pub struct Script {
     /// How many clients.
     pub clients: usize,
+    /// What their writes do to memory.
+    pub writes: Writes,
     /// The engine.
     pub engine: Engine,
     /// `host` or `guest`, for the report.
@@ -129,7 +132,8 @@ pub fn run(
     outcome
 }
 
-/// The plan of `configs/`, with the engine that was asked for, and the patience an emulated processor needs.
+/// The plan of `configs/`, with the engine that was asked for, what the clients' writes need, and the patience an emulated
+/// processor needs.
 fn adapt_plan(run: &Path, script: &Script) -> Result<()> {
     let path = run.join("plan.toml");
     let plan = fs::read_to_string(&path).on("read", &path)?;
@@ -141,6 +145,7 @@ fn adapt_plan(run: &Path, script: &Script) -> Result<()> {
             script.tunnel.as_str()
         ),
     );
+    plan = script.writes.adapt(plan);
     if script.place == GUEST {
         for (usual, slow) in GUEST_LIMITS {
             plan = plan.replace(usual, slow);
@@ -375,6 +380,7 @@ fn judge_all(
             .iter()
             .map(|hold| ids_between(records, hold.0, hold_end(hold)))
             .sum(),
+        writes: Slowing::of(&last, seen),
         requests_held: seen.last.as_ref().map_or(0, |status| status.held),
         database_connection: kept,
         database_connection_survived: match kept {

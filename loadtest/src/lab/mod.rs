@@ -34,3 +34,4 @@ pub mod tunnel;
 pub mod watch;
 pub mod witness;
 pub mod world;
+pub mod writes;

@@ -11,6 +11,7 @@ use crate::lab::kill::Victim;
 use crate::lab::link::Link;
 use crate::lab::setup::{self, Checkpoints};
 use crate::lab::tunnel::Tunnel;
+use crate::lab::writes::Writes;
 use crate::lab::{guest, packages, programs};
 use crate::progress::Progress;
 use crate::report::Report;
@@ -33,6 +34,8 @@ pub struct Wish {
     pub app: App,
     /// How many clients.
     pub clients: usize,
+    /// What their writes do to memory.
+    pub writes: Writes,
     /// The engine.
     pub engine: Engine,
     /// The place.
@@ -96,7 +99,8 @@ fn on_host(wish: &Wish, engine: Engine, folders: &Folders, progress: &Progress) 
         Engine::Criu => Checkpoints::Wanted,
         Engine::Restart => Checkpoints::NotWanted,
     };
-    let parts = setup::parts(wish.app, wish.link, checkpoints, folders, progress)?;
+    let mut parts = setup::parts(wish.app, wish.link, checkpoints, folders, progress)?;
+    parts.arguments = wish.writes.arguments(wish.app);
     hop::run(&script(wish, engine, "host"), &parts, folders, progress)
 }
 
@@ -105,6 +109,7 @@ fn on_host(wish: &Wish, engine: Engine, folders: &Folders, progress: &Progress) 
 pub fn script(wish: &Wish, engine: Engine, place: &'static str) -> Script {
     Script {
         clients: wish.clients,
+        writes: wish.writes,
         engine,
         place,
         tunnel: wish.tunnel,

@@ -23,6 +23,7 @@ use crate::lab::link::Link;
 use crate::lab::place::{self, Place, Wish};
 use crate::lab::setup;
 use crate::lab::tunnel::Tunnel;
+use crate::lab::writes::Writes;
 use crate::progress::Progress;
 use crate::report::{Memory, Report};
 use crate::verdict::judge;
@@ -49,6 +50,7 @@ fn wish(app: App, clients: usize) -> Wish {
     Wish {
         app,
         clients,
+        writes: Writes::Few,
         engine: Engine::Criu,
         place: Place::Auto,
         link,
@@ -101,6 +103,15 @@ fn tracked(report: &Report) -> std::result::Result<(), String> {
     }
 }
 
+/// The clients of a guest send less, and an application that is started anew has no rounds.
+fn slowed_down(report: &Report) -> std::result::Result<(), String> {
+    if report.engine == Engine::Criu.as_str() && report.place == "host" {
+        report.writes.came_and_went()
+    } else {
+        Ok(())
+    }
+}
+
 fn nothing_more(_: &Report) -> std::result::Result<(), String> {
     Ok(())
 }
@@ -136,6 +147,7 @@ fn cases(is_full: bool) -> Vec<Case> {
             shows: |report| carried(report, 1),
         },
     ];
+    cases.push(outrunning(&counter));
     cases.extend(disturbed(&counter));
     if is_full {
         // Not the last one: what is left out on this host is told by that.
@@ -161,6 +173,24 @@ fn cases(is_full: bool) -> Vec<Case> {
         shows: nothing_more,
     });
     cases
+}
+
+/// A hop whose clients write more than its link carries.
+fn outrunning(counter: &Wish) -> Case {
+    let link = Link::Shaped {
+        rate_mbit: 200.0,
+        round_trip: Duration::from_millis(20),
+        loss_percent: 0.0,
+    };
+    Case {
+        name: "writes that outrun the link are slowed down, and free again after the hop",
+        wish: Wish {
+            link,
+            writes: Writes::OutrunLink,
+            ..counter.clone()
+        },
+        shows: slowed_down,
+    }
 }
 
 /// Hops that something goes wrong in.

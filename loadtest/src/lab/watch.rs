@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use cutover_protocol::hold::{Answer, Command, Gate, LINE_BYTES_MAX, ServiceStatus};
+use cutover_protocol::hold::{Answer, Command, Gate, LINE_BYTES_MAX, ServiceStatus, WritesStatus};
 
 /// How often the gate is looked at, in milliseconds: well below any hold worth measuring.
 const LOOK_MS: u64 = 10;
@@ -20,6 +20,8 @@ const ANSWER_S: u64 = 5;
 pub struct Seen {
     /// When it was first not open, and when it was open again, since the watch began.
     pub holds: Vec<(Duration, Option<Duration>)>,
+    /// What had become of writes when it was open again the last time.
+    pub writes_until_open: WritesStatus,
     /// The service at the last look.
     pub last: Option<ServiceStatus>,
 }
@@ -96,6 +98,7 @@ fn note(seen: &Mutex<Seen>, status: ServiceStatus, now: Duration) {
             if let Some((_, end)) = seen.holds.last_mut() {
                 *end = Some(now);
             }
+            seen.writes_until_open = status.writes.clone();
         }
         _ => {}
     }
