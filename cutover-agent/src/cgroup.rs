@@ -3,10 +3,14 @@
 //! The freeze outlives CRIU: tasks that CRIU had stopped stay stopped when CRIU dies. Never thaw here what the
 //! register has not given back.
 
+mod brisk;
+
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
+
+pub(crate) use brisk::Brisk;
 
 const ROOT: &str = "/sys/fs/cgroup";
 

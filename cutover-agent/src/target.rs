@@ -15,6 +15,7 @@ use cutover_protocol::wire::{Request, Response};
 use serde::{Deserialize, Serialize};
 use tokio::sync::Mutex;
 
+use crate::cgroup::Brisk;
 use crate::config::Config;
 use crate::durable;
 use crate::engine::{Begun, Built, EngineError, Host};
@@ -60,6 +61,8 @@ pub struct Target {
     standing: Mutex<Option<Standing>>,
     /// Restores of the current hop that have begun and wait for what there is to restore.
     begun: Mutex<BTreeMap<ContainerName, Begun>>,
+    /// From then on until all is restored.
+    brisk: Mutex<Option<Brisk>>,
     /// What was built for the current hop and has not run. Lost with the agent: the source then takes the hop back.
     built: Mutex<BTreeMap<ContainerName, Built>>,
     fences: Fences,
@@ -122,6 +125,7 @@ impl Target {
             tunnel,
             standing: Mutex::new(standing),
             begun: Mutex::default(),
+            brisk: Mutex::default(),
             built: Mutex::default(),
             fences: Fences::default(),
         })
@@ -267,6 +271,7 @@ impl Target {
     ) -> Result<Response, TargetError> {
         let standing = self.standing.lock().await;
         Self::check(&standing, hop)?;
+        *self.brisk.lock().await = Brisk::begin(limit);
         let mut starts = tokio::task::JoinSet::new();
         for name in containers.iter().cloned() {
             let host = self.host.clone();
@@ -310,6 +315,7 @@ impl Target {
                 // The source will ask for it once more.
                 tracing::warn!(%error, "what could not be built was not taken down");
             }
+            self.brisk.lock().await.take();
             *self.built.lock().await = built?;
             // While the answer is on its way. Every fence is moved before the first task runs: a container may talk to a
             // later one at once.
@@ -484,6 +490,7 @@ impl Target {
     async fn take_down(&self, containers: &[ContainerName]) -> Result<(), TargetError> {
         self.fences.forget().await;
         self.begun.lock().await.clear();
+        self.brisk.lock().await.take();
         self.built.lock().await.clear();
         for name in containers.iter().rev() {
             self.host.kill(name, KILL_MAX).await?;
