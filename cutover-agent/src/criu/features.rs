@@ -29,6 +29,16 @@ pub async fn tracks_dirty_pages(criu: &Path) -> bool {
         .is_ok_and(|output| output.status.success())
 }
 
+/// Whether CRIU keeps what it finds out about the kernel from one start to the next: only below a `/run` that is empty after
+/// a reboot (`kerndat_save_cache` in kerndat.c). `None` when that cannot be told.
+#[must_use]
+pub fn are_remembered(run: &Path) -> Option<bool> {
+    /// TMPFS_MAGIC in linux/magic.h.
+    const TMPFS: i64 = 0x0102_1994;
+    let found = rustix::fs::statfs(run).ok()?;
+    Some(found.f_type == TMPFS)
+}
+
 async fn run(criu: &Path, arguments: &[&str]) -> Result<std::process::Output, String> {
     let call = Command::new(criu)
         .args(arguments)
@@ -43,5 +53,16 @@ async fn run(criu: &Path, arguments: &[&str]) -> Result<std::process::Output, St
             criu.display(),
             CHECK_MAX.as_secs()
         )),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_kernel_can_do_is_remembered_only_where_a_reboot_forgets_it() {
+        assert_eq!(are_remembered(Path::new("/proc")), Some(false));
+        assert_eq!(are_remembered(Path::new("/there/is/nothing")), None);
     }
 }

@@ -52,7 +52,7 @@ struct Run {
     count: u64,
 }
 
-/// Reads the blocks of the entries in `wanted` with one thread per visitor, and gives their digests, in `wanted`'s order.
+/// Reads the blocks of the entries in `wanted` with one thread per visitor at most, and gives their digests, in `wanted`'s order.
 /// Blocks of an entry that is wanted whole come in their order, all to one visitor. `unsteady` collects the entries whose content did not match their stamp.
 ///
 /// # Errors
@@ -74,15 +74,18 @@ pub(crate) fn read<V: Visit>(
         next: AtomicUsize::new(0),
         done: Mutex::default(),
     };
+    // The caller's thread is one of them, and there are no more than there is work for.
+    let mut visitors = visitors.into_iter().take(shared.runs.len().max(1));
+    let own = visitors.next();
     let results: Vec<Result<(), FilesError>> = std::thread::scope(|scope| {
         let threads: Vec<_> = visitors
-            .into_iter()
             .map(|visitor| scope.spawn(|| shared.work(visitor)))
             .collect();
-        threads
+        let own = own.map_or(Ok(()), |visitor| shared.work(visitor));
+        let others = threads
             .into_iter()
-            .map(|thread| thread.join().unwrap_or(Err(FilesError::Cancelled)))
-            .collect()
+            .map(|thread| thread.join().unwrap_or(Err(FilesError::Cancelled)));
+        others.chain([own]).collect()
     });
     results.into_iter().collect::<Result<(), _>>()?;
     let done = shared

@@ -208,13 +208,15 @@ impl<'a> Survey<'a> {
         self.lock().add(path, known)
     }
 
-    /// Reads all folders with so many threads.
+    /// Reads all folders with so many threads, of which the caller's is one: most trees are small, and the start of a thread
+    /// takes longer than their folders.
     pub(super) fn run(self, threads: usize) -> Result<Vec<Vec<Found>>, FilesError> {
         if !self.lock().waiting.is_empty() {
             std::thread::scope(|scope| {
-                for _ in 0..threads {
+                for _ in 1..threads {
                     scope.spawn(|| self.work());
                 }
+                self.work();
             });
         }
         let folders = self.folders.into_inner();

@@ -28,6 +28,8 @@ use crate::files::{FilesError, Kind, Root, rewalk};
 pub(super) const MOVED_BLOCKS_MAX: usize = 1 << 18;
 /// Threads that read, hash and pack. Two keep a link of several Gbit/s busy, and leave the rest to the containers.
 const READERS: usize = 2;
+/// A tree of fewer entries is walked by one thread.
+const ENTRIES_A_WALKER: usize = 512;
 /// Threads that walk while the containers are frozen: beyond that they wait for each other.
 const FROZEN_WALKERS_MAX: usize = 8;
 
@@ -212,7 +214,9 @@ impl Survey {
     }
 
     fn threads(&self) -> usize {
+        let known = self.ours.as_ref().map(|ours| ours.manifest.entries.len());
         let threads = match self.writers {
+            _ if known.is_some_and(|known| known < ENTRIES_A_WALKER) => 1,
             Writers::Running => WALKERS,
             // The containers leave all processors to us.
             Writers::Frozen => std::thread::available_parallelism().map_or(WALKERS, usize::from),
