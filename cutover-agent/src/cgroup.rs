@@ -175,23 +175,30 @@ enum State {
     Thawed,
 }
 
+/// What `/proc/PID/cgroup` says: of each hierarchy its controllers, none for the unified one, and the path in it.
+fn memberships(text: &str) -> impl Iterator<Item = (&str, &str)> {
+    text.lines().filter_map(|line| {
+        let mut parts = line.splitn(3, ':').skip(1);
+        Some((parts.next()?, parts.next()?))
+    })
+}
+
+/// Where that is, in a hierarchy that is mounted at `mount`.
+fn folder(root: &Path, mount: &str, path: &str) -> PathBuf {
+    root.join(mount).join(path.trim_start_matches('/'))
+}
+
 /// Prefers the v1 freezer where it is mounted: there the v2 hierarchy of a hybrid system holds no tasks' limits.
 fn find(text: &str, root: &Path) -> Option<Cgroup> {
-    let folder = |mount: &str, path: &str| root.join(mount).join(path.trim_start_matches('/'));
-    for line in text.lines() {
-        let mut parts = line.splitn(3, ':');
-        let (Some(_), Some(controllers), Some(path)) = (parts.next(), parts.next(), parts.next())
-        else {
-            continue;
-        };
+    for (controllers, path) in memberships(text) {
         let found = if controllers.split(',').any(|name| name == "freezer") {
             Cgroup {
-                folder: folder("freezer", path),
+                folder: folder(root, "freezer", path),
                 unified: false,
             }
         } else if controllers.is_empty() {
             Cgroup {
-                folder: folder("", path),
+                folder: folder(root, "", path),
                 unified: true,
             }
         } else {

@@ -15,7 +15,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, Thread};
 use std::time::{Duration, Instant};
 
-use super::ROOT;
+use super::{ROOT, folder, memberships};
 
 /// Between two writes: well below a grace period, with which the effect of the last one ends.
 const PAUSE: Duration = Duration::from_millis(5);
@@ -66,17 +66,12 @@ fn move_ourselves(own: &mut File) -> std::io::Result<()> {
 /// The list of processes of a cgroup that we are in, whichever: all hierarchies share the lock.
 fn own_file(cgroups: &str, root: &Path) -> Option<File> {
     let open = |path: PathBuf| OpenOptions::new().write(true).open(path).ok();
-    cgroups.lines().find_map(|line| {
-        let mut parts = line.splitn(3, ':').skip(1);
-        let (controllers, path) = (parts.next()?, parts.next()?);
+    memberships(cgroups).find_map(|(controllers, path)| {
         let mounts = match controllers {
             "" => ["", "unified"],
             named => [named, named.strip_prefix("name=").unwrap_or(named)],
         };
-        let list = |mount| {
-            let folder = root.join(mount).join(path.trim_start_matches('/'));
-            folder.join("cgroup.procs")
-        };
+        let list = |mount| folder(root, mount, path).join("cgroup.procs");
         mounts.into_iter().map(list).find_map(open)
     })
 }

@@ -3,6 +3,9 @@
 //! 16 KiB is InnoDB's page size, so one changed page is one changed block. Digests are whole BLAKE3 hashes: 32 bytes
 //! for 16 KiB are 0.2 % of the data, and a tenant who can choose file contents must not be able to forge an equal block.
 
+use std::os::fd::OwnedFd;
+
+use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
 /// Bytes in a block; the last block of a file may be shorter.
@@ -58,6 +61,23 @@ pub(crate) fn count(size: u64) -> u64 {
 pub(crate) fn length(size: u64, index: u64) -> usize {
     let start = index * BLOCK_BYTES as u64;
     size.saturating_sub(start).min(BLOCK_BYTES as u64) as usize
+}
+
+/// Reads from a place in a file until the buffer is full or the file ends, and says how much there was.
+///
+/// # Errors
+/// The system's reason.
+pub(crate) fn read_at(file: &OwnedFd, buffer: &mut [u8], start: u64) -> Result<usize, Errno> {
+    let mut filled = 0;
+    while filled < buffer.len() {
+        match rustix::io::pread(file, &mut buffer[filled..], start + filled as u64) {
+            Ok(0) => break,
+            Ok(count) => filled += count,
+            Err(Errno::INTR) => {}
+            Err(errno) => return Err(errno),
+        }
+    }
+    Ok(filled)
 }
 
 /// Whether all bytes are zero; written so that the compiler uses vector instructions.

@@ -52,8 +52,9 @@ struct Run {
     count: u64,
 }
 
-/// Reads the blocks of the entries in `wanted` with one thread per visitor at most, and gives their digests, in `wanted`'s order.
-/// Blocks of an entry that is wanted whole come in their order, all to one visitor. `unsteady` collects the entries whose content did not match their stamp.
+/// Reads the blocks of the entries in `wanted` with one thread per visitor at most, and gives their digests, in `wanted`'s
+/// order. Blocks of an entry that is wanted whole come in their order, all to one visitor. `unsteady` collects the entries
+/// whose content did not match their stamp.
 ///
 /// # Errors
 /// The first failure of any thread.
@@ -109,24 +110,19 @@ fn plan(walked: &Walked, wanted: &[usize], is_whole: &dyn Fn(usize) -> bool) -> 
     for &entry in wanted {
         let blocks = blocks::count(walked.entries[entry].size());
         let mut first = 0;
-        if is_whole(entry) {
-            let runs = (0..blocks)
-                .step_by(BLOCKS_AT_ONCE as usize)
-                .map(|first| Run {
-                    entry,
-                    first,
-                    count: BLOCKS_AT_ONCE.min(blocks - first),
-                });
-            jobs.push(runs.collect());
+        // It has a job of its own.
+        let job_blocks = if is_whole(entry) {
             room = 0;
-            continue;
-        }
+            blocks
+        } else {
+            BLOCKS_AT_ONCE
+        };
         while first < blocks {
             if room == 0 {
                 jobs.push(Vec::new());
-                room = BLOCKS_AT_ONCE;
+                room = job_blocks;
             }
-            let count = room.min(blocks - first);
+            let count = room.min(blocks - first).min(BLOCKS_AT_ONCE);
             if let Some(job) = jobs.last_mut() {
                 job.push(Run {
                     entry,
@@ -308,16 +304,7 @@ impl Shared<'_> {
                 _ => {}
             }
         }
-        let mut filled = 0;
-        while filled < data.len() {
-            match rustix::io::pread(file, &mut data[filled..], start + filled as u64) {
-                Ok(0) => break,
-                Ok(count) => filled += count,
-                Err(Errno::INTR) => {}
-                Err(errno) => return Err(failed(errno)),
-            }
-        }
-        Ok(filled)
+        blocks::read_at(file, data, start).map_err(failed)
     }
 }
 

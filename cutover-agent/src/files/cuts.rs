@@ -4,15 +4,18 @@
 //! The cuts are FastCDC's (Xia et al., USENIX ATC 2016): pieces of 8 KiB on average. They are made only of files that
 //! were written anew; what is hashed and compared in the end are blocks at their places all the same.
 
+use std::os::fd::OwnedFd;
+
 use fastcdc::v2020::FastCDC;
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
-use std::os::fd::OwnedFd;
+
+use super::blocks;
 
 const PIECE_BYTES_MIN: usize = 2 << 10;
 const PIECE_BYTES: usize = 8 << 10;
 /// The longest piece.
-pub(crate) const PIECE_BYTES_MAX: usize = 32 << 10;
+const PIECE_BYTES_MAX: usize = 32 << 10;
 /// Bytes that are read at once.
 const READ_BYTES: usize = 1 << 20;
 
@@ -21,6 +24,17 @@ const READ_BYTES: usize = 1 << 20;
 pub(crate) struct Cut {
     pub(crate) length: u32,
     pub(crate) mark: Mark,
+}
+
+impl Cut {
+    /// The one that a piece ends with.
+    pub(crate) fn of(piece: &[u8]) -> Self {
+        Self {
+            // At most PIECE_BYTES_MAX.
+            length: piece.len() as u32,
+            mark: Mark::of(piece),
+        }
+    }
 }
 
 /// The beginning of a piece's digest. Two pieces may have the same one: whoever takes one for another finds out by the
@@ -74,24 +88,15 @@ impl Cutter {
 /// When it cannot be read.
 pub(crate) fn of_file(file: &OwnedFd) -> Result<Vec<Cut>, Errno> {
     let (mut cutter, mut cuts) = (Cutter::default(), Vec::new());
-    let mut add = |piece: &[u8]| {
-        cuts.push(Cut {
-            // At most PIECE_BYTES_MAX.
-            length: piece.len() as u32,
-            mark: Mark::of(piece),
-        });
-    };
+    let mut add = |piece: &[u8]| cuts.push(Cut::of(piece));
     let mut buffer = vec![0; READ_BYTES];
     let mut at = 0;
     loop {
-        match rustix::io::pread(file, &mut buffer, at) {
-            Ok(0) => break,
-            Ok(count) => {
-                cutter.push(&buffer[..count], &mut add);
-                at += count as u64;
-            }
-            Err(Errno::INTR) => {}
-            Err(errno) => return Err(errno),
+        let count = blocks::read_at(file, &mut buffer, at)?;
+        cutter.push(&buffer[..count], &mut add);
+        at += count as u64;
+        if count < buffer.len() {
+            break;
         }
     }
     cutter.finish(&mut add);
@@ -148,11 +153,10 @@ mod tests {
         let bytes = noise((2 << 20) + 77);
         let mut file = tempfile::tempfile().unwrap();
         file.write_all(&bytes).unwrap();
-        let cut = |piece: &Vec<u8>| Cut {
-            length: piece.len() as u32,
-            mark: Mark::of(piece),
-        };
-        let expected: Vec<Cut> = pieces(&bytes, 5000).iter().map(cut).collect();
+        let expected: Vec<Cut> = pieces(&bytes, 5000)
+            .iter()
+            .map(|piece| Cut::of(piece))
+            .collect();
         assert_eq!(of_file(&file.into()).unwrap(), expected);
     }
 

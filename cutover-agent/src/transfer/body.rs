@@ -5,7 +5,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use rustix::fs::{OFlags, Stat};
-use rustix::io::Errno;
 
 use super::old::OldFiles;
 use super::seeds::Seeds;
@@ -188,15 +187,7 @@ impl Body {
         for digests in digests.chunks(DATA_BYTES_MAX / BLOCK_BYTES) {
             let bytes = ((length - done) as usize).min(data.len());
             let place = u64::from(at) * BLOCK_BYTES as u64 + done;
-            let mut filled = 0;
-            while filled < bytes {
-                match rustix::io::pread(&opened, &mut data[filled..bytes], place + filled as u64) {
-                    Ok(0) => break,
-                    Ok(count) => filled += count,
-                    Err(Errno::INTR) => {}
-                    Err(errno) => return Err(failed(errno)),
-                }
-            }
+            blocks::read_at(&opened, &mut data[..bytes], place).map_err(failed)?;
             check(path, &data[..bytes], digests)?;
             apply::write(&self.root, path, file, &data[..bytes], start + done)?;
             done += bytes as u64;

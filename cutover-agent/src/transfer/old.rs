@@ -8,6 +8,7 @@ use rustix::fs::{FileType, OFlags};
 use rustix::io::Errno;
 
 use super::wire::{Fault, Part, REPLACED_MAX};
+use crate::files::blocks;
 use crate::files::cuts::{self, Cut};
 use crate::files::{FilesError, Kind, Manifest, Root, apply};
 
@@ -119,24 +120,18 @@ impl OldFiles {
 
 /// Fills a buffer from a place in a file that reaches beyond it.
 fn read(file: &OwnedFd, buffer: &mut [u8], at: u64) -> Result<(), Fault> {
-    let mut filled = 0;
-    while filled < buffer.len() {
-        let start = at.checked_add(filled as u64).ok_or(Fault::Garbled)?;
-        match rustix::io::pread(file, &mut buffer[filled..], start) {
-            // It ends before, or no file reaches that far.
-            Ok(0) | Err(Errno::INVAL) => return Err(Fault::Garbled),
-            Ok(count) => filled += count,
-            Err(Errno::INTR) => {}
-            Err(errno) => {
-                let reason = format!(
-                    "cannot read the old content of a file: {}",
-                    std::io::Error::from(errno)
-                );
-                return Err(Fault::Files { reason });
-            }
+    match blocks::read_at(file, buffer, at) {
+        Ok(filled) if filled == buffer.len() => Ok(()),
+        // It ends before, or no file reaches that far.
+        Ok(_) | Err(Errno::INVAL) => Err(Fault::Garbled),
+        Err(errno) => {
+            let reason = format!(
+                "cannot read the old content of a file: {}",
+                std::io::Error::from(errno)
+            );
+            Err(Fault::Files { reason })
         }
     }
-    Ok(())
 }
 
 #[cfg(test)]

@@ -8,7 +8,6 @@ use std::os::fd::OwnedFd;
 
 use cutover_protocol::pattern::NamePattern;
 use rustix::fs::OFlags;
-use rustix::io::Errno;
 
 use super::Writers;
 use super::wire::REPLACED_MAX;
@@ -109,15 +108,7 @@ fn has_moved_about(root: &Root, path: &[u8], size: u64, known: &[Digest]) -> boo
 
 fn digest(file: &OwnedFd, index: u64, length: usize) -> Option<Digest> {
     let mut block = [0; BLOCK_BYTES];
-    let mut filled = 0;
-    while filled < length {
-        let start = index * BLOCK_BYTES as u64 + filled as u64;
-        match rustix::io::pread(file, &mut block[filled..length], start) {
-            Ok(0) => return None,
-            Ok(count) => filled += count,
-            Err(Errno::INTR) => {}
-            Err(_) => return None,
-        }
-    }
-    Some(Digest::of(&block[..length]))
+    let start = index * BLOCK_BYTES as u64;
+    let filled = blocks::read_at(file, &mut block[..length], start).ok()?;
+    (filled == length).then(|| Digest::of(&block[..length]))
 }

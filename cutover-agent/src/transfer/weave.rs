@@ -175,10 +175,7 @@ mod tests {
 
     fn old_of(content: &[u8], new: &[u8]) -> Old {
         let mut cuts = Vec::new();
-        let mut add = |piece: &[u8]| {
-            let (length, mark) = (piece.len() as u32, Mark::of(piece));
-            cuts.push(Cut { length, mark });
-        };
+        let mut add = |piece: &[u8]| cuts.push(Cut::of(piece));
         let mut cutter = Cutter::default();
         cutter.push(content, &mut add);
         cutter.finish(&mut add);
