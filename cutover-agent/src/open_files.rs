@@ -17,7 +17,13 @@ pub(crate) struct OpenFiles {
     /// Those that are mapped such that they may have been written to until their mapping was made read-only: that shows
     /// in their times, but the kernel tells nobody before they are closed.
     pub(crate) mapped: HashSet<u64>,
+    /// Whether any process may have asked the kernel for writes that go on without it (io_setup(2)): a frozen one is no
+    /// promise then that its files are at rest.
+    pub(crate) writes_on: bool,
 }
+
+/// How the kernel names the ring of such requests in `maps` (`aio_setup_ring` in aio.c).
+const AIO_RING: &str = "/[aio]";
 
 /// The files that the processes of some containers have open.
 #[must_use]
@@ -36,6 +42,7 @@ pub(crate) fn of_containers(init_pids: impl Iterator<Item = u32>) -> OpenFiles {
 
 impl OpenFiles {
     fn add_mappings(&mut self, maps: &str) {
+        self.writes_on |= maps.lines().any(|line| line.contains(AIO_RING));
         for (inode, is_writable) in maps.lines().filter_map(shared_inode) {
             if is_writable {
                 self.written.insert(inode);
@@ -103,5 +110,8 @@ mod tests {
         );
         assert_eq!(found.written, HashSet::from([4711]));
         assert_eq!(found.mapped, HashSet::from([4712]));
+        assert!(!found.writes_on);
+        found.add_mappings("7f00-7f01 rw-s 00000000 00:11 5 /[aio] (deleted)\n");
+        assert!(found.writes_on);
     }
 }

@@ -7,7 +7,8 @@
 use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
-use std::path::PathBuf;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -51,6 +52,38 @@ pub struct Options {
     /// What the pattern is made from: two counters with different seeds have no page in common.
     #[arg(long, default_value_t = 0x5eed)]
     pub seed: u64,
+    /// A file to keep open under a name that is taken away, while another name beside it stays.
+    #[arg(long)]
+    pub linked: Option<PathBuf>,
+}
+
+/// An open file whose name was taken away, and the name it still has.
+#[derive(Debug)]
+struct Linked {
+    file: File,
+    kept: PathBuf,
+}
+
+impl Linked {
+    fn new(path: &Path) -> io::Result<Self> {
+        let kept = path.with_extension("kept");
+        let _ = fs::remove_file(&kept);
+        let file = File::options()
+            .create(true)
+            .read(true)
+            .append(true)
+            .open(path)?;
+        fs::hard_link(path, &kept)?;
+        fs::remove_file(path)?;
+        Ok(Self { file, kept })
+    }
+
+    /// Whether what is written to the open file can be read under the name, and the other name is gone.
+    fn is_whole(&self) -> io::Result<bool> {
+        (&self.file).write_all(b"+")?;
+        let (open, named) = (self.file.metadata()?, fs::metadata(&self.kept)?);
+        Ok((open.ino(), open.nlink()) == (named.ino(), 1) && open.len() == named.len())
+    }
 }
 
 /// What one page must contain.
@@ -141,6 +174,21 @@ struct Counter {
     /// Pages rewritten for ids so far.
     rewritten: AtomicUsize,
     free: (Mutex<u32>, Condvar),
+    linked: Option<Linked>,
+}
+
+impl Counter {
+    /// What is not as it must be, if anything.
+    fn damage(&self) -> Option<String> {
+        if let Some(page) = self.pattern.damaged() {
+            return Some(format!("page {page} is damaged"));
+        }
+        match self.linked.as_ref()?.is_whole() {
+            Ok(true) => None,
+            Ok(false) => Some("the file without its name is another one now".to_owned()),
+            Err(error) => Some(format!("the file without its name is lost: {error}")),
+        }
+    }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -172,6 +220,7 @@ pub fn run(options: &Options) -> io::Result<()> {
         pages_per_id: (options.write_kb_id << 10).div_ceil(PAGE_BYTES),
         rewritten: AtomicUsize::new(0),
         free: (Mutex::new(CONNECTIONS_MAX), Condvar::new()),
+        linked: options.linked.as_deref().map(Linked::new).transpose()?,
     });
     let listener = TcpListener::bind(&options.listen)?;
     let writer = Arc::clone(&counter);
@@ -353,7 +402,7 @@ fn answer(counter: &Counter, line: &str, body: &str) -> (&'static str, String) {
                 .flat_map(|id| [id.as_str(), "\n"])
                 .collect(),
         ),
-        ("GET", "/check") => match counter.pattern.damaged() {
+        ("GET", "/check") => match counter.damage() {
             None => (
                 "200 OK",
                 format!(
@@ -361,10 +410,7 @@ fn answer(counter: &Counter, line: &str, body: &str) -> (&'static str, String) {
                     counter.pattern.blocks.len()
                 ),
             ),
-            Some(page) => (
-                "500 Internal Server Error",
-                format!("page {page} is damaged\n"),
-            ),
+            Some(damage) => ("500 Internal Server Error", format!("{damage}\n")),
         },
         ("GET", "/") => (
             "200 OK",

@@ -7,6 +7,9 @@
 //! If CRIU is killed while parked, its tasks would wake; so the cgroup is frozen and the network fenced before
 //! anything is told to the agent. The hook outlives a killed agent, and the next agent finds its socket.
 //!
+//! The script says with the shell's own means when CRIU is done, so that the agent goes on while the hook starts; what
+//! matters for life and death waits for the hook.
+//!
 //! A dump is parked once before, at `pre-dump`: CRIU has found out what the kernel can do, the container still runs, and
 //! clients need not wait for it, nor for the start of the tool that fences the network. Given the word there, the hook
 //! freezes the cgroup and shuts the fence. CRIU's own freezer looks once whether the cgroup is frozen, and then only every
@@ -27,6 +30,8 @@ use crate::sockets;
 pub(super) const PARK_SOCKET: &str = "park.sock";
 /// The agent's listening socket, in the same folder: the hook reports there.
 pub(super) const AGENT_SOCKET: &str = "agent.sock";
+/// Where the script says that CRIU has done its work, in the same folder.
+pub(super) const DONE_PIPE: &str = "done";
 /// What the hook is to do, written by the agent before it starts the runtime.
 pub(super) const SPEC_FILE: &str = "hook.json";
 /// What the hook froze, read by whoever has to thaw without it.
@@ -49,6 +54,14 @@ impl ParkAt {
     pub(super) const fn actions(self) -> &'static str {
         match self {
             Self::Dump => "pre-dump|post-dump|network-unlock",
+            Self::Restore => "post-restore",
+        }
+    }
+
+    /// The step at which CRIU has done what it is parked for.
+    pub(super) const fn done(self) -> &'static str {
+        match self {
+            Self::Dump => "post-dump",
             Self::Restore => "post-restore",
         }
     }

@@ -5,5 +5,7 @@ pub mod features;
 pub mod hook;
 pub mod log;
 pub mod park;
+mod protobuf;
+pub mod remaps;
 pub mod stand_in;
 pub mod stats;

@@ -5,10 +5,13 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use rustix::fs::{CWD, FileType, Mode};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::unix::pipe;
+use tokio::net::{UnixListener, UnixStream};
 
 use super::hook::{
-    AGENT_SOCKET, ERROR_FILE, FROZEN_FILE, Frozen, PARK_SOCKET, ParkAt, SPEC_FILE, Spec,
+    AGENT_SOCKET, DONE_PIPE, ERROR_FILE, FROZEN_FILE, Frozen, PARK_SOCKET, ParkAt, SPEC_FILE, Spec,
 };
 use super::stand_in;
 use crate::sockets;
@@ -68,10 +71,14 @@ pub struct Park {
     folder: PathBuf,
 }
 
-/// The agent's listener, alive from before the runtime starts until the hook has reported.
+/// The agent's ears, open from before the runtime starts until the hook has reported.
 #[derive(Debug)]
 pub struct Waiting {
-    listener: tokio::net::UnixListener,
+    /// Where the script says that CRIU is done, before it starts the hook.
+    done: pipe::Receiver,
+    listener: UnixListener,
+    /// A hook that has come before anybody listened for it.
+    hook: Option<UnixStream>,
     container: String,
     error_file: PathBuf,
 }
@@ -105,10 +112,14 @@ impl Park {
         let spec = serde_json::to_vec(&spec).map_err(std::io::Error::other);
         self.make(|folder| std::fs::write(folder.join(SPEC_FILE), spec?))?;
         self.make(|folder| write_script(folder, at, cgroup_root))?;
+        let path = self.folder.join(DONE_PIPE);
+        let done = make_pipe(&path).map_err(|source| ParkError::File { path, source })?;
         let path = self.folder.join(AGENT_SOCKET);
         let listener = sockets::listen(&path).map_err(|source| ParkError::File { path, source })?;
         Ok(Waiting {
+            done,
             listener,
+            hook: None,
             container: self.name(),
             error_file: self.folder.join(ERROR_FILE),
         })
@@ -209,6 +220,30 @@ impl Park {
 }
 
 impl Waiting {
+    /// Waits until CRIU has done its work and calls for the hook, which is not parked yet; some milliseconds pass until
+    /// it is.
+    ///
+    /// # Errors
+    /// When it can no longer be heard.
+    ///
+    /// # Cancel safety
+    /// Dropping the future loses nothing.
+    pub async fn done(&mut self) -> Result<(), ParkError> {
+        let mut word = [0];
+        let heard = tokio::select! {
+            read = self.done.read(&mut word) => read.map(|_| None),
+            // It comes after the word, if that was said.
+            came = self.listener.accept() => came.map(|(hook, _)| Some(hook)),
+        };
+        match heard {
+            Ok(hook) => {
+                self.hook = hook;
+                Ok(())
+            }
+            Err(_) => Err(self.witness().not_parked()),
+        }
+    }
+
     /// Waits until the hook says that it is parked; a dump's is so twice.
     ///
     /// # Errors
@@ -216,9 +251,12 @@ impl Waiting {
     ///
     /// # Cancel safety
     /// Dropping the future loses nothing: the hook stays parked and its own socket finds it.
-    pub async fn parked(&self) -> Result<(), ParkError> {
+    pub async fn parked(&mut self) -> Result<(), ParkError> {
         let read = async {
-            let (mut stream, _) = self.listener.accept().await?;
+            let mut stream = match self.hook.take() {
+                Some(stream) => stream,
+                None => self.listener.accept().await?.0,
+            };
             let mut word = [0; 7];
             stream.read_exact(&mut word).await?;
             Ok::<_, std::io::Error>(word)
@@ -276,22 +314,35 @@ pub(super) const SCRIPT: &str = "hook.sh";
 fn write_script(folder: &Path, at: ParkAt, cgroup_root: Option<&str>) -> std::io::Result<()> {
     let program = std::env::current_exe()?;
     let script = folder.join(SCRIPT);
-    // The shell answers the steps that are none of ours: each costs clients the start of a program.
+    // The shell answers the steps that are none of ours, and says what is urgent: clients wait while a program starts. A
+    // pipe that is opened for both reading and writing has no need of anybody at its other end (fifo(7)).
     let text = format!(
-        "case \"$CRTOOLS_SCRIPT_ACTION\" in\n{}) exec {} hook --folder {};;\nesac",
+        "case \"$CRTOOLS_SCRIPT_ACTION\" in\n{}) echo 1<>{};;\nesac\n\
+         case \"$CRTOOLS_SCRIPT_ACTION\" in\n{}) exec {} hook --folder {};;\nesac",
+        at.done(),
+        quote(&folder.join(DONE_PIPE)),
         at.actions(),
         quote(&program),
         quote(folder)
     );
     write_program(&script, &text)?;
     let mut configuration = format!(
-        "action-script {}\nghost-limit {GHOST_BYTES_MAX}\nnetwork-lock skip\n",
+        "action-script {}\nghost-limit {GHOST_BYTES_MAX}\nlink-remap\nnetwork-lock skip\n",
         script.display()
     );
     if let Some(root) = cgroup_root {
         configuration.push_str(&format!("cgroup-root {root}\n"));
     }
     std::fs::write(folder.join("criu.conf"), configuration)
+}
+
+/// A pipe that stays open whoever closes its other end.
+fn make_pipe(path: &Path) -> std::io::Result<pipe::Receiver> {
+    let mode = Mode::RUSR | Mode::WUSR;
+    rustix::fs::mknodat(CWD, path, FileType::Fifo, mode, 0)?;
+    pipe::OpenOptions::new()
+        .read_write(true)
+        .open_receiver(path)
 }
 
 /// Writes a program for the shell.

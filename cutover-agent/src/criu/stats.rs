@@ -3,6 +3,8 @@
 
 use std::path::Path;
 
+use super::protobuf::{Value, fields};
+
 /// What a dump did.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct DumpStats {
@@ -36,42 +38,6 @@ fn parse(bytes: &[u8]) -> Option<DumpStats> {
         }
     }
     Some(stats)
-}
-
-enum Value<'a> {
-    Number(u64),
-    Bytes(&'a [u8]),
-}
-
-/// Walks a protobuf message; ends at the first thing that is not one.
-fn fields(mut rest: &[u8]) -> impl Iterator<Item = (u64, Value<'_>)> {
-    std::iter::from_fn(move || {
-        let tag = varint(&mut rest)?;
-        let value = match tag & 7 {
-            0 => Value::Number(varint(&mut rest)?),
-            2 => {
-                let length = usize::try_from(varint(&mut rest)?).ok()?;
-                let (inner, after) = rest.split_at_checked(length)?;
-                rest = after;
-                Value::Bytes(inner)
-            }
-            _ => return None,
-        };
-        Some((tag >> 3, value))
-    })
-}
-
-fn varint(rest: &mut &[u8]) -> Option<u64> {
-    let mut value = 0;
-    for shift in (0..64).step_by(7) {
-        let (&byte, after) = rest.split_first()?;
-        *rest = after;
-        value |= u64::from(byte & 0x7f) << shift;
-        if byte & 0x80 == 0 {
-            return Some(value);
-        }
-    }
-    None
 }
 
 #[cfg(test)]

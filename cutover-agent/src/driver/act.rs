@@ -1,5 +1,6 @@
 //! What each action of the machine means on real hosts. Every one may be repeated after a crash.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use cutover_protocol::hold::{Command, Expected};
@@ -10,15 +11,13 @@ use cutover_protocol::wire::{Request, Response, Severity};
 
 use super::link::{SyncJob, unless_failed};
 use super::memory::cgroup;
+use super::trees::{Trees, finish};
 use super::{Driver, patience};
 use crate::cgroup::Cgroup;
-use crate::config::{Container, IMAGES_TREE};
+use crate::config::Container;
 use crate::lender;
-use crate::memory::Seal;
-use crate::open_files::{self, OpenFiles};
-use crate::peer::{Part, Priority};
+use crate::peer::Priority;
 use crate::report::{Moving, Progress, eta_seconds};
-use crate::transfer::TreeName;
 
 /// Passes over the files while the source runs: one for the bulk, one for what changed meanwhile.
 const FILE_PASSES: u32 = 2;
@@ -137,70 +136,39 @@ impl Driver {
 
     async fn sync_files(&mut self) -> Result<(), String> {
         for _ in 0..FILE_PASSES {
-            self.sync_trees(false, UNHELD_MAX).await?;
+            self.sync_trees().await?;
         }
         Ok(())
     }
 
     /// Copies what changed in the file trees of every container, all at once.
-    pub(super) async fn sync_trees(&mut self, frozen: bool, limit: Duration) -> Result<(), String> {
-        let jobs = self.tree_jobs(frozen, limit)?;
+    async fn sync_trees(&mut self) -> Result<(), String> {
+        let jobs = self.trees().live(UNHELD_MAX)?;
         self.bytes += self.join(jobs).await?;
         Ok(())
     }
 
-    pub(super) fn tree_jobs(&self, frozen: bool, limit: Duration) -> Result<Vec<SyncJob>, String> {
-        let mut jobs = Vec::new();
-        // What any frozen container has open: trees may be shared. A stopped one has nothing.
-        let inits = self.containers().into_iter().filter(|_| frozen);
-        let inits = inits.filter_map(|name| self.host.frozen_init(&name));
-        let open = open_files::of_containers(inits);
-        for name in self.containers() {
-            let container = self.container(&name)?;
-            for tree in &container.trees {
-                let tree_name = format!("{name}/{}", tree.name);
-                jobs.push(self.link.sync(
-                    tree_name,
-                    tree.path.clone(),
-                    frozen,
-                    open.clone(),
-                    limit,
-                ));
-            }
+    pub(super) fn trees(&self) -> Trees {
+        Trees {
+            host: self.host.clone(),
+            link: Arc::clone(&self.link),
+            containers: self.containers(),
         }
-        Ok(jobs)
-    }
-
-    /// The images of every container.
-    pub(super) fn image_jobs(&self, limit: Duration) -> Vec<SyncJob> {
-        let job = |name: ContainerName| {
-            let images = self.host.config.images(&name);
-            self.link.sync(
-                format!("{name}/{}", IMAGES_TREE),
-                images,
-                true,
-                OpenFiles::default(),
-                limit,
-            )
-        };
-        self.containers().into_iter().map(job).collect()
     }
 
     /// Runs syncs side by side and tells their progress; returns the bytes that crossed the link.
     pub(super) async fn join(&self, jobs: Vec<SyncJob>) -> Result<u64, String> {
-        let mut running = tokio::task::JoinSet::new();
-        for job in jobs {
-            running.spawn(job);
-        }
+        self.telling_trees(finish(jobs)).await
+    }
+
+    /// Tells how far trees and images have come while `work` goes on.
+    async fn telling_trees<T>(&self, work: impl Future<Output = T>) -> T {
         let began = Instant::now();
         let mut ticks = tokio::time::interval(PROGRESS_EVERY);
-        let mut bytes = 0;
+        tokio::pin!(work);
         loop {
             tokio::select! {
-                joined = running.join_next() => match joined {
-                    Some(result) => bytes += result.map_err(|error| error.to_string())??,
-                    None => return Ok(bytes),
-                },
+                done = &mut work => return done,
                 _ = ticks.tick() => {
                     let (done, total) = self.link.progress();
                     self.tell_moving(done, total, began, Vec::new());
@@ -237,7 +205,7 @@ impl Driver {
         };
         self.bytes += bytes;
         // What changed in the files meanwhile goes along, so that the frozen delta stays small.
-        self.sync_trees(false, UNHELD_MAX).await?;
+        self.sync_trees().await?;
         let round = Round {
             pages,
             bytes,
@@ -274,8 +242,9 @@ impl Driver {
             drain_ms_max,
         };
         let cgroups = self.cgroups().await?;
-        // A hold ends every limit.
+        // A hold ends every limit: clients wait for the drain, and what dumps a container runs inside it.
         self.writes.end_renewals().await;
+        self.unthrottle().await?;
         // The leases of before a restart are no longer renewed for a hold that is begun anew.
         self.lease = None;
         // From the first held client on, until nobody is.
@@ -300,8 +269,6 @@ impl Driver {
 
     async fn checkpoint(&mut self) -> Result<(), String> {
         let (engine, limit) = (self.engine(), self.step_max());
-        // What dumps a container runs inside it, under the same limit.
-        self.unthrottle().await?;
         if engine == Engine::Restart {
             // Whoever depends on another stops before it.
             for name in self.containers().iter().rev() {
@@ -316,59 +283,34 @@ impl Driver {
             // Another agent has held.
             self.begin_dumps().await?;
         }
-        self.dump(limit).await?;
-        self.note_moving().await
+        self.ask_to_restore().await?;
+        self.dump(limit).await
     }
 
     async fn transfer(&mut self) -> Result<(), String> {
         let limit = self.step_max();
-        self.ask_to_restore().await?;
-        let images = match self.engine() {
-            Engine::Criu => self.image_jobs(limit),
-            Engine::Restart => Vec::new(),
+        let Some(files) = self.files.take() else {
+            // Nothing was dumped: there are trees only.
+            self.ask_to_restore().await?;
+            let (jobs, _) = self.trees().frozen(limit)?;
+            self.bytes += self.join(jobs).await?;
+            return Ok(());
         };
-        let trees = self.tree_jobs(true, limit)?;
-        let (images, trees, sealed) =
-            tokio::join!(self.join(images), self.join(trees), self.seal_memory(limit));
-        let images = images?;
-        self.report.memory.freeze_bytes += images;
-        self.bytes += images + trees?;
+        let (moved, sealed) =
+            tokio::join!(self.telling_trees(files.arrived()), self.seal_memory(limit));
+        let moved = moved?;
+        self.report.memory.freeze_bytes += moved.images;
+        self.bytes += moved.trees + moved.images;
         sealed
     }
 
-    fn restore_request(&self) -> Request {
+    pub(super) fn restore_request(&self) -> Request {
         Request::Restore {
             hop: self.header.hop.clone(),
             containers: self.containers(),
             engine: self.engine(),
             timeout_ms: self.step_ms(),
         }
-    }
-
-    /// Asks the target to restore as soon as it has everything that the transfer is about to move: clients wait one
-    /// round trip less than if it were asked then.
-    async fn ask_to_restore(&mut self) -> Result<(), String> {
-        let mut parts = Vec::new();
-        for name in self.containers() {
-            let container = self.container(&name)?;
-            let mut trees: Vec<&str> = container.trees.iter().map(|tree| &*tree.name).collect();
-            if self.engine() == Engine::Criu {
-                trees.push(IMAGES_TREE);
-            }
-            for tree in trees {
-                let tree = TreeName::new(&format!("{name}/{tree}"));
-                parts.push(Part::Tree(tree.map_err(|error| error.to_string())?));
-            }
-        }
-        let memory = |seal: &Seal| Part::Memory(seal.container.clone());
-        parts.extend(self.seals.iter().map(memory));
-        let (request, limit) = (self.restore_request(), self.step_max() * 2);
-        let asked = self.link.call_after(&parts, &request, limit).await;
-        // It is asked again when everything has moved, over connections that are whole.
-        self.restoring = asked
-            .inspect_err(|error| tracing::debug!(%error, "the target is asked to restore later"))
-            .ok();
-        Ok(())
     }
 
     async fn restore(&mut self) -> Result<(), String> {

@@ -9,16 +9,15 @@ use cutover_protocol::hop::Link as Measured;
 use cutover_protocol::id::ContainerName;
 use cutover_protocol::plan::Engine;
 use cutover_protocol::schedule::Schedule;
-use cutover_protocol::wire::Request;
 use tokio::task::JoinHandle;
 
 use super::Driver;
 use super::act::{PROGRESS_EVERY, UNHELD_MAX};
 use crate::cgroup::Cgroup;
-use crate::engine::{Begun, Dump, EngineError, Host, pre_dump};
+use crate::engine::{EngineError, Host, pre_dump};
 use crate::memory::{
-    DumpServer, GiveUp, Lanes, MemoryError, Moved, OwnLane, PAGE_BYTES, PageSource, Parent, Part,
-    Seal, Shipper, Tally, read_container, resident_bytes, spread_percent,
+    DumpServer, GiveUp, Lanes, MemoryError, Moved, OwnLane, PageSource, Parent, Part, Shipper,
+    Tally, read_container, resident_bytes, spread_percent,
 };
 use crate::report::{Moving, eta_seconds};
 
@@ -68,12 +67,12 @@ impl Driver {
         let (parents, dirty, bytes) = self.telling(&lanes, dumping).await?;
         self.parents = parents;
         self.note_round(&lanes);
-        let images = self.join(self.image_jobs(UNHELD_MAX)).await?;
+        let images = self.join(self.trees().all_images(UNHELD_MAX)).await?;
         Ok((dirty, bytes + images))
     }
 
     /// What the last of CRIU's own rounds saw of a container.
-    fn parent(&self, name: &ContainerName) -> Arc<Parent> {
+    pub(super) fn parent(&self, name: &ContainerName) -> Arc<Parent> {
         self.parents.get(name).cloned().unwrap_or_default()
     }
 
@@ -117,12 +116,12 @@ impl Driver {
         }
     }
 
-    const fn schedule(&self) -> Schedule {
+    pub(super) const fn schedule(&self) -> Schedule {
         self.header.plan.settings().schedule
     }
 
     /// The processes of each container; what they have in memory is remembered.
-    async fn look_at_memory(&mut self) -> Result<Vec<Vec<u32>>, String> {
+    pub(super) async fn look_at_memory(&mut self) -> Result<Vec<Vec<u32>>, String> {
         let (mut sizes, mut all) = (Vec::new(), Vec::new());
         for name in self.containers() {
             let pids = pids(&self.host, &name).await?;
@@ -134,7 +133,7 @@ impl Driver {
     }
 
     /// Tells how far each container has come while `work` goes on.
-    async fn telling<T>(&self, lanes: &Arc<Lanes>, work: impl Future<Output = T>) -> T {
+    pub(super) async fn telling<T>(&self, lanes: &Arc<Lanes>, work: impl Future<Output = T>) -> T {
         let began = Instant::now();
         let mut ticks = tokio::time::interval(PROGRESS_EVERY);
         tokio::pin!(work);
@@ -152,132 +151,9 @@ impl Driver {
             }
         }
     }
-
-    /// Begins the dump of every container, up to where it is frozen.
-    pub(super) async fn begin_dumps(&mut self) -> Result<(), String> {
-        if self.engine() != Engine::Criu {
-            return Ok(());
-        }
-        let (begun, ()) = tokio::join!(self.begun_dumps(), self.begin_restore());
-        self.begun = begun?;
-        Ok(())
-    }
-
-    /// Has the target start what takes its time before it can restore anything. It starts it later when that fails.
-    async fn begin_restore(&self) {
-        let limit = self.step_max();
-        let request = Request::BeginRestore {
-            hop: self.header.hop.clone(),
-            containers: self.containers(),
-            timeout_ms: self.step_ms(),
-        };
-        if let Err(error) = self.link.order(&request, limit).await {
-            tracing::info!(%error, "the target begins to restore later");
-        }
-    }
-
-    async fn begun_dumps(&self) -> Result<Vec<BegunDump>, String> {
-        let rounds = u32::try_from(self.hop.rounds().len()).unwrap_or(u32::MAX);
-        let limit = self.step_max();
-        let mut dumps = tokio::task::JoinSet::new();
-        for (index, name) in self.containers().into_iter().enumerate() {
-            let (host, parent) = (self.host.clone(), self.parent(&name));
-            dumps.spawn(async move {
-                let begun = BegunDump::new(&host, name, (rounds, parent), limit).await;
-                begun.map(|begun| (index, begun))
-            });
-        }
-        let mut begun = Vec::new();
-        while let Some(result) = dumps.join_next().await {
-            begun.push(result.map_err(|error| error.to_string())??);
-        }
-        begun.sort_unstable_by_key(|(index, _)| *index);
-        Ok(begun.into_iter().map(|(_, begun)| begun).collect())
-    }
-
-    /// Lets go of every dump that has begun and frozen nothing.
-    pub(super) async fn dismiss_dumps(&mut self) -> Result<(), String> {
-        self.begun.clear();
-        for name in self.containers() {
-            self.host
-                .dismiss(&name, self.step_max())
-                .await
-                .map_err(|error| error.to_string())?;
-        }
-        Ok(())
-    }
-
-    /// The final dump, whose pages go to the target as CRIU reads them.
-    pub(super) async fn dump(&mut self, limit: Duration) -> Result<(), String> {
-        let pages = self.link.pages()?;
-        let tally = Arc::<Tally>::default();
-        if self.resident.is_empty() {
-            self.look_at_memory().await?;
-        }
-        // After rounds little is left to send, all of it is waited for, and nothing is written meanwhile: turns would only
-        // leave processors idle.
-        let schedule = if self.hop.rounds().is_empty() {
-            self.schedule()
-        } else {
-            Schedule::Parallel
-        };
-        let lanes = Lanes::new(schedule, self.resident.clone());
-        let mut dumps = tokio::task::JoinSet::new();
-        for (index, begun) in std::mem::take(&mut self.begun).into_iter().enumerate() {
-            let host = self.host.clone();
-            let shipper = Shipper::new(Arc::clone(&pages), Arc::clone(&tally), lanes.enter(index));
-            let pages = Arc::clone(&pages);
-            dumps.spawn(async move { begun.serve(&host, (pages, shipper), limit).await });
-        }
-        let dumping = async {
-            let mut seals = Vec::new();
-            while let Some(result) = dumps.join_next().await {
-                seals.push(result.map_err(|error| error.to_string())??);
-            }
-            Ok::<_, String>(seals)
-        };
-        self.seals = self.telling(&lanes, dumping).await?;
-        let moved = lanes.moved();
-        let own_ms = self
-            .containers()
-            .into_iter()
-            .zip(&moved)
-            .map(|(name, one)| {
-                let dump_ms = self.host.dump_ms(&name).unwrap_or(0);
-                dump_ms.saturating_sub(milliseconds(one.waited))
-            });
-        self.report.memory.dump_ms = own_ms.max().unwrap_or(0);
-        self.report.memory.freeze_spread_percent = Some(spread_percent(&moved));
-        let bytes = tally.bytes_wire.load(Ordering::Relaxed);
-        self.bytes += bytes;
-        self.report.memory.freeze_bytes += bytes;
-        self.report.memory.dumped_bytes += tally.pages.load(Ordering::Relaxed) * PAGE_BYTES as u64;
-        self.report.memory.dirty_bytes +=
-            tally.pages_new.load(Ordering::Relaxed) * PAGE_BYTES as u64;
-        Ok(())
-    }
-
-    /// Has the target complete the memory images of every container that was dumped to it.
-    pub(super) async fn seal_memory(&self, limit: Duration) -> Result<(), String> {
-        if self.seals.is_empty() {
-            return Ok(());
-        }
-        let pages = self.link.pages()?;
-        let mut seals = tokio::task::JoinSet::new();
-        for seal in self.seals.clone() {
-            let pages = Arc::clone(&pages);
-            seals.spawn(async move { pages.seal(seal, limit).await });
-        }
-        while let Some(result) = seals.join_next().await {
-            result
-                .map_err(|error| error.to_string())?
-                .map_err(|error| error.to_string())?;
-        }
-        Ok(())
-    }
 }
 
-fn milliseconds(duration: Duration) -> u64 {
+pub(super) fn milliseconds(duration: Duration) -> u64 {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }
 
@@ -357,7 +233,7 @@ fn take_round(
 }
 
 /// Waits for a dump, and for the server that takes its pages.
-async fn served<T>(
+pub(super) async fn served<T>(
     name: &ContainerName,
     dumping: impl Future<Output = Result<(), EngineError>>,
     serving: JoinHandle<Result<T, MemoryError>>,
@@ -376,66 +252,5 @@ async fn served<T>(
             .await
             .map_err(|error| error.to_string())?
             .map_err(|error| format!("the memory of {name}: {error}")),
-    }
-}
-
-/// Has the target complete the images while CRIU is busy with all that is not memory. The transfer asks for the same, and
-/// finds it done, or says why it cannot be.
-fn seal_early(pages: Arc<PageSource>, seal: Seal, limit: Duration) {
-    tokio::spawn(async move {
-        if let Err(error) = pages.seal(seal, limit).await {
-            tracing::debug!(%error, "the images of memory were not completed early");
-        }
-    });
-}
-
-/// A container's final dump that has begun, and who takes its pages.
-#[derive(Debug)]
-pub(super) struct BegunDump {
-    name: ContainerName,
-    dump: Begun,
-    server: DumpServer,
-    given_up: GiveUp,
-    /// What the last of CRIU's own rounds saw.
-    parent: Arc<Parent>,
-}
-
-impl BegunDump {
-    async fn new(
-        host: &Host,
-        name: ContainerName,
-        (rounds, parent): (u32, Arc<Parent>),
-        limit: Duration,
-    ) -> Result<Self, String> {
-        let (server, given_up) = DumpServer::bind().map_err(|error| error.to_string())?;
-        let dump = Dump {
-            rounds: if parent.is_empty() { 0 } else { rounds },
-            page_server: server.addr(),
-        };
-        let begun = host.begin(&name, dump, limit).await;
-        Ok(Self {
-            dump: begun.map_err(|error| error.to_string())?,
-            name,
-            server,
-            given_up,
-            parent,
-        })
-    }
-
-    /// Freezes the container, and takes its pages.
-    async fn serve(
-        self,
-        host: &Host,
-        (pages, shipper): (Arc<PageSource>, Shipper),
-        limit: Duration,
-    ) -> Result<Seal, String> {
-        let (server, parent, container) = (self.server, self.parent, self.name.to_string());
-        let serving = tokio::task::spawn_blocking(move || {
-            let seal = server.serve(shipper, &container, parent, limit)?;
-            seal_early(pages, seal.clone(), limit);
-            Ok(seal)
-        });
-        let dumping = host.checkpoint(&self.name, self.dump, limit);
-        served(&self.name, dumping, serving, self.given_up).await
     }
 }

@@ -6,6 +6,7 @@
 
 mod act;
 mod costs;
+mod freeze;
 pub mod journal;
 mod lease;
 mod link;
@@ -13,6 +14,7 @@ mod memory;
 mod patience;
 mod register;
 mod throttle;
+mod trees;
 mod tunnel;
 mod writes;
 
@@ -41,10 +43,11 @@ use crate::preflight;
 use crate::proxy::{Proxy, ProxyError};
 use crate::report::{Outcome, Progress, Report};
 use crate::tunnel::Tunnel;
+use freeze::{BegunDump, FrozenFiles};
 use journal::{Header, Journal, JournalError};
 use lease::Lease;
 use link::Link;
-use memory::BegunDump;
+
 use writes::Writes;
 
 /// Pauses between tries to read the register or to finish a committed hop: doubled up to the last.
@@ -140,6 +143,8 @@ pub struct Driver {
     bytes: u64,
     /// What completes the memory of each container at the target, once it was dumped.
     seals: Vec<Seal>,
+    /// The files of containers that were dumped, on their way.
+    files: Option<FrozenFiles>,
     /// The target's answer to come: it restores as soon as everything has arrived.
     restoring: Option<Answering<Response>>,
     /// Dumps that have begun and wait, their containers running on.
@@ -287,6 +292,7 @@ impl Driver {
             first,
             bytes: 0,
             seals: Vec::new(),
+            files: None,
             restoring: None,
             begun: Vec::new(),
             parents: BTreeMap::new(),
@@ -366,7 +372,7 @@ impl Driver {
         });
         let begun = Instant::now();
         self.bytes = 0;
-        let mut result = self.act(action).await;
+        let mut result = Box::pin(self.act(action)).await;
         if result.is_ok()
             && self.fail_at == Some(self.hop.phase())
             && self.hop.phase().is_before_commit()

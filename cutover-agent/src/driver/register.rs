@@ -175,6 +175,7 @@ impl Driver {
     }
 
     async fn thaw(&mut self) -> Result<(), String> {
+        self.files = None;
         let (engine, limit) = (self.engine(), self.step_max());
         for name in self.containers() {
             self.host

@@ -72,7 +72,7 @@ fn fresh(images: &Path) {
 }
 
 /// A dump that has begun, and waits for the word to freeze its container; or a restore, for there to be something to
-/// restore. Dropped, it goes on waiting until it is dismissed or killed.
+/// restore. Dropped, it goes on as it was told last, and is dismissed or killed by its name.
 #[derive(Debug)]
 pub struct Begun {
     runtime: Child,
@@ -106,12 +106,7 @@ pub(super) async fn begin(
         .runc
         .checkpoint(name.as_str(), folders, dump.page_server, parking)?;
     let mut begun = Begun { runtime, waiting };
-    let call = Call {
-        verb: "checkpoint",
-        name,
-        work: &work,
-    };
-    until_parked(host, &mut begun.runtime, &begun.waiting, call, limit).await?;
+    until_dump(host, name, &mut begun, Stop::Parked, limit).await?;
     Ok(begun)
 }
 
@@ -128,22 +123,49 @@ pub(super) async fn dismiss(
     Ok(())
 }
 
+pub(super) async fn freeze(
+    host: &Host,
+    name: &ContainerName,
+    begun: &Begun,
+    limit: Duration,
+) -> Result<(), EngineError> {
+    if !host.park(name).tell(Word::Go, limit).await? {
+        return Err(begun.waiting.witness().not_parked().into());
+    }
+    Ok(())
+}
+
+pub(super) async fn written(
+    host: &Host,
+    name: &ContainerName,
+    begun: &mut Begun,
+    limit: Duration,
+) -> Result<(), EngineError> {
+    until_dump(host, name, begun, Stop::Done, limit).await
+}
+
 pub(super) async fn checkpoint(
     host: &Host,
     name: &ContainerName,
     mut begun: Begun,
     limit: Duration,
 ) -> Result<(), EngineError> {
-    if !host.park(name).tell(Word::Go, limit).await? {
-        return Err(begun.waiting.witness().not_parked().into());
-    }
-    let work = host.work(name).join(FINAL);
+    until_dump(host, name, &mut begun, Stop::Parked, limit).await
+}
+
+async fn until_dump(
+    host: &Host,
+    name: &ContainerName,
+    begun: &mut Begun,
+    stop: Stop,
+    limit: Duration,
+) -> Result<(), EngineError> {
     let call = Call {
         verb: "checkpoint",
         name,
-        work: &work,
+        work: &host.work(name).join(FINAL),
     };
-    until_parked(host, &mut begun.runtime, &begun.waiting, call, limit).await
+    until(host, begun, stop, call, limit).await
 }
 
 struct Call<'a> {
@@ -152,19 +174,35 @@ struct Call<'a> {
     work: &'a Path,
 }
 
-/// Waits for the hook, or for the runtime to end without it, or for the limit.
-async fn until_parked(
+/// How far CRIU is waited for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stop {
+    /// It has done its work, and is about to be parked.
+    Done,
+    /// It is parked: it takes the word.
+    Parked,
+}
+
+/// Waits until CRIU is there, or for the runtime to end without it, or for the limit.
+async fn until(
     host: &Host,
-    runtime: &mut Child,
-    waiting: &Waiting,
+    begun: &mut Begun,
+    stop: Stop,
     call: Call<'_>,
     limit: Duration,
 ) -> Result<(), EngineError> {
+    let Begun { runtime, waiting } = begun;
     let witness = waiting.witness();
+    let there = async {
+        match stop {
+            Stop::Done => waiting.done().await,
+            Stop::Parked => waiting.parked().await,
+        }
+    };
     tokio::select! {
         // The hook is asked first: a runtime that ends at once may have parked and been killed since.
         biased;
-        parked = waiting.parked() => parked.map_err(EngineError::from),
+        there = there => there.map_err(EngineError::from),
         ended = runtime.wait() => {
             let judged = match ended {
                 Ok(status) => host.runc.judge(status, call.verb, call.name.as_str(), call.work),
@@ -282,7 +320,7 @@ enum StandIn {
     None,
 }
 
-/// Starts a restore and waits until it is parked: in CRIU's stand-in where that is wanted, else at its end.
+/// Starts a restore and waits until it is parked in CRIU's stand-in where that is wanted, else until it is done.
 async fn start_restore(
     host: &Host,
     container: &Container,
@@ -318,14 +356,19 @@ async fn start_restore(
         .runc
         .restore(name.as_str(), &container.bundle, folders, parking)?;
     let mut begun = Begun { runtime, waiting };
-    until_restore_parked(host, name, &mut begun, limit).await?;
+    let stop = match stand_in {
+        Some(_) => Stop::Parked,
+        None => Stop::Done,
+    };
+    until_restore(host, name, &mut begun, stop, limit).await?;
     Ok(begun)
 }
 
-async fn until_restore_parked(
+async fn until_restore(
     host: &Host,
     name: &ContainerName,
     begun: &mut Begun,
+    stop: Stop,
     limit: Duration,
 ) -> Result<(), EngineError> {
     let call = Call {
@@ -333,27 +376,26 @@ async fn until_restore_parked(
         name,
         work: &host.work(name).join(RESTORE),
     };
-    until_parked(host, &mut begun.runtime, &begun.waiting, call, limit).await
+    until(host, begun, stop, call, limit).await
 }
 
-/// Restores a container whose root file system is mounted, up to where it is parked at its end.
+/// Restores a container whose root file system is mounted, up to where CRIU is about to be parked at its end.
 pub(super) async fn build(
     host: &Host,
     container: &Container,
     begun: Option<Begun>,
     limit: Duration,
-) -> Result<Child, EngineError> {
+) -> Result<Begun, EngineError> {
     let name = &container.name;
     if let Some(mut begun) = begun {
         if host.park(name).tell(Word::Go, limit).await? {
-            until_restore_parked(host, name, &mut begun, limit).await?;
-            return Ok(begun.runtime);
+            until_restore(host, name, &mut begun, Stop::Done, limit).await?;
+            return Ok(begun);
         }
         // It has died since.
         host.runc.delete(name.as_str(), &host.work(name)).await?;
     }
-    let parked = start_restore(host, container, StandIn::None, limit).await?;
-    Ok(parked.runtime)
+    start_restore(host, container, StandIn::None, limit).await
 }
 
 /// The cgroup of the bundle, where the unified hierarchy is the only one. There CRIU would put the tasks back where
@@ -370,10 +412,11 @@ fn cgroup_root(container: &Container) -> Option<String> {
 
 pub(super) async fn run(
     host: &Host,
-    runtime: Child,
+    mut begun: Begun,
     name: &ContainerName,
     limit: Duration,
 ) -> Result<(), EngineError> {
+    until_restore(host, name, &mut begun, Stop::Parked, limit).await?;
     if !host.park(name).tell(Word::Go, limit).await? {
         return Err(EngineError::NotRunning(name.clone()));
     }
@@ -381,7 +424,7 @@ pub(super) async fn run(
     Ok(host
         .runc
         .finish(
-            runtime,
+            begun.runtime,
             "restore",
             name.as_str(),
             &host.work(name).join(RESTORE),

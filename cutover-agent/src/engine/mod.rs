@@ -1,5 +1,5 @@
 //! How containers are stopped at the source and started at the target. Both engines offer the same verbs:
-//! `checkpoint`, `thaw`, `retire` at the source; `build`, `run`, `kill` at the target. Every verb is idempotent,
+//! `freeze` and `checkpoint`, `thaw`, `retire` at the source; `build`, `run`, `kill` at the target. Every verb is idempotent,
 //! and `thaw`, `retire` and `kill` are also right after a crash at any point.
 
 mod criu;
@@ -85,8 +85,8 @@ pub struct Dump {
 /// A container that stands at the target and has not run.
 #[derive(Debug)]
 pub enum Built {
-    /// CRIU is parked before the first instruction; this is the runtime that waits for it.
-    Parked(tokio::process::Child),
+    /// CRIU has built it and parks before the first instruction.
+    Parked(Box<Begun>),
     /// The runtime created it.
     Created,
 }
@@ -174,7 +174,33 @@ impl Host {
         criu::dismiss(self, name, limit).await
     }
 
-    /// Stops a container whose dump has begun so that it can still be thawed: frozen and fenced, everything written.
+    /// Freezes and fences a container whose dump has begun, and lets the dump go on.
+    ///
+    /// # Errors
+    /// [`EngineError`]; [`Self::thaw`] then puts everything back.
+    pub async fn freeze(
+        &self,
+        name: &ContainerName,
+        begun: &Begun,
+        limit: Duration,
+    ) -> Result<(), EngineError> {
+        criu::freeze(self, name, begun, limit).await
+    }
+
+    /// Waits until the images of a frozen container are written; it may still be let go by the hook's failure.
+    ///
+    /// # Errors
+    /// [`EngineError`]; [`Self::thaw`] then puts everything back.
+    pub async fn written(
+        &self,
+        name: &ContainerName,
+        begun: &mut Begun,
+        limit: Duration,
+    ) -> Result<(), EngineError> {
+        criu::written(self, name, begun, limit).await
+    }
+
+    /// Waits until the dump of a frozen container is parked: it stays stopped until it is thawed or retired.
     ///
     /// # Errors
     /// [`EngineError`]; [`Self::thaw`] then puts everything back.
@@ -260,7 +286,7 @@ impl Host {
         match engine {
             Engine::Criu => criu::build(self, &container, begun, limit)
                 .await
-                .map(Built::Parked),
+                .map(|begun| Built::Parked(Box::new(begun))),
             Engine::Restart => {
                 let work = self.work(name);
                 self.runc
@@ -282,7 +308,7 @@ impl Host {
         limit: Duration,
     ) -> Result<(), EngineError> {
         match built {
-            Built::Parked(runtime) => criu::run(self, runtime, name, limit).await,
+            Built::Parked(begun) => criu::run(self, *begun, name, limit).await,
             Built::Created => Ok(self.runc.start(name.as_str(), &self.work(name)).await?),
         }
     }

@@ -126,6 +126,11 @@ fn cases(is_full: bool) -> Vec<Case> {
             shows: enough_ids,
         },
         Case {
+            name: "four counters hop, one of them with a file open that lost its name",
+            wish: wish(App::Counters, 20),
+            shows: nothing_more,
+        },
+        Case {
             name: "WordPress and its database hop under load",
             wish: wish(App::Wordpress, 20),
             shows: enough_ids,
