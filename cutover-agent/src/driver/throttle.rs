@@ -1,7 +1,7 @@
 //! Slows down containers whose writes outrun the link: first what is written to them, at the proxy (`writes`), and where
 //! that is not enough or there is nothing of the kind, by limiting the processor time of their cgroups.
 //!
-//! What was set before is kept in a file before anything is changed, and put back before the dump and by whoever
+//! What was set before is kept in a file before anything is changed, and put back before the hold and by whoever
 //! undoes the hop, also after a crash. What it never does: stop a container, or leave a limit behind.
 
 use std::path::{Path, PathBuf};
@@ -42,13 +42,18 @@ impl Driver {
         if self.header.bounds.throttle_percent_max == 0 {
             return Ok(());
         }
+        let last = self.report.memory.slowed.last();
+        let is_more = last.is_none_or(|last| last.percent < percent);
         let (writes, processors) = match self.writes.slow(percent).await {
             Slowing::None => (Vec::new(), percent > 0),
             // Perhaps that is enough.
             Slowing::First(writes) => (writes, false),
-            Slowing::Further(writes) => (writes, true),
+            Slowing::Further(writes) => {
+                (writes, is_more || last.is_some_and(|last| last.processors))
+            }
         };
-        self.throttle_processors(if processors { percent } else { 0 })
+        // What sufficed is left as it is.
+        self.throttle_processors(if processors && is_more { percent } else { 0 })
             .await?;
         if percent > 0 {
             let slowed = Slowed {
