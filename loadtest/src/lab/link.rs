@@ -20,6 +20,10 @@ use crate::lab::process::Process;
 const QUEUE: &str = "7";
 /// Longest a delay program may take to begin, in seconds.
 const DELAY_READY_S: u64 = 20;
+/// Up to this rate, in Mbit/s, packets cross one by one as they do on a wire. Otherwise the kernel hands the link bundles of
+/// them with one header each, as large as a stream's own rate allows: many slow streams would pay for more headers than one
+/// fast one. Faster links would cost the machine more than they are worth.
+const BUNDLED_ABOVE_MBIT: f64 = 10.0;
 /// The target's end of the link.
 const TARGET: &str = "192.0.2.2:0";
 /// How long throughput is measured, in milliseconds, after as long a start.
@@ -168,6 +172,12 @@ pub fn shape(
                 .args(words)
                 .inside(&namespace)
         };
+        if rate_mbit <= BUNDLED_ABOVE_MBIT {
+            Shell::new("ip")
+                .args(["link", "set", "dev", "wan", "gso_max_segs", "1"])
+                .inside(&namespace)
+                .run()?;
+        }
         let delay = format!("{one_way_us}us");
         let loss = format!("{loss_percent}%");
         // A limit of the bandwidth-delay product and more: the queue itself must not lose packets.
