@@ -117,6 +117,22 @@ pub(crate) enum Command {
         #[arg(long)]
         out: PathBuf,
     },
+    /// The part of a case of `bench freeze` that runs inside the guest.
+    #[command(hide = true)]
+    InsideFreeze {
+        /// The case's line.
+        #[arg(long = "case")]
+        line: String,
+        /// Its mode.
+        #[arg(long)]
+        mode: bench::freeze::case::Mode,
+        /// The link between the sites.
+        #[arg(long)]
+        link: Link,
+        /// The folder shared with the host.
+        #[arg(long)]
+        out: PathBuf,
+    },
     /// Sets up both sites with the application at the source, and keeps them until ENTER or a signal.
     #[command(hide = true)]
     World {
@@ -210,12 +226,15 @@ pub(crate) enum Bench {
         /// Only the cases whose line contains this, such as "content, gang".
         #[arg(long = "case", value_name = "FILTER", default_value = "")]
         filter: String,
-        /// How changed memory is found; repeat for several. Soft-dirty needs a kernel that tracks it.
+        /// How changed memory is found; repeat for several. Soft-dirty needs a kernel that tracks it: a guest has one.
         #[arg(long = "mode", value_enum, default_values = ["content", "none"])]
         modes: Vec<bench::freeze::case::Mode>,
         /// The link between the sites.
         #[arg(long, default_value = "800mbit,20ms,0.1%")]
         link: Link,
+        /// Where: on this machine, or each case in a virtual machine of its own.
+        #[arg(long = "where", default_value = "host")]
+        place: Place,
         /// Also write all figures to this file, as JSON.
         #[arg(long, value_name = "FILE")]
         json: Option<PathBuf>,

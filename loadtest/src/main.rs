@@ -22,7 +22,10 @@ use arguments::{Arguments, Bench, BytesOptions, Command, HoldOptions, ProxyOptio
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    let progress = if matches!(arguments.command, Command::Inside { .. }) {
+    let progress = if matches!(
+        arguments.command,
+        Command::Inside { .. } | Command::InsideFreeze { .. }
+    ) {
         Progress::plain()
     } else {
         Progress::new()
@@ -63,6 +66,17 @@ fn run(arguments: Arguments, progress: &Progress) -> anyhow::Result<ExitCode> {
             interrupt::listen()?;
             lab::guest::inside(&options.wish(Place::Host), &out, progress)?;
         }
+        Command::InsideFreeze {
+            line,
+            mode,
+            link,
+            out,
+        } => {
+            interrupt::listen()?;
+            let cases = bench::freeze::case::chosen(&[mode], &line);
+            let case = cases.first().ok_or_else(|| anyhow!("no case {line}"))?;
+            bench::freeze::inside(case, link, &out, progress)?;
+        }
         Command::Test {
             filter,
             full,
@@ -98,10 +112,11 @@ fn bench(what: Bench, progress: &Progress) -> anyhow::Result<ExitCode> {
             filter,
             modes,
             link,
+            place,
             json,
         } => {
             let cases = bench::freeze::case::chosen(&modes, &filter);
-            let options = bench::freeze::Options { cases, link };
+            let options = bench::freeze::Options { cases, link, place };
             bench_freeze(&options, json.as_deref(), progress)
         }
         Bench::Bytes(options) => bench_bytes(options, progress),

@@ -4,20 +4,24 @@
 use std::ffi::OsString;
 use std::fs;
 use std::io::{BufRead, BufReader};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Stdio;
 use std::sync::mpsc::{Receiver, sync_channel};
 use std::thread;
 use std::time::Duration;
 
 use clap::ValueEnum;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 
 use crate::command::{CommandError, SYSTEM_PATH, Shell, kill_group};
 use crate::interrupt;
+use crate::lab::app::App;
 use crate::lab::error::{LabError, OnFile, Result};
 use crate::lab::folders::Folders;
 use crate::lab::hop::{self, Again, Engine};
 use crate::lab::initrd::{self, Kernel};
+use crate::lab::link::Link;
 use crate::lab::packages;
 use crate::lab::place::{Wish, script};
 use crate::lab::setup::{self, Checkpoints};
@@ -29,6 +33,8 @@ use crate::report::Report;
 const GUEST_S: u64 = 1200;
 /// Memory of the guest, in MiB: everything it writes is in it.
 const MEMORY_MB: &str = "6144";
+/// The file with the result, in the folder shared with the host.
+const RESULT: &str = "report.json";
 /// Begins the line by which the guest says why it cannot go on.
 const FAILED: &str = "HOPGATE-GUEST-FAILED";
 /// Console lines that may wait to be shown.
@@ -37,17 +43,46 @@ const LINES_MAX: usize = 4096;
 const MODULES: &str = "veth bridge tun unix_diag inet_diag tcp_diag udp_diag af_packet_diag netlink_diag nf_tables \
                        nft_compat iptable_filter ip6table_filter xt_mark sch_netem overlay wireguard esp4 xfrm_user xfrm_interface gcm";
 
+/// What this program is to do inside a guest.
+#[derive(Debug, Clone)]
+pub struct Job {
+    /// The application it needs.
+    pub app: App,
+    /// The link.
+    pub link: Link,
+    /// The words of its command line, but for the folder where the result goes.
+    pub words: String,
+}
+
+impl Job {
+    fn of(wish: &Wish) -> Self {
+        Self {
+            app: wish.app,
+            link: wish.link,
+            words: words(wish),
+        }
+    }
+}
+
 /// Runs the wish in a guest and brings its report back.
 ///
 /// # Errors
-/// [`LabError::Guest`] when it ends without a report, or whatever could not be installed or made.
+/// As for [`result`].
 pub fn run(wish: &Wish, folders: &Folders, progress: &Progress) -> Result<Report> {
-    let kernel = prepare(wish, folders, progress)?;
+    result(&Job::of(wish), folders, progress)
+}
+
+/// Does a job in a guest and brings its result back.
+///
+/// # Errors
+/// [`LabError::Guest`] when it ends without one, or whatever could not be installed or made.
+pub fn result<T: DeserializeOwned>(job: &Job, folders: &Folders, progress: &Progress) -> Result<T> {
+    let kernel = prepare(job, folders, progress)?;
     let out = folders.lab.join(format!("guest-{}", std::process::id()));
     fs::create_dir_all(&out).on("create", &out)?;
     let initrd = initrd::make(folders, &kernel)?;
-    let booted = boot(wish, folders, &kernel, &initrd, &out, progress);
-    let text = fs::read_to_string(out.join("report.json")).unwrap_or_default();
+    let booted = boot(job, folders, &kernel, &initrd, &out, progress);
+    let text = fs::read_to_string(out.join(RESULT)).unwrap_or_default();
     let logs = out.join(hop::LOGS);
     if logs.is_dir() {
         let kept = folders.lab.join(hop::LOGS);
@@ -65,14 +100,14 @@ pub fn run(wish: &Wish, folders: &Folders, progress: &Progress) -> Result<Report
 }
 
 /// Makes everything the guest needs on the host, where there is a network and a fast processor.
-fn prepare(wish: &Wish, folders: &Folders, progress: &Progress) -> Result<Kernel> {
+fn prepare(job: &Job, folders: &Folders, progress: &Progress) -> Result<Kernel> {
     setup::root()?;
     packages::install(packages::GUEST, progress)?;
-    match setup::parts(wish.app, wish.link, Checkpoints::Wanted, folders, progress) {
+    match setup::parts(job.app, job.link, Checkpoints::Wanted, folders, progress) {
         // That it cannot checkpoint here is why there is a guest.
         Err(LabError::NoCriu { .. }) => drop(setup::parts(
-            wish.app,
-            wish.link,
+            job.app,
+            job.link,
             Checkpoints::NotWanted,
             folders,
             progress,
@@ -84,7 +119,7 @@ fn prepare(wish: &Wish, folders: &Folders, progress: &Progress) -> Result<Kernel
 }
 
 fn boot(
-    wish: &Wish,
+    job: &Job,
     folders: &Folders,
     kernel: &Kernel,
     initrd: &Path,
@@ -92,7 +127,7 @@ fn boot(
     progress: &Progress,
 ) -> Result<String> {
     let script = out.join("guest.sh");
-    fs::write(&script, guest_script(wish, folders, kernel, out)).on("write", &script)?;
+    fs::write(&script, guest_script(job, folders, kernel, out)).on("write", &script)?;
     progress.say(format!("booting a guest with {}", kernel.image.display()));
     let shell = qemu(kernel, initrd, out);
     let mut command = shell.prepare();
@@ -199,22 +234,48 @@ fn qemu(kernel: &Kernel, initrd: &Path, out: &Path) -> Shell {
 
 /// What the guest does once it has moved into the host's files. The shell stays its first process: it collects
 /// whatever the containers leave behind.
-fn guest_script(wish: &Wish, folders: &Folders, kernel: &Kernel, out: &Path) -> String {
-    let quoted = |path: &Path| format!("'{}'", path.display().to_string().replace('\'', r"'\''"));
+fn guest_script(job: &Job, folders: &Folders, kernel: &Kernel, out: &Path) -> String {
+    let modules = kernel.modules.parent().unwrap_or(Path::new("/"));
+    format!(
+        "export PATH={SYSTEM_PATH} HOME=/root\n\
+         ulimit -c 0\n\
+         mkdir -p /lib/modules\n\
+         mount --make-rprivate /\n\
+         mount --bind {} /lib/modules\n\
+         ip link set lo up\n\
+         for module in {MODULES}; do modprobe $module; done\n\
+         {} {} --out {}\n\
+         sync\n\
+         echo o > /proc/sysrq-trigger\n\
+         sleep 30\n",
+        quoted(&modules.display().to_string()),
+        quoted(&folders.program.display().to_string()),
+        job.words,
+        quoted(&out.display().to_string()),
+    )
+}
+
+/// A word for the shell.
+#[must_use]
+pub fn quoted(word: &str) -> String {
+    format!("'{}'", word.replace('\'', r"'\''"))
+}
+
+/// The command line of the same wish inside the guest.
+fn words(wish: &Wish) -> String {
     let word = |value: Option<clap::builder::PossibleValue>| {
         value
             .map(|value| value.get_name().to_owned())
             .unwrap_or_default()
     };
     let mut options = format!(
-        "--app {} --clients {} --writes {} --engine {} --link {} --tunnel {} --out {}",
+        "inside --app {} --clients {} --writes {} --engine {} --link {} --tunnel {}",
         wish.app.as_str(),
         wish.clients,
         word(wish.writes.to_possible_value()),
         wish.engine.as_str(),
         wish.link,
         wish.tunnel.as_str(),
-        quoted(out)
     );
     for phase in &wish.cut {
         options.push_str(&format!(" --cut {phase}"));
@@ -228,22 +289,7 @@ fn guest_script(wish: &Wish, folders: &Folders, kernel: &Kernel, out: &Path) -> 
     if wish.again == Again::Yes {
         options.push_str(" --then-hop-again");
     }
-    let modules = kernel.modules.parent().unwrap_or(Path::new("/"));
-    format!(
-        "export PATH={SYSTEM_PATH} HOME=/root\n\
-         ulimit -c 0\n\
-         mkdir -p /lib/modules\n\
-         mount --make-rprivate /\n\
-         mount --bind {} /lib/modules\n\
-         ip link set lo up\n\
-         for module in {MODULES}; do modprobe $module; done\n\
-         {} inside {options}\n\
-         sync\n\
-         echo o > /proc/sysrq-trigger\n\
-         sleep 30\n",
-        quoted(modules),
-        quoted(&folders.program),
-    )
+    options
 }
 
 /// The part that runs inside: the same hop, its report left on the shared folder.
@@ -251,11 +297,25 @@ fn guest_script(wish: &Wish, folders: &Folders, kernel: &Kernel, out: &Path) -> 
 /// # Errors
 /// Whatever the hop's world could not do; it is printed on the guest's console as well.
 pub fn inside(wish: &Wish, out: &Path, progress: &Progress) -> Result<()> {
-    let outcome = hop_inside(wish, out, progress);
-    if let Err(error) = &outcome {
-        println!("{FAILED} {error}");
-    }
-    outcome
+    told(hop_inside(wish, out, progress))
+}
+
+/// Says on the guest's console why it cannot go on, if so.
+///
+/// # Errors
+/// That very error.
+pub fn told(outcome: Result<()>) -> Result<()> {
+    outcome.inspect_err(|error| println!("{FAILED} {error}"))
+}
+
+/// Leaves a result on the folder shared with the host.
+///
+/// # Errors
+/// When it cannot be written.
+pub fn leave(result: &impl Serialize, out: &Path) -> Result<()> {
+    let path = out.join(RESULT);
+    let text = serde_json::to_string_pretty(result).unwrap_or_default();
+    fs::write(&path, text).on("write", &path)
 }
 
 fn hop_inside(wish: &Wish, out: &Path, progress: &Progress) -> Result<()> {
@@ -277,7 +337,5 @@ fn hop_inside(wish: &Wish, out: &Path, progress: &Progress) -> Result<()> {
         // The guest's own folder goes with it; a hop that left no logs has its error.
         let _ = copy(&folders.lab.join(hop::LOGS), &out.join(hop::LOGS));
     }
-    let path: PathBuf = out.join("report.json");
-    let text = serde_json::to_string_pretty(&outcome?).unwrap_or_default();
-    fs::write(&path, text).on("write", &path)
+    leave(&outcome?, out)
 }

@@ -5,7 +5,9 @@ use std::fmt;
 use crate::lab::app::App;
 
 /// How changed memory is found; the words of plans.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum, serde::Serialize)]
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum, serde::Serialize, serde::Deserialize,
+)]
 #[serde(rename_all = "kebab-case")]
 pub enum Mode {
     /// By the kernel; not on every one.

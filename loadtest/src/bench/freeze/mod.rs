@@ -18,7 +18,9 @@ use crate::lab::actors::Actors;
 use crate::lab::app::ContainerKind;
 use crate::lab::error::{LabError, OnFile, Result};
 use crate::lab::folders::Folders;
+use crate::lab::guest::{self, Job};
 use crate::lab::link::Link;
+use crate::lab::place::Place;
 use crate::lab::programs;
 use crate::lab::setup::{self, Checkpoints};
 use crate::lab::world::{Parts, World};
@@ -37,6 +39,8 @@ pub struct Options {
     pub cases: Vec<Case>,
     /// The link between the sites.
     pub link: Link,
+    /// Where they run; wherever a guest is not asked for it is this machine.
+    pub place: Place,
 }
 
 /// Runs every case in turn, handing each row to `each`.
@@ -54,11 +58,37 @@ pub fn run(
     let mut rows = Vec::new();
     for case in &options.cases {
         progress.say(format!("{case} over {}", options.link));
-        let row = one(case, options.link, folders, progress)?;
+        let row = match options.place {
+            Place::Guest => in_guest(case, options.link, folders, progress)?,
+            Place::Host | Place::Auto => one(case, options.link, folders, progress)?,
+        };
         each(&row);
         rows.push(row);
     }
     Ok(rows)
+}
+
+/// Each case has a guest of its own.
+fn in_guest(case: &Case, link: Link, folders: &Folders, progress: &Progress) -> Result<Row> {
+    let line = guest::quoted(&case.to_string());
+    let job = Job {
+        app: case.app(),
+        link,
+        words: format!(
+            "inside-freeze --case {line} --mode {} --link {link}",
+            case.mode
+        ),
+    };
+    guest::result(&job, folders, progress)
+}
+
+/// The part of a case that runs inside the guest: its row is left on the shared folder.
+///
+/// # Errors
+/// As for [`run`]; it is printed on the guest's console as well.
+pub fn inside(case: &Case, link: Link, out: &Path, progress: &Progress) -> Result<()> {
+    let row = Folders::find().and_then(|folders| one(case, link, &folders, progress));
+    guest::told(row.and_then(|row| guest::leave(&row, out)))
 }
 
 fn one(case: &Case, link: Link, folders: &Folders, progress: &Progress) -> Result<Row> {

@@ -54,7 +54,7 @@ struct Link {
 }
 
 /// What the limit of the frozen time is made of, in milliseconds.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Limit {
     /// Bytes over the measured link, with the allowance.
     pub wire_ms: f64,
@@ -75,12 +75,12 @@ impl Limit {
 }
 
 /// One case, measured.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Row {
     /// How changes were found.
     pub mode: Mode,
     /// In which order containers used the link.
-    pub schedule: &'static str,
+    pub schedule: String,
     /// Containers.
     pub containers: usize,
     /// Memory of all of them.
@@ -130,7 +130,7 @@ impl Row {
         let in_rounds = memory.round_spread_percent;
         Self {
             mode: case.mode,
-            schedule: case.schedule,
+            schedule: case.schedule.to_owned(),
             containers: case.counters.len(),
             memory_mb: case.memory_mb(),
             write_mb_s: case.write_mb_s(),
