@@ -102,8 +102,18 @@ fn has_moved_about(root: &Root, path: &[u8], size: u64, known: &[Digest]) -> boo
         let found = digest(&file, *index, blocks::length(size, *index));
         found.is_some_and(|found| found != **known)
     };
-    let places = (0..samples).map(|sample| data[sample * data.len() / samples]);
+    let places = (0..samples).map(|sample| data[place(sample, samples, data.len())]);
     samples > 0 && places.filter(is_changed).count() * CHANGED_ONE_IN >= samples
+}
+
+/// Where in `length` the sample is taken: in its share of it, and nowhere regular in that. Records of some length may all have
+/// changed at their beginnings.
+fn place(sample: usize, samples: usize, length: usize) -> usize {
+    let (start, end) = (sample * length / samples, (sample + 1) * length / samples);
+    // Multiples of the golden ratio's fraction, which are spread evenly (Knuth, TAOCP 3, 6.4).
+    let spread = (sample as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32;
+    // Less than the share.
+    start + ((spread * (end - start) as u64) >> 32) as usize
 }
 
 fn digest(file: &OwnedFd, index: u64, length: usize) -> Option<Digest> {
@@ -111,4 +121,24 @@ fn digest(file: &OwnedFd, index: u64, length: usize) -> Option<Digest> {
     let start = index * BLOCK_BYTES as u64;
     let filled = blocks::read_at(file, &mut block[..length], start).ok()?;
     (filled == length).then(|| Digest::of(&block[..length]))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn samples_are_taken_from_everywhere_and_at_no_regular_distance() {
+        for length in [16, 17, 256, 16_384, 1_000_000] {
+            let places: Vec<_> = (0..16).map(|sample| place(sample, 16, length)).collect();
+            assert!(places.is_sorted() && places[15] < length);
+            let is_in_its_share = |(sample, place): (usize, &usize)| *place >= sample * length / 16;
+            assert!(places.iter().enumerate().all(is_in_its_share));
+            // Whatever the distance of what has changed, few samples hit it.
+            for distance in (16..=1024).take_while(|distance| distance * 16 <= length) {
+                let hits = places.iter().filter(|place| *place % distance == 0).count();
+                assert!(hits * CHANGED_ONE_IN < 16, "{distance}: {hits} of {length}");
+            }
+        }
+    }
 }

@@ -124,6 +124,12 @@ async fn files_that_are_written_in_place_and_those_with_further_names_go_by_bloc
     open.write_all_at(b"patched", 100_000).unwrap();
     let report = synced(&world, &session, SyncOptions::live(LIMIT)).await;
     assert!(report.bytes_data <= 2 * 16384 + 13, "{report:?}");
+    // Records that change at their beginnings do so at regular distances.
+    for at in (0..FILE_BYTES as u64).step_by(FILE_BYTES / 16) {
+        open.write_all_at(b"changed", at).unwrap();
+    }
+    let report = synced(&world, &session, SyncOptions::live(LIMIT)).await;
+    assert!(report.bytes_data <= 16 * 16384, "{report:?}");
     assert_eq!(inode(), before);
 }
 
