@@ -77,7 +77,7 @@ pub struct Waiting {
     /// Where the script says that CRIU is done, before it starts the hook.
     done: pipe::Receiver,
     listener: UnixListener,
-    /// A hook that has come before anybody listened for it.
+    /// A hook that came while the script's word was waited for.
     hook: Option<UnixStream>,
     container: String,
     error_file: PathBuf,
@@ -147,12 +147,6 @@ impl Park {
     #[must_use]
     pub fn criu_configuration(&self) -> PathBuf {
         self.folder.join("criu.conf")
-    }
-
-    /// True while a hook is parked here.
-    #[must_use]
-    pub fn is_parked(&self) -> bool {
-        sockets::connect(&self.folder.join(PARK_SOCKET)).is_ok()
     }
 
     /// What the hook froze, when it got that far.
@@ -354,4 +348,55 @@ fn write_program(path: &Path, text: &str) -> std::io::Result<()> {
 
 fn quote(path: &Path) -> String {
     format!("'{}'", path.display().to_string().replace('\'', r"'\''"))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::{Command, ExitStatus};
+
+    use super::*;
+
+    /// Runs CRIU's script as CRIU does. The hook that it starts is this test's program, which ends at once.
+    fn script(park: &Park, action: &str) -> ExitStatus {
+        let mut script = Command::new(park.folder.join(SCRIPT));
+        script.env("CRTOOLS_SCRIPT_ACTION", action);
+        script.stdout(std::process::Stdio::null());
+        script.stderr(std::process::Stdio::null()).status().unwrap()
+    }
+
+    #[tokio::test]
+    async fn the_script_says_when_criu_is_done_and_whether_or_not_anybody_listens() {
+        let state = tempfile::tempdir().unwrap();
+        let park = Park::new(state.path(), "it's a name");
+        for (at, before, done) in [
+            (ParkAt::Dump, "pre-dump", "post-dump"),
+            (ParkAt::Restore, "setup-namespaces", "post-restore"),
+        ] {
+            let mut waiting = park.prepare(at, Path::new("/"), None).unwrap();
+            script(&park, before);
+            let mut word = [0];
+            let early = waiting.done.try_read(&mut word).unwrap_err();
+            assert_eq!(early.kind(), std::io::ErrorKind::WouldBlock, "{before}");
+            script(&park, done);
+            waiting.done().await.unwrap();
+            drop(waiting);
+            // The agent has died: whoever comes to say so goes on.
+            script(&park, done);
+        }
+    }
+
+    #[tokio::test]
+    async fn a_hook_that_comes_without_a_word_is_heard_all_the_same_and_only_once() {
+        let state = tempfile::tempdir().unwrap();
+        let park = Park::new(state.path(), "db");
+        let mut waiting = park.prepare(ParkAt::Restore, Path::new("/"), None).unwrap();
+        let mut hook = sockets::connect(&park.folder.join(AGENT_SOCKET)).unwrap();
+        waiting.done().await.unwrap();
+        hook.write_all(b"parked\n").unwrap();
+        waiting.parked().await.unwrap();
+        assert!(waiting.hook.is_none());
+        let mut other = sockets::connect(&park.folder.join(AGENT_SOCKET)).unwrap();
+        other.write_all(b"failed\n").unwrap();
+        waiting.parked().await.unwrap_err();
+    }
 }
