@@ -47,7 +47,6 @@ use freeze::{BegunDump, FrozenFiles};
 use journal::{Header, Journal, JournalError};
 use lease::Lease;
 use link::Link;
-
 use writes::Writes;
 
 /// Pauses between tries to read the register or to finish a committed hop: doubled up to the last.

@@ -75,6 +75,7 @@ fn fresh(images: &Path) {
 /// restore. Dropped, it goes on as it was told last, and is dismissed or killed by its name.
 #[derive(Debug)]
 pub struct Begun {
+    at: ParkAt,
     runtime: Child,
     waiting: Waiting,
 }
@@ -105,8 +106,12 @@ pub(super) async fn begin(
     let runtime = host
         .runc
         .checkpoint(name.as_str(), folders, dump.page_server, parking)?;
-    let mut begun = Begun { runtime, waiting };
-    until_dump(host, name, &mut begun, Stop::Parked, limit).await?;
+    let mut begun = Begun {
+        at: ParkAt::Dump,
+        runtime,
+        waiting,
+    };
+    until(host, name, &mut begun, Stop::Parked, limit).await?;
     Ok(begun)
 }
 
@@ -141,7 +146,7 @@ pub(super) async fn written(
     begun: &mut Begun,
     limit: Duration,
 ) -> Result<(), EngineError> {
-    until_dump(host, name, begun, Stop::Done, limit).await
+    until(host, name, begun, Stop::Done, limit).await
 }
 
 pub(super) async fn checkpoint(
@@ -150,28 +155,7 @@ pub(super) async fn checkpoint(
     mut begun: Begun,
     limit: Duration,
 ) -> Result<(), EngineError> {
-    until_dump(host, name, &mut begun, Stop::Parked, limit).await
-}
-
-async fn until_dump(
-    host: &Host,
-    name: &ContainerName,
-    begun: &mut Begun,
-    stop: Stop,
-    limit: Duration,
-) -> Result<(), EngineError> {
-    let call = Call {
-        verb: "checkpoint",
-        name,
-        work: &host.work(name).join(FINAL),
-    };
-    until(host, begun, stop, call, limit).await
-}
-
-struct Call<'a> {
-    verb: &'static str,
-    name: &'a ContainerName,
-    work: &'a Path,
+    until(host, name, &mut begun, Stop::Parked, limit).await
 }
 
 /// How far CRIU is waited for.
@@ -186,12 +170,21 @@ enum Stop {
 /// Waits until CRIU is there, or for the runtime to end without it, or for the limit.
 async fn until(
     host: &Host,
+    name: &ContainerName,
     begun: &mut Begun,
     stop: Stop,
-    call: Call<'_>,
     limit: Duration,
 ) -> Result<(), EngineError> {
-    let Begun { runtime, waiting } = begun;
+    let Begun {
+        at,
+        runtime,
+        waiting,
+    } = begun;
+    let (verb, folder) = match at {
+        ParkAt::Dump => ("checkpoint", FINAL),
+        ParkAt::Restore => ("restore", RESTORE),
+    };
+    let work = host.work(name).join(folder);
     let witness = waiting.witness();
     let there = async {
         match stop {
@@ -205,7 +198,7 @@ async fn until(
         there = there => there.map_err(EngineError::from),
         ended = runtime.wait() => {
             let judged = match ended {
-                Ok(status) => host.runc.judge(status, call.verb, call.name.as_str(), call.work),
+                Ok(status) => host.runc.judge(status, verb, name.as_str(), &work),
                 Err(source) => return Err(spawn_error(host, source)),
             };
             judged?;
@@ -213,8 +206,8 @@ async fn until(
             Err(witness.not_parked().into())
         }
         () = tokio::time::sleep(limit) => Err(EngineError::TimedOut {
-            verb: call.verb,
-            container: call.name.clone(),
+            verb,
+            container: name.clone(),
             seconds: limit.as_secs(),
         }),
     }
@@ -355,28 +348,17 @@ async fn start_restore(
     let runtime = host
         .runc
         .restore(name.as_str(), &container.bundle, folders, parking)?;
-    let mut begun = Begun { runtime, waiting };
+    let mut begun = Begun {
+        at: ParkAt::Restore,
+        runtime,
+        waiting,
+    };
     let stop = match stand_in {
         Some(_) => Stop::Parked,
         None => Stop::Done,
     };
-    until_restore(host, name, &mut begun, stop, limit).await?;
+    until(host, name, &mut begun, stop, limit).await?;
     Ok(begun)
-}
-
-async fn until_restore(
-    host: &Host,
-    name: &ContainerName,
-    begun: &mut Begun,
-    stop: Stop,
-    limit: Duration,
-) -> Result<(), EngineError> {
-    let call = Call {
-        verb: "restore",
-        name,
-        work: &host.work(name).join(RESTORE),
-    };
-    until(host, begun, stop, call, limit).await
 }
 
 /// Restores a container whose root file system is mounted, up to where CRIU is about to be parked at its end.
@@ -389,7 +371,7 @@ pub(super) async fn build(
     let name = &container.name;
     if let Some(mut begun) = begun {
         if host.park(name).tell(Word::Go, limit).await? {
-            until_restore(host, name, &mut begun, Stop::Done, limit).await?;
+            until(host, name, &mut begun, Stop::Done, limit).await?;
             return Ok(begun);
         }
         // It has died since.
@@ -416,7 +398,7 @@ pub(super) async fn run(
     name: &ContainerName,
     limit: Duration,
 ) -> Result<(), EngineError> {
-    until_restore(host, name, &mut begun, Stop::Parked, limit).await?;
+    until(host, name, &mut begun, Stop::Parked, limit).await?;
     if !host.park(name).tell(Word::Go, limit).await? {
         return Err(EngineError::NotRunning(name.clone()));
     }
