@@ -321,9 +321,10 @@ impl Target {
             // later one at once.
             self.fences.begin().await;
         }
-        let own_ms = containers
+        let built = self.built.lock().await;
+        let own_ms = built
             .iter()
-            .filter_map(|name| self.host.restore_ms(name));
+            .filter_map(|(name, built)| self.host.restore_ms(name, built));
         Ok(Response::Restored {
             restore_ms: own_ms.max().unwrap_or(0),
         })

@@ -8,4 +8,5 @@ pub mod park;
 mod protobuf;
 pub mod remaps;
 pub mod stand_in;
+pub(crate) mod start;
 pub mod stats;

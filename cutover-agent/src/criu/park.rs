@@ -77,6 +77,8 @@ pub struct Waiting {
     /// Where the script says that CRIU is done, before it starts the hook.
     done: pipe::Receiver,
     listener: UnixListener,
+    /// The process that called the script.
+    criu: Option<u32>,
     /// A hook that came while the script's word was waited for.
     hook: Option<UnixStream>,
     container: String,
@@ -119,6 +121,7 @@ impl Park {
         Ok(Waiting {
             done,
             listener,
+            criu: None,
             hook: None,
             container: self.name(),
             error_file: self.folder.join(ERROR_FILE),
@@ -223,9 +226,13 @@ impl Waiting {
     /// # Cancel safety
     /// Dropping the future loses nothing.
     pub async fn done(&mut self) -> Result<(), ParkError> {
-        let mut word = [0];
+        let mut word = [0; WORD_BYTES];
         let heard = tokio::select! {
-            read = self.done.read(&mut word) => read.map(|_| None),
+            // So short a word is written at once.
+            read = self.done.read(&mut word) => read.map(|length| {
+                self.criu = number(&word[..length]);
+                None
+            }),
             // It comes after the word, if that was said.
             came = self.listener.accept() => came.map(|(hook, _)| Some(hook)),
         };
@@ -236,6 +243,11 @@ impl Waiting {
             }
             Err(_) => Err(self.witness().not_parked()),
         }
+    }
+
+    /// CRIU's process, once it is [`Self::done`]; it is there until it is told to go on.
+    pub(crate) const fn criu(&self) -> Option<u32> {
+        self.criu
     }
 
     /// Waits until the hook says that it is parked; a dump's is so twice.
@@ -289,6 +301,13 @@ impl Witness {
     }
 }
 
+/// Room for the number of a process and the end of its line.
+const WORD_BYTES: usize = 16;
+
+fn number(word: &[u8]) -> Option<u32> {
+    std::str::from_utf8(word).ok()?.trim().parse().ok()
+}
+
 fn hook_error(path: &Path) -> String {
     let mut text = String::new();
     match std::fs::File::open(path).and_then(|mut file| file.read_to_string(&mut text)) {
@@ -308,10 +327,10 @@ pub(super) const SCRIPT: &str = "hook.sh";
 fn write_script(folder: &Path, at: ParkAt, cgroup_root: Option<&str>) -> std::io::Result<()> {
     let program = std::env::current_exe()?;
     let script = folder.join(SCRIPT);
-    // The shell answers the steps that are none of ours, and says what is urgent: clients wait while a program starts. A
+    // The shell answers the steps that are none of ours, and says what is urgent, with the number of CRIU's process: clients wait while a program starts. A
     // pipe that is opened for both reading and writing has no need of anybody at its other end (fifo(7)).
     let text = format!(
-        "case \"$CRTOOLS_SCRIPT_ACTION\" in\n{}) echo 1<>{};;\nesac\n\
+        "case \"$CRTOOLS_SCRIPT_ACTION\" in\n{}) echo $PPID 1<>{};;\nesac\n\
          case \"$CRTOOLS_SCRIPT_ACTION\" in\n{}) exec {} hook --folder {};;\nesac",
         at.done(),
         quote(&folder.join(DONE_PIPE)),
@@ -379,6 +398,7 @@ mod tests {
             assert_eq!(early.kind(), std::io::ErrorKind::WouldBlock, "{before}");
             script(&park, done);
             waiting.done().await.unwrap();
+            assert_eq!(waiting.criu(), Some(std::process::id()));
             drop(waiting);
             // The agent has died: whoever comes to say so goes on.
             script(&park, done);

@@ -20,7 +20,8 @@ use super::trees::{Trees, finish};
 use crate::criu::remaps;
 use crate::engine::{Begun, Dump, Host};
 use crate::memory::{
-    DumpServer, GiveUp, Lanes, PAGE_BYTES, PageSource, Parent, Seal, Shipper, Tally, spread_percent,
+    DumpServer, GiveUp, Lanes, Layout, PAGE_BYTES, PageSource, Parent, Seal, Shipper, Tally,
+    spread_percent,
 };
 use crate::peer::Part;
 
@@ -113,6 +114,7 @@ impl Driver {
         if self.engine() != Engine::Criu {
             return Ok(());
         }
+        self.until_drafted().await?;
         let (begun, ()) = tokio::join!(self.begun_dumps(), self.begin_restore());
         self.begun = begun?;
         Ok(())
@@ -293,6 +295,7 @@ pub(super) struct BegunDump {
     dump: Begun,
     server: DumpServer,
     given_up: GiveUp,
+    layout: Layout,
     /// What the last of CRIU's own rounds saw.
     parent: Arc<Parent>,
 }
@@ -310,11 +313,13 @@ impl BegunDump {
             page_server: server.addr(),
         };
         let begun = host.begin(&name, dump, limit).await;
+        let layout = Layout::new(name.as_str(), rounds + 1);
         Ok(Self {
             dump: begun.map_err(|error| error.to_string())?,
             name,
             server,
             given_up,
+            layout,
             parent,
         })
     }
@@ -327,9 +332,9 @@ impl BegunDump {
         stages: &Stages,
         limit: Duration,
     ) -> Result<Seal, String> {
-        let (server, parent, container) = (self.server, self.parent, self.name.to_string());
+        let (server, layout, parent) = (self.server, self.layout, self.parent);
         let serving = tokio::task::spawn_blocking(move || {
-            let seal = server.serve(shipper, &container, parent, limit)?;
+            let seal = server.serve(shipper, layout, parent, limit)?;
             seal_early(pages, seal.clone(), limit);
             Ok(seal)
         });

@@ -16,8 +16,8 @@ use super::act::{PROGRESS_EVERY, UNHELD_MAX};
 use crate::cgroup::Cgroup;
 use crate::engine::{EngineError, Host, pre_dump};
 use crate::memory::{
-    DumpServer, GiveUp, Lanes, MemoryError, Moved, OwnLane, PageSource, Parent, Part, Shipper,
-    Tally, read_container, resident_bytes, spread_percent,
+    Draft, DumpServer, GiveUp, Lanes, Layout, MemoryError, Moved, OwnLane, PageSource, Parent,
+    Part, Shipper, Tally, read_container, resident_bytes, spread_percent,
 };
 use crate::report::{Moving, eta_seconds};
 
@@ -34,6 +34,7 @@ impl Driver {
     /// One round of CRIU's own: what was written to since the last one is sent; pages and bytes.
     pub(super) async fn dirty_round(&mut self, round: u32) -> Result<(u64, u64), String> {
         let pages = self.link.pages()?;
+        self.until_drafted().await?;
         let cancel = Cancel::default();
         let pids = self.look_at_memory().await?;
         let lanes = Lanes::new(self.schedule(), self.resident.clone());
@@ -44,8 +45,9 @@ impl Driver {
             dumps.spawn(async move {
                 let (server, given_up) = DumpServer::bind().map_err(|error| error.to_string())?;
                 let addr = server.addr();
+                let layout = Layout::new(name.as_str(), round);
                 let serving = tokio::task::spawn_blocking(move || {
-                    take_round(server, (source, lane), parent, (&pids, &cancel))
+                    take_round(server, (source, lane), (layout, parent), (&pids, &cancel))
                 });
                 let dumping = pre_dump(&host, &name, round, addr, UNHELD_MAX);
                 let taken = served(&name, dumping, serving, given_up).await?;
@@ -53,19 +55,26 @@ impl Driver {
             });
         }
         let dumping = async {
-            let (mut parents, mut dirty, mut bytes) = (BTreeMap::new(), 0, 0);
+            let (mut parents, mut drafts) = (BTreeMap::new(), Vec::new());
+            let (mut dirty, mut bytes) = (0, 0);
             while let Some(result) = dumps.join_next().await {
                 let (name, taken) = result.map_err(|error| error.to_string())??;
                 parents.insert(name, Arc::new(taken.seen));
+                drafts.push(taken.draft);
                 dirty += taken.pages;
                 bytes += taken.bytes;
             }
             let settled = pages.settle(UNHELD_MAX).await;
             settled.map_err(|error| error.to_string())?;
-            Ok::<_, String>((parents, dirty, bytes))
+            Ok::<_, String>((parents, drafts, dirty, bytes))
         };
-        let (parents, dirty, bytes) = self.telling(&lanes, dumping).await?;
+        let (parents, drafts, dirty, bytes) = self.telling(&lanes, dumping).await?;
         self.parents = parents;
+        for draft in drafts {
+            let pages = Arc::clone(&pages);
+            let drafting = async move { pages.drafted(draft, UNHELD_MAX).await };
+            self.drafts.spawn(drafting);
+        }
         self.note_round(&lanes);
         let images = self.join(self.trees().all_images(UNHELD_MAX)).await?;
         Ok((dirty, bytes + images))
@@ -74,6 +83,15 @@ impl Driver {
     /// What the last of CRIU's own rounds saw of a container.
     pub(super) fn parent(&self, name: &ContainerName) -> Arc<Parent> {
         self.parents.get(name).cloned().unwrap_or_default()
+    }
+
+    /// Waits until the target's images are as the last round saw them.
+    pub(super) async fn until_drafted(&mut self) -> Result<(), String> {
+        while let Some(drafted) = self.drafts.join_next().await {
+            let drafted = drafted.map_err(MemoryError::from).flatten();
+            drafted.map_err(|error| error.to_string())?;
+        }
+        Ok(())
     }
 
     /// One round by content: every container's memory is read, and what the target lacks is sent; pages and bytes.
@@ -207,6 +225,7 @@ pub(super) async fn cgroup(host: &Host, name: &ContainerName) -> Result<Cgroup, 
 /// What one of CRIU's own rounds brought of a container.
 struct Taken {
     seen: Parent,
+    draft: Draft,
     /// Pages that were written to since the round before, as far as known.
     pages: u64,
     bytes: u64,
@@ -216,17 +235,18 @@ struct Taken {
 fn take_round(
     server: DumpServer,
     (source, lane): (Arc<PageSource>, OwnLane),
-    parent: Arc<Parent>,
+    (layout, parent): (Layout, Arc<Parent>),
     (pids, cancel): (&[u32], &AtomicBool),
 ) -> Result<Taken, MemoryError> {
     let tally = Arc::<Tally>::default();
     let shipper = Shipper::new(source, Arc::clone(&tally), lane);
-    let (seen, shipper) = server.serve_round(shipper, parent, UNHELD_MAX)?;
+    let (seen, draft, shipper) = server.serve_round(shipper, layout, parent, UNHELD_MAX)?;
     let count = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
     let (dirty, new) = (count(&tally.pages), count(&tally.pages_new));
     read_container(shipper, pids, Part::Shared, cancel)?;
     Ok(Taken {
         seen,
+        draft,
         pages: dirty + count(&tally.pages_new) - new,
         bytes: count(&tally.bytes_wire),
     })

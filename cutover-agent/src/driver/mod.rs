@@ -32,11 +32,12 @@ use cutover_protocol::plan::{Engine, Memory, Plan, Tracking};
 use cutover_protocol::tunnel::Kind;
 use cutover_protocol::wire::{Finding, Inspect, Inspected, Request, Response};
 use tokio::sync::{broadcast, watch};
+use tokio::task::JoinSet;
 
 use crate::config::IMAGES_TREE;
 use crate::control::Checked;
 use crate::engine::Host;
-use crate::memory::{Parent, Seal};
+use crate::memory::{MemoryError, Parent, Seal};
 use crate::names::Names;
 use crate::peer::{Answering, Priority};
 use crate::preflight;
@@ -150,6 +151,8 @@ pub struct Driver {
     begun: Vec<BegunDump>,
     /// What the last of CRIU's own memory rounds saw.
     parents: BTreeMap<ContainerName, Arc<Parent>>,
+    /// The target's images of that round, which are put together while the containers run.
+    drafts: JoinSet<Result<(), MemoryError>>,
     /// What each container has in memory, as of the last round.
     resident: Vec<(String, u64)>,
     /// Processor time each container had used, in microseconds, when its last round began.
@@ -295,6 +298,7 @@ impl Driver {
             restoring: None,
             begun: Vec::new(),
             parents: BTreeMap::new(),
+            drafts: JoinSet::new(),
             resident: Vec::new(),
             used: BTreeMap::new(),
             writes: Box::new(writes),

@@ -13,7 +13,7 @@ use crate::cgroup::Cgroup;
 use crate::config::Container;
 use crate::criu::hook::ParkAt;
 use crate::criu::park::{Park, Waiting, Word};
-use crate::criu::{cure, stats};
+use crate::criu::{cure, log, start, stats};
 use crate::fence::{self, Fence};
 use crate::runtime::runc::{ImageFolders, Parking};
 
@@ -22,6 +22,9 @@ pub(super) const FINAL: &str = "final";
 
 /// The working folder of a restore.
 pub(super) const RESTORE: &str = "restore";
+
+/// CRIU's log, in the working folder of a restore; the runtime names it.
+const RESTORE_LOG: &str = "restore.log";
 
 /// Poll interval for kernel state that has no event: a ptrace detach, an emptied cgroup.
 const POLL: Duration = Duration::from_millis(2);
@@ -336,6 +339,8 @@ async fn start_restore(
         StandIn::None => None,
     };
     let (images, work) = (host.final_images(name), host.work(name).join(RESTORE));
+    // When it is made tells when CRIU was ready: there may be one of an earlier hop.
+    let _ = std::fs::remove_file(work.join(RESTORE_LOG));
     let folders = ImageFolders {
         images: &images,
         work: &work,
@@ -378,6 +383,14 @@ pub(super) async fn build(
         host.runc.delete(name.as_str(), &host.work(name)).await?;
     }
     start_restore(host, container, StandIn::None, limit).await
+}
+
+/// See [`Host::restore_ms`].
+pub(super) fn restore_ms(host: &Host, name: &ContainerName, begun: &Begun) -> Option<u64> {
+    let path = host.work(name).join(RESTORE).join(RESTORE_LOG);
+    let criu = begun.waiting.criu();
+    let start = criu.and_then(|criu| start::ms_before_log(criu, &path));
+    Some(start.unwrap_or(0) + log::restore_ms(&path)?)
 }
 
 /// The cgroup of the bundle, where the unified hierarchy is the only one. There CRIU would put the tasks back where

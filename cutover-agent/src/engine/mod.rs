@@ -138,9 +138,11 @@ impl Host {
 
     /// CRIU's own time for a container's restore, from its start to where it is parked, in milliseconds.
     #[must_use]
-    pub fn restore_ms(&self, name: &ContainerName) -> Option<u64> {
-        let log = self.work(name).join(criu::RESTORE).join("restore.log");
-        log::restore_ms(&log)
+    pub fn restore_ms(&self, name: &ContainerName, built: &Built) -> Option<u64> {
+        match built {
+            Built::Parked(begun) => criu::restore_ms(self, name, begun),
+            Built::Created => None,
+        }
     }
 
     /// The first process of a container whose dump is parked.

@@ -1,18 +1,19 @@
-//! Puts a container's page images together from the store, flat and without a parent, while CRIU still dumps at the
-//! source: a piece is copied as soon as all its pages are there.
+//! Puts a container's page images together from the store, flat and without a parent. They follow each of CRIU's own rounds
+//! while the container runs, and the dump while CRIU is busy with it: a piece is copied as soon as all its pages are there,
+//! and of it only what is not in its place since the round before.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
 
 use tokio::sync::watch;
 
 use super::digest::PAGE_BYTES;
 use super::layout::Root;
 use super::pagemap;
-use super::runs::{Run, Slot, ZERO};
+use super::runs::{Run, Runs, Slot, ZERO};
 use super::store::{Store, write_fault};
 use super::wire::{FRAME_DATA_MAX, IMAGES_MAX, PageFault, Piece, Seal};
 
@@ -23,15 +24,28 @@ type Places = HashMap<u32, BTreeMap<u32, Vec<Run>>>;
 #[derive(Debug)]
 pub(super) struct Assembly {
     folder: PathBuf,
+    /// Held while pages are copied, so that nothing of a round is written behind the next one.
+    round: RwLock<Round>,
+    /// What is to be where.
     places: Mutex<Places>,
     standing: watch::Sender<Standing>,
     /// The root that was sealed. From then on the images belong to whoever restores them.
     sealed: OnceLock<[u8; 32]>,
 }
 
+/// The round, or the dump, that the images follow.
+#[derive(Debug, Default)]
+struct Round {
+    number: u32,
+    /// What the images held when it began.
+    before: Places,
+    /// Whether all of it is in its place.
+    is_complete: bool,
+}
+
 #[derive(Debug, Clone, Default)]
 struct Standing {
-    /// Pieces in their places, by image and first page: one may come twice when connections break.
+    /// Pieces of the round in their places, by image and first page: one may come twice when connections break.
     done: HashSet<(u32, u32)>,
     fault: Option<PageFault>,
 }
@@ -40,6 +54,7 @@ impl Assembly {
     pub(super) fn new(folder: PathBuf) -> Self {
         Self {
             folder,
+            round: RwLock::default(),
             places: Mutex::default(),
             standing: watch::Sender::default(),
             sealed: OnceLock::new(),
@@ -51,35 +66,66 @@ impl Assembly {
         self.sealed.get().is_some()
     }
 
-    /// Notes a piece; false when it cannot be right, which whoever waits for the images is told.
+    /// Notes a piece; false when it is of a round that is over, or cannot be right, which whoever waits for the images is
+    /// told.
     pub(super) fn enter(&self, piece: &Piece) -> bool {
         if !is_reasonable(piece) {
-            self.count(&(piece.image, piece.first), Err(PageFault::Garbled));
+            self.fail(PageFault::Garbled);
             return false;
         }
-        self.places
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
+        if !self.follow(piece.round) {
+            return false;
+        }
+        self.places()
             .entry(piece.image)
             .or_default()
             .insert(piece.first, piece.runs.clone());
         true
     }
 
-    /// Counts a piece that is in its place, or what went wrong with it.
-    pub(super) fn count(&self, place: &(u32, u32), outcome: Result<(), PageFault>) {
-        self.standing.send_modify(|standing| match outcome {
-            Ok(()) => {
-                standing.done.insert(*place);
+    /// Turns to a round; false when it is over.
+    fn follow(&self, number: u32) -> bool {
+        let current = self.read().number;
+        if number <= current {
+            return number == current;
+        }
+        let mut round = self.round.write().unwrap_or_else(PoisonError::into_inner);
+        if number <= round.number {
+            return number == round.number;
+        }
+        let last = std::mem::take(&mut *self.places());
+        if round.is_complete {
+            round.before = last;
+        } else {
+            // What is in the images nobody knows.
+            let images = round.before.keys().chain(last.keys());
+            if let Err(fault) = images
+                .copied()
+                .try_for_each(|image| self.set_pages(image, 0))
+            {
+                self.fail(fault);
             }
-            Err(fault) => {
-                standing.fault.get_or_insert(fault);
-            }
+            round.before.clear();
+        }
+        round.number = number;
+        round.is_complete = false;
+        self.standing.send_modify(|standing| standing.done.clear());
+        true
+    }
+
+    /// Says what went wrong to whoever waits for the images.
+    pub(super) fn fail(&self, fault: PageFault) {
+        self.standing.send_modify(|standing| {
+            standing.fault.get_or_insert(fault);
         });
     }
 
-    /// Waits until so many pieces are in their places.
-    pub(super) async fn until(&self, pieces: u32) -> Result<(), PageFault> {
+    /// Waits until so many pieces of a round are in their places.
+    pub(super) async fn until(&self, round: u32, pieces: u32) -> Result<(), PageFault> {
+        // One without any page has told nothing.
+        if !self.follow(round) {
+            return Err(PageFault::Garbled);
+        }
         let mut standing = self.standing.subscribe();
         let is_over = |standing: &Standing| {
             standing.done.len() >= pieces as usize || standing.fault.is_some()
@@ -89,28 +135,82 @@ impl Assembly {
         fault.map_or(Ok(()), Err)
     }
 
-    /// Copies the pages of a piece from the store into its image. Zeros stay a hole.
-    pub(super) fn copy(&self, store: &Store, piece: &Piece) -> Result<(), PageFault> {
+    /// Notes that the images are as a round saw them, so that the next one need only change what has changed.
+    pub(super) fn complete(&self, number: u32) -> Result<(), PageFault> {
+        let mut round = self.round.write().unwrap_or_else(PoisonError::into_inner);
+        if round.number != number || round.is_complete {
+            return Ok(());
+        }
+        let places = self.places();
+        let of_before = round.before.keys().copied();
+        for image in of_before.filter(|image| !places.contains_key(image)) {
+            self.set_pages(image, 0)?;
+        }
+        for (image, pieces) in &*places {
+            let length = pieces.values().map(|runs| pages(runs)).sum();
+            self.set_pages(*image, length)?;
+        }
+        round.is_complete = is_whole(&places);
+        Ok(())
+    }
+
+    /// Copies the pages of a piece from the store into its image, if the round that saw them goes on.
+    pub(super) fn put(&self, store: &Store, piece: &Piece) {
+        let round = self.read();
+        if round.number != piece.round {
+            return;
+        }
+        match self.copy(store, piece, &round.before) {
+            Ok(()) => self.standing.send_modify(|standing| {
+                standing.done.insert((piece.image, piece.first));
+            }),
+            Err(fault) => self.fail(fault),
+        }
+    }
+
+    /// Copies what is not there `before`. Zeros stay a hole where nothing was.
+    fn copy(&self, store: &Store, piece: &Piece, before: &Places) -> Result<(), PageFault> {
+        let changes = changes(piece, before);
+        if changes.is_empty() {
+            return Ok(());
+        }
         let (path, file) = self.open(piece.image)?;
-        let mut buffer = vec![0; FRAME_DATA_MAX];
-        let mut at = u64::from(piece.first) * PAGE_BYTES as u64;
-        for run in &piece.runs {
-            let mut left = u64::from(run.count) * PAGE_BYTES as u64;
+        let most = changes.iter().map(|(_, run)| run.count).max().unwrap_or(0);
+        let mut buffer = vec![0; FRAME_DATA_MAX.min(most as usize * PAGE_BYTES)];
+        for (first, run) in changes {
+            let mut at = u64::from(first) * PAGE_BYTES as u64;
+            let mut left = run.count as usize * PAGE_BYTES;
             let mut slot = run.first;
-            while left > 0 && run.first != ZERO {
-                let length = buffer
-                    .len()
-                    .min(usize::try_from(left).unwrap_or(usize::MAX));
-                store.read(slot, &mut buffer[..length])?;
-                file.write_all_at(&buffer[..length], at)
+            while left > 0 {
+                let length = buffer.len().min(left);
+                let pages = &mut buffer[..length];
+                if run.first == ZERO {
+                    pages.fill(0);
+                } else {
+                    store.read(slot, pages)?;
+                    slot += (length / PAGE_BYTES) as Slot;
+                }
+                file.write_all_at(pages, at)
                     .map_err(|error| write_fault(&path, &error))?;
-                slot += (length / PAGE_BYTES) as Slot;
                 at += length as u64;
-                left -= length as u64;
+                left -= length;
             }
-            at += left;
         }
         Ok(())
+    }
+
+    fn read(&self) -> std::sync::RwLockReadGuard<'_, Round> {
+        self.round.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn places(&self) -> MutexGuard<'_, Places> {
+        self.places.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn set_pages(&self, image: u32, pages: u32) -> Result<(), PageFault> {
+        let (path, file) = self.open(image)?;
+        file.set_len(u64::from(pages) * PAGE_BYTES as u64)
+            .map_err(|error| write_fault(&path, &error))
     }
 
     fn open(&self, image: u32) -> Result<(PathBuf, File), PageFault> {
@@ -129,7 +229,8 @@ impl Assembly {
 
     /// Compares what is here with what was dumped, and completes the images.
     pub(super) fn finish(&self, store: &Store, seal: &Seal) -> Result<(), PageFault> {
-        let places = self.places.lock().unwrap_or_else(PoisonError::into_inner);
+        let round = self.read();
+        let places = self.places();
         let not_sealed = || PageFault::NotSealed(seal.container.clone());
         if let Some(sealed) = self.sealed.get() {
             // The answer was lost with its connection.
@@ -140,11 +241,14 @@ impl Assembly {
             return Err(not_sealed());
         }
         for (number, head) in (1..).zip(&seal.images) {
-            let (path, file) = self.open(number)?;
-            file.set_len(u64::from(head.pages) * PAGE_BYTES as u64)
-                .map_err(|error| write_fault(&path, &error))?;
+            self.set_pages(number, head.pages)?;
             let path = self.folder.join(pagemap::name(head.id));
             write(&path, &pagemap::encode(number, head))?;
+        }
+        let gone = |image: &&u32| **image as usize > seal.images.len();
+        for image in round.before.keys().filter(gone) {
+            // A process that has ended since a round; nothing refers to it.
+            let _ = std::fs::remove_file(self.folder.join(pagemap::pages_name(*image)));
         }
         let _ = self.sealed.set(root);
         Ok(())
@@ -153,6 +257,58 @@ impl Assembly {
 
 fn write(path: &Path, bytes: &[u8]) -> Result<(), PageFault> {
     std::fs::write(path, bytes).map_err(|error| write_fault(path, &error))
+}
+
+/// Whether every image is covered without gap or overlap.
+fn is_whole(places: &Places) -> bool {
+    places.values().all(|pieces| {
+        let end = pieces.iter().try_fold(0, |next, (first, runs)| {
+            (*first == next).then(|| next + pages(runs))
+        });
+        end.is_some()
+    })
+}
+
+/// How many pages there are in the runs of a piece, which is reasonable.
+fn pages(runs: &[Run]) -> u32 {
+    runs.iter().map(|run| run.count).sum()
+}
+
+/// What of a piece is not in its place: where in the image, and from which slots.
+fn changes(piece: &Piece, before: &Places) -> Vec<(u32, Run)> {
+    let end = piece.first + pages(&piece.runs);
+    let empty = BTreeMap::new();
+    let old = before.get(&piece.image).unwrap_or(&empty);
+    let begun = old.range(..=piece.first).next_back();
+    let old = begun
+        .into_iter()
+        .chain(old.range(piece.first + 1..end.max(piece.first + 1)));
+    let mut old = old
+        .flat_map(|(first, runs)| (*first..).zip(runs.iter().flat_map(|run| run.slots())))
+        .skip_while(|(page, _)| *page < piece.first)
+        .peekable();
+    let mut changes = Vec::new();
+    let (mut from, mut changed) = (piece.first, Runs::default());
+    let mut flush = |from: u32, changed: &mut Runs| {
+        let mut at = from;
+        for run in changed.take() {
+            changes.push((at, run));
+            at += run.count;
+        }
+    };
+    for (page, slot) in (piece.first..).zip(piece.runs.iter().flat_map(|run| run.slots())) {
+        let was = old
+            .next_if(|(old, _)| *old == page)
+            .map_or(ZERO, |(_, slot)| slot);
+        if slot != was {
+            changed.push(slot);
+        } else {
+            flush(from, &mut changed);
+            from = page + 1;
+        }
+    }
+    flush(from, &mut changed);
+    changes
 }
 
 /// Whether the numbers of a piece are within their bounds.
@@ -198,4 +354,66 @@ fn root(places: &Places, store: &Store, seal: &Seal) -> Option<[u8; 32]> {
         }
     }
     Some(root.finish(&seal.images))
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn runs(slots: &[Slot]) -> Vec<Run> {
+        let mut runs = Runs::default();
+        slots.iter().for_each(|slot| runs.push(*slot));
+        runs.0
+    }
+
+    fn slots(runs: &[Run]) -> impl Iterator<Item = Slot> {
+        runs.iter().flat_map(|run| run.slots())
+    }
+
+    proptest! {
+        #[test]
+        fn what_changes_makes_any_image_the_next_one(
+            old in proptest::collection::vec(0_u32..5, 0..40),
+            new in proptest::collection::vec(0_u32..5, 1..40),
+            old_piece in 1_usize..12,
+            new_piece in 1_usize..12,
+        ) {
+            let cut = |(number, slots): (usize, &[Slot])| ((number * old_piece) as u32, runs(slots));
+            let pieces = old.chunks(old_piece).enumerate().map(cut).collect();
+            let before = Places::from([(1, pieces)]);
+            prop_assert!(is_whole(&before));
+            let mut image = old.clone();
+            image.resize(old.len().max(new.len()), ZERO);
+            let mut written = 0;
+            for (number, piece) in new.chunks(new_piece).enumerate() {
+                let piece = Piece {
+                    container: "db".into(),
+                    round: 2,
+                    image: 1,
+                    first: (number * new_piece) as u32,
+                    runs: runs(piece),
+                };
+                for (first, run) in changes(&piece, &before) {
+                    for (page, slot) in (first as usize..).zip(slots(&[run])) {
+                        image[page] = slot;
+                        written += 1;
+                    }
+                }
+            }
+            prop_assert_eq!(&image[..new.len()], &new[..]);
+            let same = old.iter().zip(&new).filter(|(old, new)| old == new).count();
+            prop_assert!(written <= new.len() - same);
+        }
+    }
+
+    #[test]
+    fn pieces_with_a_gap_or_an_overlap_are_not_whole() {
+        for (second, is_whole_then) in [(2, true), (3, false), (1, false)] {
+            let pieces = [(0, runs(&[1, 2])), (second, runs(&[3]))];
+            let places = Places::from([(1, BTreeMap::from(pieces))]);
+            assert_eq!(is_whole(&places), is_whole_then);
+        }
+    }
 }

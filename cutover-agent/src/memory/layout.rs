@@ -1,8 +1,9 @@
-//! Which page lies where in a container's images: kept by the source while CRIU dumps, told to the target in pieces.
+//! Which page lies where in a container's images: kept by the source while CRIU makes a round or dumps, told to the target in
+//! pieces.
 
 use super::digest::PageDigest;
 use super::runs::{Runs, Slot};
-use super::wire::{ImageHead, ImageId, Piece, Region};
+use super::wire::{Draft, ImageHead, ImageId, Piece, Region, Seal};
 use super::{MemoryError, server::frames::FLAG_PRESENT};
 use crate::memory::wire::IMAGES_MAX;
 
@@ -46,10 +47,11 @@ impl Root {
     }
 }
 
-/// The layout of one dump in the making.
+/// The layout of one round or dump in the making.
 #[derive(Debug)]
 pub(crate) struct Layout {
     container: String,
+    round: u32,
     images: Vec<ImageHead>,
     current: usize,
     root: Root,
@@ -59,9 +61,11 @@ pub(crate) struct Layout {
 }
 
 impl Layout {
-    pub(crate) fn new(container: &str) -> Self {
+    /// The layout of a round, counted from 1, or of the dump behind the last one.
+    pub(crate) fn new(container: &str, round: u32) -> Self {
         Self {
             container: container.to_owned(),
+            round,
             images: Vec::new(),
             current: 0,
             root: Root::new(),
@@ -130,6 +134,7 @@ impl Layout {
         let image = self.images.get(self.current)?;
         let piece = Piece {
             container: self.container.clone(),
+            round: self.round,
             image: self.current as u32 + 1,
             first: image.pages - self.piece_pages,
             runs: self.piece.take(),
@@ -139,11 +144,21 @@ impl Layout {
         Some(piece)
     }
 
-    /// The seal, once the last piece was cut.
-    pub(crate) fn seal(self) -> super::wire::Seal {
-        let root = self.root.finish(&self.images);
-        super::wire::Seal {
+    /// What a round saw, once the last piece was cut.
+    pub(crate) fn draft(self) -> Draft {
+        Draft {
             container: self.container,
+            round: self.round,
+            pieces: self.pieces,
+        }
+    }
+
+    /// The seal of a dump, once the last piece was cut.
+    pub(crate) fn seal(self) -> Seal {
+        let root = self.root.finish(&self.images);
+        Seal {
+            container: self.container,
+            round: self.round,
             pieces: self.pieces,
             images: self.images,
             root,
@@ -165,7 +180,7 @@ mod tests {
 
     #[test]
     fn pieces_say_where_in_which_image_their_pages_are() {
-        let mut layout = Layout::new("db");
+        let mut layout = Layout::new("db", 1);
         let (one, two) = (ImageId::Process(1), ImageId::Shared(9));
         layout.open(one).unwrap();
         layout.region(one, region(PIECE_PAGES + 1)).unwrap();
@@ -212,7 +227,7 @@ mod tests {
 
     #[test]
     fn pages_that_only_a_parent_would_have_are_refused() {
-        let mut layout = Layout::new("db");
+        let mut layout = Layout::new("db", 1);
         let hole = Region {
             flags: 1,
             ..region(1)

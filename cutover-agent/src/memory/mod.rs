@@ -9,6 +9,9 @@
 //!   layout: which slot lies where ───────────── pieces ──────────────────────────► assembly: pages-N.img, pagemap-*.img
 //!   seal: one hash over all ────────────────────────────────────────────────────► compares, answers
 //! ```
+//! Where CRIU has rounds of its own, each is laid out like the dump, and the target's images follow it while the container
+//! runs: what is put together while clients wait is what the dump changed, whatever the size of memory.
+//!
 //! The source gives out the slots of the target's store, so the target keeps no index and the source refers to a page
 //! by a number. Nothing is restored whose hash is not the one that the source dumped.
 //!
@@ -43,11 +46,12 @@ pub use digest::{DigestKey, PAGE_BYTES, PageDigest};
 #[cfg(any(test, feature = "fuzzing"))]
 pub(crate) use fuzz::{FuzzedSink, fuzz_dump, fuzz_peer_words};
 pub(crate) use lanes::{Lanes, Moved, OwnLane, spread_percent};
+pub(crate) use layout::Layout;
 pub(crate) use live::{Part, read_container, resident_bytes};
 pub(crate) use parent::Parent;
 pub(crate) use ship::{DumpServer, GiveUp, PageSource, Shipper, Tally};
 pub use store::PageStore;
-pub(crate) use wire::Seal;
+pub(crate) use wire::{Draft, Seal};
 pub use wire::{ImageId, PageFault, Region};
 
 /// Why memory did not arrive. The source runs on, or is thawed.

@@ -19,7 +19,7 @@ use super::runs::{Runs, Slot, ZERO};
 use super::server::frames::{FLAG_PARENT, FLAG_PRESENT};
 use super::server::{self, Listener, Sink, Uncorked};
 use super::wire::{
-    FRAME_DATA_MAX, FRAME_PAGES_MAX, ImageId, PageAsk, PagesHead, Piece, Region, Seal,
+    Draft, FRAME_DATA_MAX, FRAME_PAGES_MAX, ImageId, PageAsk, PagesHead, Piece, Region, Seal,
 };
 use crate::peer::{Channel, PeerError, Session, encode_on};
 use crate::transfer::{Codec, Packer};
@@ -90,6 +90,20 @@ impl PageSource {
             .ask(&PageAsk::Settle { end }, what, limit)
             .await?;
         self.carrier.forget_frames();
+        Ok(())
+    }
+
+    /// Waits until the images of a container are as a round saw them. Nobody may tell the next one meanwhile.
+    ///
+    /// # Errors
+    /// When a page was damaged or had no room, the time is over, or the session is lost.
+    pub(crate) async fn drafted(&self, draft: Draft, limit: Duration) -> Result<(), MemoryError> {
+        let container = draft.container.clone();
+        let what = "the images of a round";
+        self.carrier
+            .ask(&PageAsk::Drafted(draft), what, limit)
+            .await?;
+        self.carrier.forget(&container);
         Ok(())
     }
 
@@ -280,37 +294,31 @@ impl DumpServer {
     pub(crate) fn serve(
         self,
         shipper: Shipper,
-        container: &str,
+        layout: Layout,
         parent: Arc<Parent>,
         limit: Duration,
     ) -> Result<Seal, MemoryError> {
-        let mut sink = DumpSink {
-            shipper,
-            parent,
-            layout: Layout::new(container),
-        };
+        let mut sink = PageSink::new(shipper, layout, parent, None);
         self.serve_into(&mut sink, limit)?;
         Ok(sink.layout.seal())
     }
 
-    /// Takes a round; gives what it saw, and the shipper back. Otherwise as [`Self::serve`].
+    /// Takes a round; gives what it saw, what the target's images become by it, and the shipper back. Otherwise as
+    /// [`Self::serve`].
     ///
     /// # Errors
     /// When CRIU breaks off or the session is lost; the container runs on.
     pub(crate) fn serve_round(
         self,
         shipper: Shipper,
+        layout: Layout,
         parent: Arc<Parent>,
         limit: Duration,
-    ) -> Result<(Parent, Shipper), MemoryError> {
-        let mut sink = RoundSink {
-            shipper,
-            parent,
-            seen: Parent::default(),
-            next: (ImageId::Process(0), 0),
-        };
+    ) -> Result<(Parent, Draft, Shipper), MemoryError> {
+        let mut sink = PageSink::new(shipper, layout, parent, Some(Parent::default()));
         self.serve_into(&mut sink, limit)?;
-        Ok((sink.seen, sink.shipper))
+        let seen = sink.seen.unwrap_or_default();
+        Ok((seen, sink.layout.draft(), sink.shipper))
     }
 
     fn serve_into(self, sink: &mut impl Sink, limit: Duration) -> Result<(), MemoryError> {
@@ -322,14 +330,35 @@ impl DumpServer {
     }
 }
 
-/// Pages of the final dump: shipped if new, and their places kept.
-struct DumpSink {
+/// Pages of a round or of the final dump: shipped if new, and their places told.
+struct PageSink {
     shipper: Shipper,
     parent: Arc<Parent>,
     layout: Layout,
+    /// What a round saw, for the next one.
+    seen: Option<Parent>,
+    /// Where the next pages lie.
+    next: (ImageId, u64),
 }
 
-impl Sink for DumpSink {
+impl PageSink {
+    const fn new(
+        shipper: Shipper,
+        layout: Layout,
+        parent: Arc<Parent>,
+        seen: Option<Parent>,
+    ) -> Self {
+        Self {
+            shipper,
+            parent,
+            layout,
+            seen,
+            next: (ImageId::Process(0), 0),
+        }
+    }
+}
+
+impl Sink for PageSink {
     fn has_parent(&self, image: ImageId) -> bool {
         self.parent.has(image)
     }
@@ -347,8 +376,12 @@ impl Sink for DumpSink {
         }
         let piece = self.layout.region(image, region)?;
         self.shipper.tell(piece)?;
+        self.next = (image, region.address);
         let pages = left_out.unwrap_or_default();
         self.shipper.pass(pages.len());
+        if let Some(seen) = &mut self.seen {
+            seen.add(image, region.address, &pages);
+        }
         for (slot, digest) in pages {
             let piece = self.layout.page(slot, digest);
             self.shipper.tell(piece)?;
@@ -357,9 +390,14 @@ impl Sink for DumpSink {
     }
 
     fn pages(&mut self, bytes: &[u8]) -> Result<(), MemoryError> {
+        let pages = self.shipper.take(bytes)?;
         let mut pieces = Vec::new();
-        for (slot, digest) in self.shipper.take(bytes)? {
+        for (slot, digest) in pages {
             pieces.extend(self.layout.page(*slot, *digest));
+        }
+        if let Some(seen) = &mut self.seen {
+            seen.add(self.next.0, self.next.1, pages);
+            self.next.1 += bytes.len() as u64;
         }
         for piece in pieces {
             self.shipper.tell(Some(piece))?;
@@ -367,9 +405,10 @@ impl Sink for DumpSink {
         Ok(())
     }
 
-    /// What there is can cross and be put together while CRIU is busy: behind the last page of all it has much to do.
+    /// What there is can cross and be put together while CRIU is busy with its dump: behind the last page of all it has
+    /// much to do, and clients wait.
     fn pause(&mut self) -> Result<(), MemoryError> {
-        if self.shipper.source.carrier.has_room() {
+        if self.seen.is_none() && self.shipper.source.carrier.has_room() {
             return self.close();
         }
         Ok(())
@@ -379,49 +418,5 @@ impl Sink for DumpSink {
         self.shipper.flush()?;
         let piece = self.layout.cut();
         self.shipper.tell(piece)
-    }
-}
-
-/// Pages of a round: shipped if new, and remembered for the next one.
-struct RoundSink {
-    shipper: Shipper,
-    parent: Arc<Parent>,
-    seen: Parent,
-    /// Where the next pages lie.
-    next: (ImageId, u64),
-}
-
-impl Sink for RoundSink {
-    fn has_parent(&self, image: ImageId) -> bool {
-        self.parent.has(image)
-    }
-
-    fn open(&mut self, _: ImageId) -> Result<(), MemoryError> {
-        Ok(())
-    }
-
-    fn region(&mut self, image: ImageId, region: Region) -> Result<(), MemoryError> {
-        self.next = (image, region.address);
-        if let Some(pages) = self.parent.left_out(image, region)? {
-            self.shipper.pass(pages.len());
-            self.seen.add(image, region.address, &pages);
-        }
-        Ok(())
-    }
-
-    fn pages(&mut self, bytes: &[u8]) -> Result<(), MemoryError> {
-        let (image, address) = self.next;
-        let pages = self.shipper.take(bytes)?;
-        self.seen.add(image, address, pages);
-        self.next.1 += bytes.len() as u64;
-        Ok(())
-    }
-
-    fn pause(&mut self) -> Result<(), MemoryError> {
-        Ok(())
-    }
-
-    fn close(&mut self) -> Result<(), MemoryError> {
-        self.shipper.flush()
     }
 }

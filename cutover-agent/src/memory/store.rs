@@ -114,6 +114,11 @@ impl PageStore {
             PageAsk::Missing { frames } => {
                 return self.current()?.missing(frames).map(PageAnswer::Missing);
             }
+            PageAsk::Drafted(draft) => {
+                let assembly = self.current()?.assembly(&draft.container)?;
+                assembly.until(draft.round, draft.pieces).await?;
+                blocking(move || assembly.complete(draft.round)).await?;
+            }
             PageAsk::Seal(seal) => {
                 let container = seal.container.clone();
                 self.seal(seal).await?;
@@ -133,20 +138,20 @@ impl PageStore {
         if assembly.is_sealed() || !assembly.enter(&piece) {
             return;
         }
-        let piece_place = (piece.image, piece.first);
         let works = Arc::clone(&self.works);
         tasks.spawn(async move {
-            let outcome = match store.until_present(&piece.runs).await {
-                Err(fault) => Err(fault),
-                Ok(()) => {
-                    let permit = works.acquire_owned().await;
-                    let (assembling, pages) = (Arc::clone(&assembly), Arc::clone(&store));
-                    let done = blocking(move || assembling.copy(&pages, &piece)).await;
-                    drop(permit);
-                    done
-                }
-            };
-            assembly.count(&piece_place, outcome);
+            if let Err(fault) = store.until_present(&piece.runs).await {
+                assembly.fail(fault);
+                return;
+            }
+            let permit = works.acquire_owned().await;
+            let put = blocking(move || {
+                assembly.put(&store, &piece);
+                Ok(())
+            });
+            // Whatever went wrong is told by the seal.
+            let _ = put.await;
+            drop(permit);
         });
     }
 
@@ -154,7 +159,7 @@ impl PageStore {
         let store = self.current()?;
         let assembly = store.assembly(&seal.container)?;
         let began = Instant::now();
-        assembly.until(seal.pieces).await?;
+        assembly.until(seal.round, seal.pieces).await?;
         let waited = began.elapsed();
         let container = seal.container.clone();
         blocking(move || assembly.finish(&store, &seal)).await?;

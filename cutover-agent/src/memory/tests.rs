@@ -3,6 +3,7 @@
 use std::convert::Infallible;
 use std::io::{Read, Write};
 use std::net::{SocketAddr, SocketAddrV4, TcpStream};
+use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -141,8 +142,9 @@ impl World {
         let criu = std::thread::spawn(move || criu_and(addr, &images, after));
         let tally = Arc::<Tally>::default();
         let shipper = self.shipper(&tally);
-        let served =
-            tokio::task::spawn_blocking(move || server.serve(shipper, "db", Arc::default(), LIMIT));
+        let served = tokio::task::spawn_blocking(move || {
+            server.serve(shipper, Layout::new("db", 1), Arc::default(), LIMIT)
+        });
         let seal = served.await.unwrap().unwrap();
         assert_eq!(criu.join().unwrap(), 0);
         (tally, self.source.seal(seal, LIMIT).await)
@@ -297,8 +299,9 @@ async fn what_the_target_has_is_not_sent_again() {
     let criu = std::thread::spawn(move || criu(addr, &images));
     let tally = Arc::<Tally>::default();
     let shipper = world.shipper(&tally);
-    let served =
-        tokio::task::spawn_blocking(move || server.serve(shipper, "web", Arc::default(), LIMIT));
+    let served = tokio::task::spawn_blocking(move || {
+        server.serve(shipper, Layout::new("web", 1), Arc::default(), LIMIT)
+    });
     let seal = served.await.unwrap().unwrap();
     criu.join().unwrap();
     world.source.seal(seal, LIMIT).await.unwrap();
@@ -331,45 +334,157 @@ async fn what_was_read_from_a_running_process_is_not_dumped_again() {
     assert_eq!(dumped.pages_new.load(Ordering::Relaxed), 0);
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn pages_that_have_not_changed_since_a_round_are_not_read_again() {
-    let world = World::new(Compress::Off).await;
-    let mut content = memory("tracked", 100);
-    let tally = Arc::<Tally>::default();
-    let (server, _given_up) = DumpServer::bind().unwrap();
-    let (addr, images) = (server.addr(), vec![Image(257, content.clone())]);
-    let dumps = std::thread::spawn(move || criu(addr, &images));
-    let first = world.shipper(&Arc::default());
-    let round =
-        tokio::task::spawn_blocking(move || server.serve_round(first, Arc::default(), LIMIT));
-    let (seen, _) = round.await.unwrap().unwrap();
-    assert_eq!(dumps.join().unwrap(), 0);
-
-    content[40 * PAGE_BYTES..42 * PAGE_BYTES].fill(9);
+/// Sends a dump as CRIU does behind a round: of the image 257, only the pages in `changed` are there, the others are their
+/// parent's. Gives every answer.
+fn tracked(addr: SocketAddrV4, content: &[u8], changed: Range<usize>) -> Vec<u8> {
+    let pages = content.len() / PAGE_BYTES;
     let mut says = Vec::new();
     says.extend(header(4, 0, 0, 257));
-    says.extend(header(6 | 1 << 16, 40, 1, 257));
-    says.extend(header(6 | 4 << 16, 2, 41, 257));
-    says.extend_from_slice(&content[40 * PAGE_BYTES..42 * PAGE_BYTES]);
-    says.extend(header(6 | 1 << 16, 58, 43, 257));
+    says.extend(header(6 | 1 << 16, changed.start, 1, 257));
+    let first = changed.start as u64 + 1;
+    says.extend(header(6 | 4 << 16, changed.len(), first, 257));
+    says.extend_from_slice(&content[bytes(&changed)]);
+    let behind = changed.end as u64 + 1;
+    says.extend(header(6 | 1 << 16, pages - changed.end, behind, 257));
     says.extend(header(0x1023, 0, 0, 0));
+    let mut stream = TcpStream::connect(addr).unwrap();
+    stream.write_all(&says).unwrap();
+    let mut answers = Vec::new();
+    stream.read_to_end(&mut answers).unwrap();
+    answers
+}
+
+fn bytes(pages: &Range<usize>) -> Range<usize> {
+    pages.start * PAGE_BYTES..pages.end * PAGE_BYTES
+}
+
+impl World {
+    /// Takes a round, which `criu` sends.
+    async fn round<T: Send + 'static>(
+        &self,
+        number: u32,
+        parent: Arc<Parent>,
+        criu: impl FnOnce(SocketAddrV4) -> T + Send + 'static,
+    ) -> (Arc<Parent>, Draft, T) {
+        let (server, _given_up) = DumpServer::bind().unwrap();
+        let addr = server.addr();
+        let dumps = std::thread::spawn(move || criu(addr));
+        let shipper = self.shipper(&Arc::default());
+        let taken = tokio::task::spawn_blocking(move || {
+            let layout = Layout::new("db", number);
+            let (seen, draft, _) = server.serve_round(shipper, layout, parent, LIMIT)?;
+            Ok::<_, MemoryError>((seen, draft))
+        });
+        let (seen, draft) = taken.await.unwrap().unwrap();
+        (Arc::new(seen), draft, dumps.join().unwrap())
+    }
+
+    /// The same, and waits until the target's images are as it saw them.
+    async fn drafted<T: Send + 'static>(
+        &self,
+        number: u32,
+        parent: Arc<Parent>,
+        criu: impl FnOnce(SocketAddrV4) -> T + Send + 'static,
+    ) -> (Arc<Parent>, T) {
+        let (seen, draft, answered) = self.round(number, parent, criu).await;
+        self.source.drafted(draft, LIMIT).await.unwrap();
+        (seen, answered)
+    }
+
+    /// The pages of the first image so far.
+    fn image(&self) -> Vec<u8> {
+        let folder = store::assembled(&self.folder.path().join("store"), "db");
+        std::fs::read(folder.join("pages-1.img")).unwrap()
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_has_not_changed_since_a_round_is_neither_read_nor_put_together_again() {
+    let world = World::new(Compress::Off).await;
+    let mut content = memory("tracked", 100);
+    let images = vec![Image(257, content.clone())];
+    let (first, answer) = world
+        .drafted(1, Arc::default(), move |addr| criu(addr, &images))
+        .await;
+    assert_eq!(answer, 0);
+    assert!(world.image() == content);
+
+    // The page of zeros gets content, and another one loses it.
+    content[bytes(&(0..4))].fill(5);
+    content[bytes(&(2..3))].fill(0);
+    let sent = content.clone();
+    let (parent, answers) = world
+        .drafted(2, first, move |addr| tracked(addr, &sent, 0..4))
+        .await;
+    assert_eq!(answers, [1, 0, 0, 0, 0]);
+    assert!(world.image() == content);
+
+    // Damaged behind the target's back, to see that the dump leaves it alone.
+    let folder = store::assembled(&world.folder.path().join("store"), "db");
+    std::fs::write(folder.join("pages-1.img"), vec![7; content.len()]).unwrap();
+    content[bytes(&(40..42))].fill(9);
+    let sent = content.clone();
     let (server, _given_up) = DumpServer::bind().unwrap();
     let addr = server.addr();
-    let dumps = std::thread::spawn(move || {
-        let mut stream = TcpStream::connect(addr).unwrap();
-        stream.write_all(&says).unwrap();
-        let mut answers = Vec::new();
-        stream.read_to_end(&mut answers).unwrap();
-        answers
-    });
-    let (last, seen) = (world.shipper(&tally), Arc::new(seen));
-    let served = tokio::task::spawn_blocking(move || server.serve(last, "db", seen, LIMIT));
+    let dumps = std::thread::spawn(move || tracked(addr, &sent, 40..42));
+    let tally = Arc::<Tally>::default();
+    let (shipper, layout) = (world.shipper(&tally), Layout::new("db", 3));
+    let served = tokio::task::spawn_blocking(move || server.serve(shipper, layout, parent, LIMIT));
     let seal = served.await.unwrap().unwrap();
     assert_eq!(dumps.join().unwrap(), [1, 0, 0, 0, 0]);
-    world.source.seal(seal, LIMIT).await.unwrap();
     assert_eq!(tally.pages.load(Ordering::Relaxed), 2);
+    world.source.seal(seal, LIMIT).await.unwrap();
     let image = std::fs::read(world.placed().join("pages-1.img")).unwrap();
-    assert!(image == content);
+    let mut wanted = vec![7; content.len()];
+    wanted[bytes(&(40..42))].fill(9);
+    assert!(image == wanted);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_round_that_never_got_whole_is_not_built_upon() {
+    let world = World::new(Compress::Off).await;
+    let content = memory("half", 50);
+    let images = vec![Image(257, content.clone())];
+    let (first, _, _) = world
+        .round(1, Arc::default(), move |addr| criu(addr, &images))
+        .await;
+    // What else might be there.
+    let folder = store::assembled(&world.folder.path().join("store"), "db");
+    std::fs::create_dir_all(&folder).unwrap();
+    std::fs::write(folder.join("pages-1.img"), vec![7; 80 * PAGE_BYTES]).unwrap();
+    let sent = content.clone();
+    world
+        .drafted(2, first, move |addr| tracked(addr, &sent, 0..1))
+        .await;
+    assert!(world.image() == content);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn images_follow_memory_that_grows_and_shrinks_from_round_to_round() {
+    let world = World::new(Compress::Off).await;
+    let contents = [("a", 60), ("b", 30), ("c", 90)].map(|(seed, pages)| memory(seed, pages));
+    for (number, content) in (1..).zip(&contents) {
+        let images = vec![Image(257, content.clone()), Image(513, content.clone())];
+        // Nothing is known of a parent: all of it is new every time.
+        world
+            .drafted(number, Arc::default(), move |addr| criu(addr, &images))
+            .await;
+        assert!(world.image() == *content);
+    }
+    let last = [&vec![0; 3 * PAGE_BYTES][..], &contents[2]].concat();
+    let (server, _given_up) = DumpServer::bind().unwrap();
+    let (addr, images) = (server.addr(), vec![Image(257, last.clone())]);
+    let dumps = std::thread::spawn(move || criu(addr, &images));
+    let (shipper, layout) = (world.shipper(&Arc::default()), Layout::new("db", 4));
+    let served =
+        tokio::task::spawn_blocking(move || server.serve(shipper, layout, Arc::default(), LIMIT));
+    let seal = served.await.unwrap().unwrap();
+    assert_eq!(dumps.join().unwrap(), 0);
+    world.source.seal(seal, LIMIT).await.unwrap();
+    let images = world.placed();
+    assert!(std::fs::read(images.join("pages-1.img")).unwrap() == last);
+    // The second process has ended.
+    assert!(!images.join("pages-2.img").exists());
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -379,8 +494,9 @@ async fn images_with_a_missing_piece_or_another_root_are_not_completed() {
     let addr = server.addr();
     let criu = std::thread::spawn(move || criu(addr, &[Image(257, memory("x", 10))]));
     let shipper = world.shipper(&Arc::default());
-    let served =
-        tokio::task::spawn_blocking(move || server.serve(shipper, "db", Arc::default(), LIMIT));
+    let served = tokio::task::spawn_blocking(move || {
+        server.serve(shipper, Layout::new("db", 1), Arc::default(), LIMIT)
+    });
     let seal = served.await.unwrap().unwrap();
     criu.join().unwrap();
     let refused = [
@@ -417,6 +533,7 @@ async fn a_container_that_names_a_path_is_refused() {
     let world = World::new(Compress::Off).await;
     let seal = Seal {
         container: "../db".to_owned(),
+        round: 1,
         pieces: 0,
         images: Vec::new(),
         root: [0; 32],

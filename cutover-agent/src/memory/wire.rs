@@ -29,6 +29,8 @@ pub(crate) enum PageAsk {
     Missing { frames: Vec<Vec<Run>> },
     /// A part of an image; never answered.
     Piece(Piece),
+    /// A round was told; answered when the images are as it saw them.
+    Drafted(Draft),
     /// The dump of a container is complete; answered when its images are.
     Seal(Seal),
 }
@@ -37,6 +39,8 @@ pub(crate) enum PageAsk {
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Piece {
     pub(crate) container: String,
+    /// The round that saw them so; the dump has the number behind the last one's.
+    pub(crate) round: u32,
     /// Counted from 1, in the order CRIU opened them.
     pub(crate) image: u32,
     /// The page it begins with.
@@ -44,10 +48,20 @@ pub(crate) struct Piece {
     pub(crate) runs: Vec<Run>,
 }
 
+/// A container's page images as a round saw them.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Draft {
+    pub(crate) container: String,
+    pub(crate) round: u32,
+    /// How many pieces were sent.
+    pub(crate) pieces: u32,
+}
+
 /// Everything about a container's page images but their pages.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct Seal {
     pub(crate) container: String,
+    pub(crate) round: u32,
     /// How many pieces were sent.
     pub(crate) pieces: u32,
     pub(crate) images: Vec<ImageHead>,
