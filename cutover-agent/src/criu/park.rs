@@ -327,8 +327,9 @@ pub(super) const SCRIPT: &str = "hook.sh";
 fn write_script(folder: &Path, at: ParkAt, cgroup_root: Option<&str>) -> std::io::Result<()> {
     let program = std::env::current_exe()?;
     let script = folder.join(SCRIPT);
-    // The shell answers the steps that are none of ours, and says what is urgent, with the number of CRIU's process: clients wait while a program starts. A
-    // pipe that is opened for both reading and writing has no need of anybody at its other end (fifo(7)).
+    // The shell answers the steps that are none of ours, and says what is urgent, with the number of CRIU's process: clients
+    // wait while a program starts. A pipe that is opened for both reading and writing has no need of anybody at its other
+    // end (fifo(7)).
     let text = format!(
         "case \"$CRTOOLS_SCRIPT_ACTION\" in\n{}) echo $PPID 1<>{};;\nesac\n\
          case \"$CRTOOLS_SCRIPT_ACTION\" in\n{}) exec {} hook --folder {};;\nesac",

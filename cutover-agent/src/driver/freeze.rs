@@ -313,7 +313,7 @@ impl BegunDump {
             page_server: server.addr(),
         };
         let begun = host.begin(&name, dump, limit).await;
-        let layout = Layout::new(name.as_str(), rounds + 1);
+        let layout = Layout::new(name.as_str(), rounds.saturating_add(1));
         Ok(Self {
             dump: begun.map_err(|error| error.to_string())?,
             name,
