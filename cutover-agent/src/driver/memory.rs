@@ -88,8 +88,9 @@ impl Driver {
     /// Waits until the target's images are as the last round saw them.
     pub(super) async fn until_drafted(&mut self) -> Result<(), String> {
         while let Some(drafted) = self.drafts.join_next().await {
-            let drafted = drafted.map_err(MemoryError::from).flatten();
-            drafted.map_err(|error| error.to_string())?;
+            drafted
+                .map_err(|error| error.to_string())?
+                .map_err(|error| error.to_string())?;
         }
         Ok(())
     }
