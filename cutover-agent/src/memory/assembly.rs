@@ -155,17 +155,15 @@ impl Assembly {
     }
 
     /// Copies the pages of a piece from the store into its image, if the round that saw them goes on.
-    pub(super) fn put(&self, store: &Store, piece: &Piece) {
+    pub(super) fn put(&self, store: &Store, piece: &Piece) -> Result<(), PageFault> {
         let round = self.read();
-        if round.number != piece.round {
-            return;
-        }
-        match self.copy(store, piece, &round.before) {
-            Ok(()) => self.standing.send_modify(|standing| {
+        if round.number == piece.round {
+            self.copy(store, piece, &round.before)?;
+            self.standing.send_modify(|standing| {
                 standing.done.insert((piece.image, piece.first));
-            }),
-            Err(fault) => self.fail(fault),
+            });
         }
+        Ok(())
     }
 
     /// Copies what is not there `before`. Zeros stay a hole where nothing was.

@@ -140,18 +140,15 @@ impl PageStore {
         }
         let works = Arc::clone(&self.works);
         tasks.spawn(async move {
-            if let Err(fault) = store.until_present(&piece.runs).await {
+            let putting = async {
+                store.until_present(&piece.runs).await?;
+                let _permit = works.acquire_owned().await;
+                let (assembly, store) = (Arc::clone(&assembly), Arc::clone(&store));
+                blocking(move || assembly.put(&store, &piece)).await
+            };
+            if let Err(fault) = putting.await {
                 assembly.fail(fault);
-                return;
             }
-            let permit = works.acquire_owned().await;
-            let put = blocking(move || {
-                assembly.put(&store, &piece);
-                Ok(())
-            });
-            // Whatever went wrong is told by the seal.
-            let _ = put.await;
-            drop(permit);
         });
     }
 
