@@ -26,6 +26,7 @@ pub mod runtime;
 pub mod serve;
 pub mod sockets;
 pub mod target;
+mod ticks;
 pub mod tls;
 pub mod transfer;
 pub mod tunnel;

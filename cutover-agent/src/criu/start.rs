@@ -7,17 +7,18 @@ use std::time::Duration;
 use rustix::fs::{AtFlags, CWD, StatxFlags, statx};
 use rustix::time::{ClockId, Timespec, clock_gettime};
 
+use crate::ticks::{TICK_US, behind_name};
+
 /// Milliseconds from the start of process `pid` until it made the file `log`: never more than it was. `None` when either
 /// is gone, or the file system does not note when files are made.
 ///
-/// The kernel tells the start in clock ticks, mostly of 10 ms, since the machine's (proc_pid_stat(5), field 22), and rounds
-/// down, so that one tick is taken off.
+/// The kernel tells the start in clock ticks since the machine's (proc_pid_stat(5), field 22), and rounds down, so that one
+/// tick is taken off.
 #[must_use]
 pub(crate) fn ms_before_log(pid: u32, log: &Path) -> Option<u64> {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     let ticks = start_ticks(&stat)?;
-    let a_second = rustix::param::clock_ticks_per_second();
-    let started = Duration::from_millis((ticks + 1) * 1000 / a_second.max(1));
+    let started = Duration::from_micros(ticks.checked_add(1)?.checked_mul(TICK_US)?);
     let made = statx(CWD, log, AtFlags::empty(), StatxFlags::BTIME).ok()?;
     if made.stx_mask & StatxFlags::BTIME.bits() == 0 {
         return None;
@@ -33,10 +34,9 @@ pub(crate) fn ms_before_log(pid: u32, log: &Path) -> Option<u64> {
     Some(before.unwrap_or_default().as_millis() as u64)
 }
 
-/// Field 22 of `/proc/PID/stat`; the second one is a name in brackets, which may hold anything.
+/// Field 22.
 fn start_ticks(stat: &str) -> Option<u64> {
-    let behind_name = stat.rsplit_once(')')?.1;
-    behind_name.split_whitespace().nth(19)?.parse().ok()
+    behind_name(stat, 19)
 }
 
 fn since_epoch(time: Timespec) -> Option<Duration> {
