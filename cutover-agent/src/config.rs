@@ -25,7 +25,7 @@ pub const IMAGES_TREE: &str = "images";
 pub struct Config {
     /// Which side of a hop this agent is.
     pub site: Site,
-    /// Journal, images and parked hooks live here.
+    /// Journal, images and what is parked live here.
     pub state_dir: PathBuf,
     /// Unix socket for commands.
     pub control: PathBuf,

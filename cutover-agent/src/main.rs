@@ -7,6 +7,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 use cutover_agent::config::{Config, load_plan};
 use cutover_agent::control::{self, Checked, Command, Line, Status};
+use cutover_agent::criu::shim::ParkAt;
 use cutover_agent::names::OldDoor;
 use cutover_agent::report::{Outcome, Progress, Report};
 use cutover_agent::{criu, pki, serve};
@@ -95,13 +96,19 @@ enum Verb {
         #[arg(long)]
         dir: PathBuf,
     },
-    /// What CRIU runs at each step of a dump or a restore.
+    /// What stands between the runtime of a dump or a restore and its CRIU: runs the runtime.
     #[command(hide = true)]
-    Hook {
+    Shim {
         #[arg(long)]
         folder: PathBuf,
+        #[arg(long)]
+        at: ParkAt,
+        #[arg(long)]
+        network_namespace: PathBuf,
+        #[arg(last = true)]
+        runtime: Vec<OsString>,
     },
-    /// What the runtime runs in CRIU's place when it asks for its version.
+    /// What that runtime finds in CRIU's place.
     #[command(hide = true)]
     StandIn {
         #[arg(long)]
@@ -128,9 +135,14 @@ fn keep_memory_small() {
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    // The hook runs while clients wait: no runtime, no logging set-up.
+    // Nobody reads what these log.
     match &arguments.command {
-        Verb::Hook { folder } => return criu::hook::run(folder),
+        Verb::Shim {
+            folder,
+            at,
+            network_namespace,
+            runtime,
+        } => return criu::shim::run(folder, *at, network_namespace, runtime),
         Verb::StandIn {
             folder,
             criu,
@@ -200,7 +212,7 @@ fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
             );
             Ok(ExitCode::SUCCESS)
         }
-        Verb::Hook { .. } | Verb::StandIn { .. } => Ok(ExitCode::FAILURE),
+        Verb::Shim { .. } | Verb::StandIn { .. } => Ok(ExitCode::FAILURE),
     }
 }
 

@@ -169,6 +169,10 @@ impl Target {
                 self.begin_restore(&hop, containers, Duration::from_millis(timeout_ms))
                     .await
             }
+            Request::ReadyRestore { hop, timeout_ms } => {
+                self.ready_restore(&hop, Duration::from_millis(timeout_ms))
+                    .await
+            }
             Request::Restore {
                 hop,
                 containers,
@@ -274,9 +278,9 @@ impl Target {
         *self.brisk.lock().await = Brisk::begin(limit);
         let mut starts = tokio::task::JoinSet::new();
         for name in containers.iter().cloned() {
-            let host = self.host.clone();
+            let (host, before) = (self.host.clone(), self.begun.lock().await.remove(&name));
             starts.spawn(async move {
-                let begun = host.begin_restore(&name, limit).await;
+                let begun = host.begin_restore(&name, before, limit).await;
                 begun.map(|begun| (name, begun))
             });
         }
@@ -290,6 +294,28 @@ impl Target {
         self.fences
             .prepare(&self.host, &containers, Fence::Inside)
             .await;
+        outcome
+    }
+
+    /// Lets what has begun go on, now that the trees are what they will be.
+    async fn ready_restore(&self, hop: &HopId, limit: Duration) -> Result<Response, TargetError> {
+        let standing = self.standing.lock().await;
+        Self::check(&standing, hop)?;
+        let mut going = tokio::task::JoinSet::new();
+        for (name, mut begun) in std::mem::take(&mut *self.begun.lock().await) {
+            let host = self.host.clone();
+            going.spawn(async move {
+                let ready = host.ready_restore(&name, &mut begun, limit).await;
+                ready.map(|()| (name, begun))
+            });
+        }
+        let mut outcome = Ok(Response::Done);
+        while let Some(gone) = going.join_next().await {
+            match gone.map_err(EngineError::from)? {
+                Ok((name, begun)) => drop(self.begun.lock().await.insert(name, begun)),
+                Err(error) => outcome = Err(error.into()),
+            }
+        }
         outcome
     }
 
@@ -323,8 +349,8 @@ impl Target {
         }
         let built = self.built.lock().await;
         let own_ms = built
-            .iter()
-            .filter_map(|(name, built)| self.host.restore_ms(name, built));
+            .values()
+            .filter_map(|built| self.host.restore_ms(built));
         Ok(Response::Restored {
             restore_ms: own_ms.max().unwrap_or(0),
         })

@@ -20,13 +20,21 @@ pub enum Request {
         /// The containers that will come, in dependency order.
         containers: Vec<ContainerName>,
     },
-    /// Begin to restore the containers, as far as that goes before anything of the last transfer has arrived. Nothing is
-    /// lost when it fails.
+    /// Begin to restore the containers, as far as that goes before anything of the last transfer has arrived. What went
+    /// further before is given up. Nothing is lost when it fails.
     BeginRestore {
         /// The hop.
         hop: HopId,
         /// The containers in dependency order.
         containers: Vec<ContainerName>,
+        /// How long it may take, in milliseconds.
+        timeout_ms: u64,
+    },
+    /// The trees of the last transfer have arrived: go on with what has begun as far as that goes without images. Nothing
+    /// is lost when it fails.
+    ReadyRestore {
+        /// The hop.
+        hop: HopId,
         /// How long it may take, in milliseconds.
         timeout_ms: u64,
     },

@@ -1,18 +1,15 @@
-//! The agent's end of a parked CRIU: prepare the folder, wait for the hook, give it the word.
+//! The agent's end of a parked CRIU: prepare the folder, wait until it is parked, give it the word.
 
-use std::io::{Read, Write};
+use std::ffi::OsString;
+use std::io::Write;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use rustix::fs::{CWD, FileType, Mode};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::unix::pipe;
-use tokio::net::{UnixListener, UnixStream};
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::net::UnixListener;
 
-use super::hook::{
-    AGENT_SOCKET, DONE_PIPE, ERROR_FILE, FROZEN_FILE, Frozen, PARK_SOCKET, ParkAt, SPEC_FILE, Spec,
-};
+use super::shim::{AGENT_SOCKET, ERROR_FILE, FROZEN_FILE, Frozen, PARK_SOCKET, ParkAt, Parked};
 use super::stand_in;
 use crate::sockets;
 
@@ -27,16 +24,18 @@ pub enum ParkError {
         /// Why.
         source: std::io::Error,
     },
-    /// The hook said something else than that it is parked.
-    #[error("the hook of {container} ended without parking{reason}")]
+    /// The runtime ended, or was refused, before CRIU was parked.
+    #[error("CRIU was not parked for {container}{reason}")]
     NotParked {
         /// The container's folder.
         container: String,
         /// What it left behind, with a leading colon.
         reason: String,
     },
-    /// The hook took the word but did not end.
-    #[error("the hook of {container} took the word {word:?} and did not end within {seconds} s")]
+    /// The word was taken, but not carried out.
+    #[error(
+        "CRIU of {container} was given the word {word:?}, which was not carried out within {seconds} s"
+    )]
     Stuck {
         /// The container's folder.
         container: String,
@@ -65,22 +64,16 @@ impl Word {
     }
 }
 
-/// The folder through which one container's hook and the agent meet.
+/// The folder through which the agent, and what stands between one container's runtime and CRIU, meet.
 #[derive(Debug, Clone)]
 pub struct Park {
     folder: PathBuf,
 }
 
-/// The agent's ears, open from before the runtime starts until the hook has reported.
+/// The agent's ears, open from before the runtime starts until CRIU is told for the last time.
 #[derive(Debug)]
-pub struct Waiting {
-    /// Where the script says that CRIU is done, before it starts the hook.
-    done: pipe::Receiver,
+pub(crate) struct Waiting {
     listener: UnixListener,
-    /// The process that called the script.
-    criu: Option<u32>,
-    /// A hook that came while the script's word was waited for.
-    hook: Option<UnixStream>,
     container: String,
     error_file: PathBuf,
 }
@@ -94,74 +87,65 @@ impl Park {
         }
     }
 
-    /// Makes the folder ready for a new dump or restore and listens for its hook. `cgroup_root` is where a restore
-    /// puts the tasks, in the unified hierarchy.
+    /// Makes the folder ready for a new dump or restore by the CRIU at `criu`, and listens for it to be parked.
+    /// `cgroup_root` is where a restore puts the tasks, in the unified hierarchy.
     ///
     /// # Errors
     /// When the folder cannot be written.
-    pub fn prepare(
+    pub(crate) fn prepare(
         &self,
-        at: ParkAt,
-        network_namespace: &Path,
+        criu: &Path,
         cgroup_root: Option<&str>,
     ) -> Result<Waiting, ParkError> {
         self.clear()?;
         self.make(|folder| std::fs::create_dir_all(folder))?;
-        let spec = Spec {
-            at,
-            network_namespace: network_namespace.to_owned(),
-        };
-        let spec = serde_json::to_vec(&spec).map_err(std::io::Error::other);
-        self.make(|folder| std::fs::write(folder.join(SPEC_FILE), spec?))?;
-        self.make(|folder| write_script(folder, at, cgroup_root))?;
-        let path = self.folder.join(DONE_PIPE);
-        let done = make_pipe(&path).map_err(|source| ParkError::File { path, source })?;
+        self.make(|_| std::fs::write(self.criu_configuration(), configuration(cgroup_root)))?;
+        self.make(|folder| write_stand_in(folder, criu))?;
         let path = self.folder.join(AGENT_SOCKET);
         let listener = sockets::listen(&path).map_err(|source| ParkError::File { path, source })?;
         Ok(Waiting {
-            done,
             listener,
-            criu: None,
-            hook: None,
             container: self.name(),
             error_file: self.folder.join(ERROR_FILE),
         })
     }
 
-    /// Puts our own program in the place of the CRIU at `criu`, for a runtime that searches the returned folder first. It
-    /// parks here, and is called once.
-    ///
-    /// # Errors
-    /// When the folder cannot be written.
-    pub(crate) fn stand_in(&self, criu: &Path) -> Result<PathBuf, ParkError> {
-        let folder = self.folder.join(stand_in::FOLDER);
-        let write = || {
-            std::fs::create_dir_all(&folder)?;
-            let agent = std::env::current_exe()?;
-            let (agent, park, criu) = (quote(&agent), quote(&self.folder), quote(criu));
-            let line = format!("exec {agent} stand-in --folder {park} --criu {criu} -- \"$@\"");
-            write_program(&folder.join(stand_in::PROGRAM), &line)
-        };
-        self.make(|_| write())?;
-        Ok(folder)
-    }
-
-    /// The CRIU configuration file that names our hook.
-    #[must_use]
-    pub fn criu_configuration(&self) -> PathBuf {
+    /// What is said to CRIU by a file: what its runtime does not ask for.
+    pub(crate) fn criu_configuration(&self) -> PathBuf {
         self.folder.join("criu.conf")
     }
 
-    /// What the hook froze, when it got that far.
+    /// A folder whose programs the runtime is to find before all others.
+    pub(crate) fn programs(&self) -> PathBuf {
+        self.folder.join(stand_in::FOLDER)
+    }
+
+    /// The arguments of ours that run a runtime, whose own follow them.
+    pub(crate) fn shim(&self, at: ParkAt, network_namespace: &Path) -> Vec<OsString> {
+        let mut arguments: Vec<OsString> = vec!["shim".into(), "--folder".into()];
+        arguments.extend([
+            self.folder.clone().into(),
+            "--at".into(),
+            at.as_str().into(),
+        ]);
+        arguments.extend([
+            "--network-namespace".into(),
+            network_namespace.into(),
+            "--".into(),
+        ]);
+        arguments
+    }
+
+    /// What was frozen, when it got that far.
     #[must_use]
     pub(crate) fn frozen(&self) -> Option<Frozen> {
         serde_json::from_slice(&std::fs::read(self.folder.join(FROZEN_FILE)).ok()?).ok()
     }
 
-    /// Gives the word and waits until the hook has ended. `Ok(false)` when no hook was parked.
+    /// Gives the word to a parked CRIU and waits until it has been carried out. `Ok(false)` when none was parked.
     ///
     /// # Errors
-    /// When a hook took the word and did not end in time.
+    /// When the word was taken, and not carried out in time.
     pub async fn tell(&self, word: Word, limit: Duration) -> Result<bool, ParkError> {
         let path = self.folder.join(PARK_SOCKET);
         let Ok(mut stream) = sockets::dial(&path) else {
@@ -171,13 +155,13 @@ impl Park {
             stream
                 .write_all(format!("{}\n", word.as_str()).as_bytes())
                 .await?;
-            // The hook keeps the stream open until it has ended.
+            // It stays open until then.
             let mut rest = Vec::new();
             stream.read_to_end(&mut rest).await
         };
         match tokio::time::timeout(limit, told).await {
             Ok(Ok(_)) => Ok(true),
-            // A reset means that the hook has ended, too.
+            // A reset means that whoever took it has ended, too.
             Ok(Err(_)) => Ok(true),
             Err(_) => Err(ParkError::Stuck {
                 container: self.name(),
@@ -217,102 +201,36 @@ impl Park {
 }
 
 impl Waiting {
-    /// Waits until CRIU has done its work and calls for the hook, which is not parked yet; some milliseconds pass until
-    /// it is.
+    /// Waits until CRIU is parked; each is so several times.
     ///
     /// # Errors
-    /// When it can no longer be heard.
+    /// When it cannot be heard.
     ///
     /// # Cancel safety
-    /// Dropping the future loses nothing.
-    pub async fn done(&mut self) -> Result<(), ParkError> {
-        let mut word = [0; WORD_BYTES];
-        let heard = tokio::select! {
-            // So short a word is written at once.
-            read = self.done.read(&mut word) => read.map(|length| {
-                self.criu = number(&word[..length]);
-                None
-            }),
-            // It comes after the word, if that was said.
-            came = self.listener.accept() => came.map(|(hook, _)| Some(hook)),
-        };
-        match heard {
-            Ok(hook) => {
-                self.hook = hook;
-                Ok(())
-            }
-            Err(_) => Err(self.witness().not_parked()),
-        }
-    }
-
-    /// CRIU's process, once it is [`Self::done`]; it is there until it is told to go on.
-    pub(crate) const fn criu(&self) -> Option<u32> {
-        self.criu
-    }
-
-    /// Waits until the hook says that it is parked; a dump's is so twice.
-    ///
-    /// # Errors
-    /// When it ends without saying so.
-    ///
-    /// # Cancel safety
-    /// Dropping the future loses nothing: the hook stays parked and its own socket finds it.
-    pub async fn parked(&mut self) -> Result<(), ParkError> {
+    /// Dropping the future may lose the news, but not what it is of: CRIU stays parked, and its own socket finds it.
+    pub(crate) async fn parked(&self) -> Result<Parked, ParkError> {
         let read = async {
-            let mut stream = match self.hook.take() {
-                Some(stream) => stream,
-                None => self.listener.accept().await?.0,
-            };
-            let mut word = [0; 7];
-            stream.read_exact(&mut word).await?;
-            Ok::<_, std::io::Error>(word)
+            let (stream, _) = self.listener.accept().await?;
+            let mut line = String::new();
+            BufReader::new(stream).read_line(&mut line).await?;
+            serde_json::from_str(&line).map_err(std::io::Error::other)
         };
-        match read.await {
-            Ok(word) if &word == b"parked\n" => Ok(()),
-            _ => Err(self.witness().not_parked()),
-        }
+        read.await.map_err(|_| self.not_parked())
     }
 
-    /// What to say if the runtime ends before the hook reports; usable after the wait itself was given up.
-    #[must_use]
-    pub fn witness(&self) -> Witness {
-        Witness {
-            container: self.container.clone(),
-            error_file: self.error_file.clone(),
-        }
+    /// Whether CRIU was refused something, and why.
+    pub(crate) fn refusal(&self) -> Option<String> {
+        let text = std::fs::read_to_string(&self.error_file).ok()?;
+        Some(text.trim().to_owned())
     }
-}
 
-/// Remembers where a hook would have left its reason.
-#[derive(Debug, Clone)]
-pub struct Witness {
-    container: String,
-    error_file: PathBuf,
-}
-
-impl Witness {
-    /// The error for a runtime that ended although its hook never parked.
-    #[must_use]
-    pub fn not_parked(&self) -> ParkError {
+    /// The error for a runtime that ended although CRIU was never parked.
+    pub(crate) fn not_parked(&self) -> ParkError {
+        let reason = self.refusal().map(|reason| format!(": {reason}"));
         ParkError::NotParked {
             container: self.container.clone(),
-            reason: hook_error(&self.error_file),
+            reason: reason.unwrap_or_default(),
         }
-    }
-}
-
-/// Room for the number of a process and the end of its line.
-const WORD_BYTES: usize = 16;
-
-fn number(word: &[u8]) -> Option<u32> {
-    std::str::from_utf8(word).ok()?.trim().parse().ok()
-}
-
-fn hook_error(path: &Path) -> String {
-    let mut text = String::new();
-    match std::fs::File::open(path).and_then(|mut file| file.read_to_string(&mut text)) {
-        Ok(_) => format!(": {}", text.trim()),
-        Err(_) => String::new(),
     }
 }
 
@@ -320,43 +238,22 @@ fn hook_error(path: &Path) -> String {
 /// a program replaced on disk while it runs exceeds.
 const GHOST_BYTES_MAX: u64 = 256 << 20;
 
-/// The script's name.
-pub(super) const SCRIPT: &str = "hook.sh";
-
-/// CRIU runs one path without arguments, so a short script carries the folder to our own binary.
-fn write_script(folder: &Path, at: ParkAt, cgroup_root: Option<&str>) -> std::io::Result<()> {
-    let program = std::env::current_exe()?;
-    let script = folder.join(SCRIPT);
-    // The shell answers the steps that are none of ours, and says what is urgent, with the number of CRIU's process: clients
-    // wait while a program starts. A pipe that is opened for both reading and writing has no need of anybody at its other
-    // end (fifo(7)).
-    let text = format!(
-        "case \"$CRTOOLS_SCRIPT_ACTION\" in\n{}) echo $PPID 1<>{};;\nesac\n\
-         case \"$CRTOOLS_SCRIPT_ACTION\" in\n{}) exec {} hook --folder {};;\nesac",
-        at.done(),
-        quote(&folder.join(DONE_PIPE)),
-        at.actions(),
-        quote(&program),
-        quote(folder)
-    );
-    write_program(&script, &text)?;
-    let mut configuration = format!(
-        "action-script {}\nghost-limit {GHOST_BYTES_MAX}\nlink-remap\nnetwork-lock skip\n",
-        script.display()
-    );
-    if let Some(root) = cgroup_root {
-        configuration.push_str(&format!("cgroup-root {root}\n"));
-    }
-    std::fs::write(folder.join("criu.conf"), configuration)
+fn configuration(cgroup_root: Option<&str>) -> String {
+    let root = cgroup_root.map(|root| format!("cgroup-root {root}\n"));
+    format!(
+        "ghost-limit {GHOST_BYTES_MAX}\nlink-remap\nnetwork-lock skip\n{}",
+        root.unwrap_or_default()
+    )
 }
 
-/// A pipe that stays open whoever closes its other end.
-fn make_pipe(path: &Path) -> std::io::Result<pipe::Receiver> {
-    let mode = Mode::RUSR | Mode::WUSR;
-    rustix::fs::mknodat(CWD, path, FileType::Fifo, mode, 0)?;
-    pipe::OpenOptions::new()
-        .read_write(true)
-        .open_receiver(path)
+/// Puts our own program in CRIU's place.
+fn write_stand_in(folder: &Path, criu: &Path) -> std::io::Result<()> {
+    let programs = folder.join(stand_in::FOLDER);
+    std::fs::create_dir_all(&programs)?;
+    let agent = std::env::current_exe()?;
+    let (agent, folder, criu) = (quote(&agent), quote(folder), quote(criu));
+    let line = format!("exec {agent} stand-in --folder {folder} --criu {criu} -- \"$@\"");
+    write_program(&programs.join(stand_in::PROGRAM), &line)
 }
 
 /// Writes a program for the shell.
@@ -372,52 +269,61 @@ fn quote(path: &Path) -> String {
 
 #[cfg(test)]
 mod tests {
-    use std::process::{Command, ExitStatus};
+    use std::process::Command;
 
+    use super::super::shim::Stop;
     use super::*;
 
-    /// Runs CRIU's script as CRIU does. The hook that it starts is this test's program, which ends at once.
-    fn script(park: &Park, action: &str) -> ExitStatus {
-        let mut script = Command::new(park.folder.join(SCRIPT));
-        script.env("CRTOOLS_SCRIPT_ACTION", action);
-        script.stdout(std::process::Stdio::null());
-        script.stderr(std::process::Stdio::null()).status().unwrap()
-    }
-
     #[tokio::test]
-    async fn the_script_says_when_criu_is_done_and_whether_or_not_anybody_listens() {
-        let state = tempfile::tempdir().unwrap();
-        let park = Park::new(state.path(), "it's a name");
-        for (at, before, done) in [
-            (ParkAt::Dump, "pre-dump", "post-dump"),
-            (ParkAt::Restore, "setup-namespaces", "post-restore"),
-        ] {
-            let mut waiting = park.prepare(at, Path::new("/"), None).unwrap();
-            script(&park, before);
-            let mut word = [0];
-            let early = waiting.done.try_read(&mut word).unwrap_err();
-            assert_eq!(early.kind(), std::io::ErrorKind::WouldBlock, "{before}");
-            script(&park, done);
-            waiting.done().await.unwrap();
-            assert_eq!(waiting.criu(), Some(std::process::id()));
-            drop(waiting);
-            // The agent has died: whoever comes to say so goes on.
-            script(&park, done);
-        }
-    }
-
-    #[tokio::test]
-    async fn a_hook_that_comes_without_a_word_is_heard_all_the_same_and_only_once() {
+    async fn a_parked_criu_is_heard_of_and_anything_else_is_none() {
         let state = tempfile::tempdir().unwrap();
         let park = Park::new(state.path(), "db");
-        let mut waiting = park.prepare(ParkAt::Restore, Path::new("/"), None).unwrap();
-        let mut hook = sockets::connect(&park.folder.join(AGENT_SOCKET)).unwrap();
-        waiting.done().await.unwrap();
-        hook.write_all(b"parked\n").unwrap();
-        waiting.parked().await.unwrap();
-        assert!(waiting.hook.is_none());
-        let mut other = sockets::connect(&park.folder.join(AGENT_SOCKET)).unwrap();
-        other.write_all(b"failed\n").unwrap();
-        waiting.parked().await.unwrap_err();
+        let waiting = park.prepare(Path::new("/sbin/criu"), None).unwrap();
+        let say = |line: &[u8]| {
+            let mut agent = sockets::connect(&park.folder.join(AGENT_SOCKET)).unwrap();
+            agent.write_all(line).unwrap();
+        };
+        say(b"{\"stop\":\"dumped\",\"criu_ms\":7}\n");
+        let parked = waiting.parked().await.unwrap();
+        assert_eq!((parked.stop, parked.criu_ms), (Stop::Dumped, 7));
+        say(b"failed\n");
+        std::fs::write(park.folder.join(ERROR_FILE), "no nft\n").unwrap();
+        let error = waiting.parked().await.unwrap_err().to_string();
+        assert!(error.contains("db: no nft"), "{error}");
+        assert!(!park.tell(Word::Go, Duration::from_secs(9)).await.unwrap());
+    }
+
+    #[tokio::test]
+    async fn the_stand_in_passes_on_what_it_was_called_with_in_a_folder_of_any_name() {
+        let state = tempfile::tempdir().unwrap();
+        let park = Park::new(state.path(), "it's a name");
+        let _waiting = park
+            .prepare(Path::new("/opt/c r/criu"), Some("/a"))
+            .unwrap();
+        // The program that is called is this test's, which lists what it was given as far as it knows it.
+        let program = std::fs::read_to_string(park.programs().join("criu")).unwrap();
+        let shown = program.replacen("exec", "printf '%s\\n'", 1);
+        let output = Command::new("sh")
+            .args(["-c", &shown, "criu", "swrk", "3"])
+            .output();
+        let said = String::from_utf8(output.unwrap().stdout).unwrap();
+        let said: Vec<&str> = said.lines().skip(1).collect();
+        let folder = park.folder.to_str().unwrap();
+        let expected = [
+            "stand-in",
+            "--folder",
+            folder,
+            "--criu",
+            "/opt/c r/criu",
+            "--",
+            "swrk",
+            "3",
+        ];
+        assert_eq!(said, expected);
+        let configuration = std::fs::read_to_string(park.criu_configuration()).unwrap();
+        assert!(
+            configuration.ends_with("\ncgroup-root /a\n"),
+            "{configuration}"
+        );
     }
 }

@@ -1,6 +1,7 @@
-//! As much of the protobuf encoding as CRIU's own files need here: fields of numbers and of bytes.
+//! As much of the protobuf encoding as CRIU's files and words need here: fields of numbers and of bytes.
 
 /// What a field holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Value<'a> {
     Number(u64),
     Bytes(&'a [u8]),
@@ -24,6 +25,37 @@ pub(super) fn fields(mut rest: &[u8]) -> impl Iterator<Item = (u64, Value<'_>)> 
     })
 }
 
+/// The first number that a field of a message holds.
+pub(super) fn number(message: &[u8], field: u64) -> Option<u64> {
+    fields(message).find_map(|(own, value)| match value {
+        Value::Number(number) if own == field => Some(number),
+        _ => None,
+    })
+}
+
+/// The first byte string that a field of a message holds.
+pub(super) fn bytes(message: &[u8], field: u64) -> Option<&[u8]> {
+    fields(message).find_map(|(own, value)| match value {
+        Value::Bytes(bytes) if own == field => Some(bytes),
+        _ => None,
+    })
+}
+
+/// Appends a field. Of a field that occurs twice and holds a number, the last counts.
+pub(super) fn put(message: &mut Vec<u8>, field: u64, value: Value<'_>) {
+    match value {
+        Value::Number(number) => {
+            put_varint(message, field << 3);
+            put_varint(message, number);
+        }
+        Value::Bytes(bytes) => {
+            put_varint(message, field << 3 | 2);
+            put_varint(message, bytes.len() as u64);
+            message.extend_from_slice(bytes);
+        }
+    }
+}
+
 fn varint(rest: &mut &[u8]) -> Option<u64> {
     let mut value = 0;
     for shift in (0..64).step_by(7) {
@@ -35,4 +67,31 @@ fn varint(rest: &mut &[u8]) -> Option<u64> {
         }
     }
     None
+}
+
+fn put_varint(message: &mut Vec<u8>, mut value: u64) {
+    while value >= 0x80 {
+        message.push(value as u8 | 0x80);
+        value >>= 7;
+    }
+    message.push(value as u8);
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn what_is_put_is_read(number: u64, text: Vec<u8>, field in 1_u64..1000) {
+            let mut message = Vec::new();
+            put(&mut message, field, Value::Number(number));
+            put(&mut message, field + 1, Value::Bytes(&text));
+            let read: Vec<_> = fields(&message).collect();
+            let written = vec![(field, Value::Number(number)), (field + 1, Value::Bytes(&text))];
+            prop_assert_eq!(read, written);
+        }
+    }
 }

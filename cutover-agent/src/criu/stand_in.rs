@@ -1,64 +1,49 @@
-//! What a runtime finds in CRIU's place when it is started to restore, before there is anything to restore.
-//!
-//! The first thing runc does with CRIU is to ask for its version (`checkCriuVersion` in criu_linux.go), and it looks at
-//! the root file system and the images only after that. So we answer that question, with what CRIU itself says, when
-//! everything has arrived: clients wait neither for the start of the runtime nor for that of CRIU to be asked. Whatever is
-//! asked after that goes to CRIU.
+//! What a runtime finds in CRIU's place, and what becomes CRIU: it hands the runtime's socket to the shim, takes another in
+//! its stead, and runs CRIU. So CRIU is the runtime's child, as it must be for the tasks it restores to be, and the shim
+//! stands between the two.
 
 use std::ffi::OsString;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
+use std::os::unix::process::CommandExt;
 use std::path::Path;
-use std::process::{Command, ExitCode, Stdio};
+use std::process::{Command, ExitCode};
 
-use rustix::io::{FdFlags, fcntl_setfd};
-use rustix::net::{
-    AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, recv, send, socketpair,
-};
-
-use super::hook::{ERROR_FILE, park};
+use super::rpc;
+use super::shim::{ERROR_FILE, SHIM_SOCKET};
+use crate::sockets;
 
 /// The folder in a park folder that comes first on the runtime's search path.
 pub(super) const FOLDER: &str = "stand-in";
-/// What it holds until the question was asked.
+/// What it holds.
 pub(super) const PROGRAM: &str = "criu";
-
-/// A request for the version: the first field of `criu_req`, its type, is 10 (rpc.proto).
-const VERSION_REQUEST: [u8; 2] = [0x08, 10];
-/// Longer than any question or answer about versions.
-const MESSAGE_BYTES_MAX: usize = 64 << 10;
 
 /// The entry point of the hidden `stand-in` command. `folder` is the park folder, `arguments` what CRIU was given.
 #[must_use]
 pub fn run(folder: &Path, criu: &Path, arguments: &[OsString]) -> ExitCode {
-    match answer_later(folder, criu, arguments) {
-        Ok(true) => ExitCode::SUCCESS,
-        Ok(false) => ExitCode::FAILURE,
-        Err(error) => {
-            let _ = std::fs::write(folder.join(ERROR_FILE), error.to_string());
-            ExitCode::FAILURE
-        }
-    }
+    let error = match hand_over(folder, arguments) {
+        // It comes back only when it failed.
+        Ok(()) => Command::new(criu).args(arguments).exec(),
+        Err(error) => error,
+    };
+    let _ = std::fs::write(folder.join(ERROR_FILE), error.to_string());
+    ExitCode::FAILURE
 }
 
-fn answer_later(folder: &Path, criu: &Path, arguments: &[OsString]) -> io::Result<bool> {
-    std::fs::remove_file(folder.join(FOLDER).join(PROGRAM))?;
-    let asker = asker(arguments)
+fn hand_over(folder: &Path, arguments: &[OsString]) -> io::Result<()> {
+    let number = asker(arguments)
         .ok_or_else(|| io::Error::other(format!("the runtime calls CRIU with {arguments:?}")))?;
     // SAFETY: the runtime left it open for us, for as long as we run; what is no socket is refused by the first call.
-    let runtime = unsafe { BorrowedFd::borrow_raw(asker) };
-    let question = receive(runtime)?;
-    if !question.starts_with(&VERSION_REQUEST) {
-        return Err(io::Error::other(
-            "the runtime does not ask for CRIU's version first",
-        ));
-    }
-    let answer = ask(criu, &question)?;
-    let released = park(folder)?;
-    if released {
-        send(runtime, &answer, SendFlags::empty())?;
-    }
-    Ok(released)
+    let runtime = unsafe { BorrowedFd::borrow_raw(number) };
+    let shim = sockets::connect(&folder.join(SHIM_SOCKET))?;
+    rpc::send_with(&shim, b"x", &[runtime])?;
+    let ours = rpc::receive_descriptor(&shim)?;
+    // SAFETY: nobody else in this process has it.
+    let mut place = unsafe { OwnedFd::from_raw_fd(number) };
+    rustix::io::dup2(&ours, &mut place)?;
+    // CRIU has it from here on.
+    let _ = place.into_raw_fd();
+    Ok(())
 }
 
 /// The socket over which the runtime asks: `criu swrk NUMBER`.
@@ -69,79 +54,24 @@ fn asker(arguments: &[OsString]) -> Option<i32> {
     }
 }
 
-/// What CRIU itself answers.
-fn ask(criu: &Path, question: &[u8]) -> io::Result<Vec<u8>> {
-    let (ours, theirs) = socketpair(
-        AddressFamily::UNIX,
-        SocketType::SEQPACKET,
-        SocketFlags::CLOEXEC,
-        None,
-    )?;
-    let mut asked = start(criu, theirs)?;
-    send(&ours, question, SendFlags::empty())?;
-    let answer = receive(ours.as_fd())?;
-    // It ends when there is nobody to ask it more.
-    drop(ours);
-    asked.wait()?;
-    Ok(answer)
-}
-
-fn start(criu: &Path, socket: OwnedFd) -> io::Result<std::process::Child> {
-    fcntl_setfd(&socket, FdFlags::empty())?;
-    Command::new(criu)
-        .arg("swrk")
-        .arg(socket.as_raw_fd().to_string())
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .spawn()
-}
-
-fn receive(socket: BorrowedFd<'_>) -> io::Result<Vec<u8>> {
-    let mut message = vec![0; MESSAGE_BYTES_MAX];
-    let (length, _) = recv(socket, message.as_mut_slice(), RecvFlags::empty())?;
-    message.truncate(length);
-    if message.is_empty() {
-        return Err(io::Error::from(io::ErrorKind::UnexpectedEof));
-    }
-    Ok(message)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    /// What comes of a runtime that says `question`, and why.
-    fn asked(question: &[u8], verb: &str) -> (ExitCode, String, bool) {
-        let folder = tempfile::tempdir().unwrap();
-        std::fs::create_dir(folder.path().join(FOLDER)).unwrap();
-        let program = folder.path().join(FOLDER).join(PROGRAM);
-        std::fs::write(&program, "").unwrap();
-        let (runtime, ours) = socketpair(
-            AddressFamily::UNIX,
-            SocketType::SEQPACKET,
-            SocketFlags::CLOEXEC,
-            None,
-        )
-        .unwrap();
-        send(&runtime, question, SendFlags::empty()).unwrap();
-        let arguments = [verb.into(), ours.as_raw_fd().to_string().into()];
-        let code = run(folder.path(), Path::new("/there/is/no/criu"), &arguments);
-        let why = std::fs::read_to_string(folder.path().join(ERROR_FILE)).unwrap_or_default();
-        (code, why, program.exists())
-    }
-
     #[test]
-    fn a_runtime_that_does_not_ask_for_the_version_first_is_told_so_and_finds_criu_the_next_time() {
-        // A request to restore.
-        for (question, verb, why) in [
-            ([0x08, 2], "swrk", "does not ask for CRIU's version first"),
-            ([0x08, 10], "restore", "calls CRIU with"),
-            ([0x08, 10], "swrk", "No such file"),
+    fn a_runtime_that_calls_criu_in_another_way_is_told_so() {
+        let folder = tempfile::tempdir().unwrap();
+        for arguments in [
+            &["restore", "3"][..],
+            &["swrk"],
+            &["swrk", "2"],
+            &["swrk", "x"],
         ] {
-            let (code, said, is_there) = asked(&question, verb);
+            let arguments: Vec<OsString> = arguments.iter().map(OsString::from).collect();
+            let code = run(folder.path(), Path::new("/there/is/no/criu"), &arguments);
             assert_eq!(format!("{code:?}"), format!("{:?}", ExitCode::FAILURE));
-            assert!(said.contains(why) && !is_there, "{said}");
+            let said = std::fs::read_to_string(folder.path().join(ERROR_FILE)).unwrap();
+            assert!(said.contains("calls CRIU with"), "{said}");
         }
     }
 }

@@ -9,11 +9,11 @@ use std::time::Duration;
 use cutover_protocol::id::ContainerName;
 use cutover_protocol::plan::Engine;
 use cutover_protocol::schedule::Schedule;
-use cutover_protocol::wire::Request;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 
 use super::Driver;
+use super::ahead::Ahead;
 use super::link::SyncJob;
 use super::memory::{milliseconds, served};
 use super::trees::{Trees, finish};
@@ -70,13 +70,15 @@ async fn last_round(trees: &Trees, limit: Duration) -> Result<(Vec<SyncJob>, boo
 
 /// Makes the target's trees equal once all containers are frozen, and its images as they are written.
 async fn move_files(
-    trees: Trees,
+    ahead: Ahead,
     frozen: watch::Receiver<usize>,
     mut written: mpsc::Receiver<ContainerName>,
     limit: Duration,
 ) -> Result<FilesMoved, String> {
+    let trees = &ahead.trees;
     until_frozen(frozen, trees.containers.len()).await?;
-    let (round, writes_on) = last_round(&trees, limit).await?;
+    let (round, writes_on) = last_round(trees, limit).await?;
+    let readying = if writes_on { None } else { ahead.ready().await };
     let mut settling = JoinSet::new();
     settling.spawn(finish(round));
     let (mut images, mut last) = (JoinSet::new(), Vec::new());
@@ -96,8 +98,13 @@ async fn move_files(
     if last.is_empty() {
         moved.trees = settled?;
     } else {
+        if let (Some(readying), true) = (readying, settled.is_ok()) {
+            // It has mounted what changes now.
+            let _ = readying.answer().await;
+            ahead.begin().await;
+        }
         // A file that changed under the first round made it fail; this one sees it at rest.
-        let (round, _) = last_round(&trees, limit).await?;
+        let (round, _) = last_round(trees, limit).await?;
         moved.trees = settled.unwrap_or(0) + finish(round).await?;
         // The target restores when it has these.
         moved.images = finish(last).await?;
@@ -115,22 +122,11 @@ impl Driver {
             return Ok(());
         }
         self.until_drafted().await?;
-        let (begun, ()) = tokio::join!(self.begun_dumps(), self.begin_restore());
+        let (begun, ()) = tokio::join!(self.begun_dumps(), async { self.ahead().begin().await });
         self.begun = begun?;
+        // The target's runtime reads one that ours has written by now, and all the others follow into the same folders.
+        self.bytes += finish(self.trees().all_images(self.step_max())).await?;
         Ok(())
-    }
-
-    /// Has the target start what takes its time before it can restore anything. It starts it later when that fails.
-    async fn begin_restore(&self) {
-        let limit = self.step_max();
-        let request = Request::BeginRestore {
-            hop: self.header.hop.clone(),
-            containers: self.containers(),
-            timeout_ms: self.step_ms(),
-        };
-        if let Err(error) = self.link.order(&request, limit).await {
-            tracing::info!(%error, "the target begins to restore later");
-        }
     }
 
     async fn begun_dumps(&self) -> Result<Vec<BegunDump>, String> {
@@ -184,7 +180,7 @@ impl Driver {
         let (written, is_written) = mpsc::channel(containers.max(1));
         let mut files = JoinSet::new();
         files.spawn(move_files(
-            self.trees(),
+            self.ahead(),
             frozen.subscribe(),
             is_written,
             limit,
@@ -202,32 +198,34 @@ impl Driver {
             let (host, stages) = (self.host.clone(), stages.clone());
             let shipper = Shipper::new(Arc::clone(&pages), Arc::clone(&tally), lanes.enter(index));
             let pages = Arc::clone(&pages);
-            dumps.spawn(async move { begun.serve(&host, (pages, shipper), &stages, limit).await });
+            dumps.spawn(async move {
+                let served = begun.serve(&host, (pages, shipper), &stages, limit).await;
+                served.map(|(seal, own_ms)| (index, seal, own_ms))
+            });
         }
         drop(stages);
         let dumping = async {
-            let mut seals = Vec::new();
+            let (mut seals, mut own) = (Vec::new(), vec![0; containers]);
             while let Some(result) = dumps.join_next().await {
-                seals.push(result.map_err(|error| error.to_string())??);
+                let (index, seal, own_ms) = result.map_err(|error| error.to_string())??;
+                seals.push(seal);
+                own[index] = own_ms;
             }
-            Ok::<_, String>(seals)
+            Ok::<_, String>((seals, own))
         };
-        let (seals, ()) = tokio::try_join!(self.telling(&lanes, dumping), noting)?;
+        let ((seals, own), ()) = tokio::try_join!(self.telling(&lanes, dumping), noting)?;
         (self.seals, self.files) = (seals, Some(FrozenFiles(files)));
-        self.count_dump(&lanes, &tally);
+        self.count_dump(&own, &lanes, &tally);
         Ok(())
     }
 
-    fn count_dump(&mut self, lanes: &Lanes, tally: &Tally) {
+    /// `own` is CRIU's own time of each container, in milliseconds.
+    fn count_dump(&mut self, own: &[u64], lanes: &Lanes, tally: &Tally) {
         let moved = lanes.moved();
-        let own_ms = self
-            .containers()
-            .into_iter()
+        let own_ms = own
+            .iter()
             .zip(&moved)
-            .map(|(name, one)| {
-                let dump_ms = self.host.dump_ms(&name).unwrap_or(0);
-                dump_ms.saturating_sub(milliseconds(one.waited))
-            });
+            .map(|(own, one)| own.saturating_sub(milliseconds(one.waited)));
         let own_ms = own_ms.max().unwrap_or(0);
         let bytes = tally.bytes_wire.load(Ordering::Relaxed);
         self.bytes += bytes;
@@ -324,28 +322,28 @@ impl BegunDump {
         })
     }
 
-    /// Freezes the container, and takes its pages.
+    /// Freezes the container, and takes its pages. Also returns CRIU's own time, in milliseconds.
     async fn serve(
         self,
         host: &Host,
         (pages, shipper): (Arc<PageSource>, Shipper),
         stages: &Stages,
         limit: Duration,
-    ) -> Result<Seal, String> {
+    ) -> Result<(Seal, u64), String> {
         let (server, layout, parent) = (self.server, self.layout, self.parent);
         let serving = tokio::task::spawn_blocking(move || {
             let seal = server.serve(shipper, layout, parent, limit)?;
             seal_early(pages, seal.clone(), limit);
             Ok(seal)
         });
-        let (name, mut dump) = (&self.name, self.dump);
+        let (name, dump) = (&self.name, self.dump);
         let dumping = async {
             host.freeze(name, &dump, limit).await?;
             stages.frozen.send_modify(|count| *count += 1);
-            host.written(name, &mut dump, limit).await?;
+            let own_ms = host.checkpoint(name, dump, limit).await?;
             // Whoever listened has failed, and says so.
             let _ = stages.written.send(name.clone()).await;
-            host.checkpoint(name, dump, limit).await
+            Ok(own_ms)
         };
         served(name, dumping, serving, self.given_up).await
     }

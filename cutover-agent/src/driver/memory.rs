@@ -50,7 +50,7 @@ impl Driver {
                     take_round(server, (source, lane), (layout, parent), (&pids, &cancel))
                 });
                 let dumping = pre_dump(&host, &name, round, addr, UNHELD_MAX);
-                let taken = served(&name, dumping, serving, given_up).await?;
+                let (taken, ()) = served(&name, dumping, serving, given_up).await?;
                 Ok::<_, String>((name, taken))
             });
         }
@@ -253,13 +253,13 @@ fn take_round(
     })
 }
 
-/// Waits for a dump, and for the server that takes its pages.
-pub(super) async fn served<T>(
+/// Waits for the server that takes the pages of a dump, and for the dump.
+pub(super) async fn served<T, D>(
     name: &ContainerName,
-    dumping: impl Future<Output = Result<(), EngineError>>,
+    dumping: impl Future<Output = Result<D, EngineError>>,
     serving: JoinHandle<Result<T, MemoryError>>,
     given_up: GiveUp,
-) -> Result<T, String> {
+) -> Result<(T, D), String> {
     let dumped = dumping.await;
     drop(given_up);
     match dumped {
@@ -269,9 +269,10 @@ pub(super) async fn served<T>(
             Ok(Err(cause)) => Err(format!("{error}: {cause}")),
             _ => Err(error.to_string()),
         },
-        Ok(()) => serving
+        Ok(dumped) => serving
             .await
             .map_err(|error| error.to_string())?
+            .map(|taken| (taken, dumped))
             .map_err(|error| format!("the memory of {name}: {error}")),
     }
 }

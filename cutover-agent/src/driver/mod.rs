@@ -5,6 +5,7 @@
 //! decide.
 
 mod act;
+mod ahead;
 mod costs;
 mod freeze;
 pub mod journal;

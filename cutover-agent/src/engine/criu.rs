@@ -1,4 +1,4 @@
-//! The engine `criu`: memory, processes and connections move. See [`crate::criu::hook`] for how a dump and a
+//! The engine `criu`: memory, processes and connections move. See [`crate::criu::shim`] for how a dump and a
 //! restore are parked.
 
 use std::net::SocketAddrV4;
@@ -8,23 +8,20 @@ use std::time::Duration;
 use cutover_protocol::id::ContainerName;
 use tokio::process::Child;
 
-use super::{Dump, EngineError, Host};
+use super::{Dump, EngineError, Host, overlay};
 use crate::cgroup::Cgroup;
 use crate::config::Container;
-use crate::criu::hook::ParkAt;
 use crate::criu::park::{Park, Waiting, Word};
-use crate::criu::{cure, log, start, stats};
+use crate::criu::shim::{ParkAt, Parked, Stop};
+use crate::criu::{cure, stats};
 use crate::fence::{self, Fence};
-use crate::runtime::runc::{ImageFolders, Parking};
+use crate::runtime::runc::{ImageFolders, Parking, RuntimeError};
 
 /// The folder of the final dump below a container's images.
 pub(super) const FINAL: &str = "final";
 
 /// The working folder of a restore.
 pub(super) const RESTORE: &str = "restore";
-
-/// CRIU's log, in the working folder of a restore; the runtime names it.
-const RESTORE_LOG: &str = "restore.log";
 
 /// Poll interval for kernel state that has no event: a ptrace detach, an emptied cgroup.
 const POLL: Duration = Duration::from_millis(2);
@@ -74,13 +71,75 @@ fn fresh(images: &Path) {
     let _ = std::fs::create_dir_all(images);
 }
 
-/// A dump that has begun, and waits for the word to freeze its container; or a restore, for there to be something to
-/// restore. Dropped, it goes on as it was told last, and is dismissed or killed by its name.
+/// A dump or a restore that has begun, and waits for the word. Dropped, it goes on as it was told last, and is dismissed
+/// or killed by its name.
 #[derive(Debug)]
 pub struct Begun {
     at: ParkAt,
     runtime: Child,
     waiting: Waiting,
+    parked: Parked,
+}
+
+impl Begun {
+    /// Starts the runtime, and waits until its CRIU is parked for the first time.
+    async fn start(
+        host: &Host,
+        name: &ContainerName,
+        at: ParkAt,
+        start: impl FnOnce(&Parking) -> Result<Child, RuntimeError>,
+        limit: Duration,
+    ) -> Result<Self, EngineError> {
+        let (container, park) = (host.container(name)?, host.park(name));
+        let root = match at {
+            ParkAt::Dump => None,
+            ParkAt::Restore => cgroup_root(container),
+        };
+        let waiting = park.prepare(&host.config.runtime.criu, root.as_deref())?;
+        let parking = Parking {
+            configuration: park.criu_configuration(),
+            programs: park.programs(),
+            shim: park.shim(at, &container.network_namespace),
+        };
+        let mut runtime = start(&parking)?;
+        let parked = until_parked(host, name, (at, &mut runtime, &waiting), limit).await?;
+        Ok(Self {
+            at,
+            runtime,
+            waiting,
+            parked,
+        })
+    }
+
+    /// Lets CRIU go on to where it is parked next; `false` when it is parked no more.
+    async fn go_on(
+        &mut self,
+        host: &Host,
+        name: &ContainerName,
+        limit: Duration,
+    ) -> Result<bool, EngineError> {
+        if !host.park(name).tell(Word::Go, limit).await? {
+            return Ok(false);
+        }
+        self.until_parked(host, name, limit).await?;
+        Ok(true)
+    }
+
+    async fn until_parked(
+        &mut self,
+        host: &Host,
+        name: &ContainerName,
+        limit: Duration,
+    ) -> Result<(), EngineError> {
+        let criu = (self.at, &mut self.runtime, &self.waiting);
+        self.parked = until_parked(host, name, criu, limit).await?;
+        Ok(())
+    }
+
+    /// CRIU's own time between the last two places where it was parked, in milliseconds.
+    pub(super) const fn criu_ms(&self) -> u64 {
+        self.parked.criu_ms
+    }
 }
 
 pub(super) async fn begin(
@@ -90,9 +149,6 @@ pub(super) async fn begin(
     limit: Duration,
 ) -> Result<Begun, EngineError> {
     dismiss(host, name, limit).await?;
-    let container = host.container(name)?;
-    let park = host.park(name);
-    let waiting = park.prepare(ParkAt::Dump, &container.network_namespace, None)?;
     let images = host.config.images(name).join(FINAL);
     let work = host.work(name).join(FINAL);
     fresh(&images);
@@ -102,20 +158,11 @@ pub(super) async fn begin(
         work: &work,
         parent: parent.as_deref(),
     };
-    let parking = Parking {
-        configuration: &park.criu_configuration(),
-        stand_in: None,
+    let start = |parking: &Parking| {
+        let runc = &host.runc;
+        runc.checkpoint(name.as_str(), folders, dump.page_server, parking)
     };
-    let runtime = host
-        .runc
-        .checkpoint(name.as_str(), folders, dump.page_server, parking)?;
-    let mut begun = Begun {
-        at: ParkAt::Dump,
-        runtime,
-        waiting,
-    };
-    until(host, name, &mut begun, Stop::Parked, limit).await?;
-    Ok(begun)
+    Begun::start(host, name, ParkAt::Dump, start, limit).await
 }
 
 /// Lets go of a dump that has begun and frozen nothing, if there is one; its container runs on.
@@ -138,18 +185,9 @@ pub(super) async fn freeze(
     limit: Duration,
 ) -> Result<(), EngineError> {
     if !host.park(name).tell(Word::Go, limit).await? {
-        return Err(begun.waiting.witness().not_parked().into());
+        return Err(begun.waiting.not_parked().into());
     }
     Ok(())
-}
-
-pub(super) async fn written(
-    host: &Host,
-    name: &ContainerName,
-    begun: &mut Begun,
-    limit: Duration,
-) -> Result<(), EngineError> {
-    until(host, name, begun, Stop::Done, limit).await
 }
 
 pub(super) async fn checkpoint(
@@ -157,56 +195,34 @@ pub(super) async fn checkpoint(
     name: &ContainerName,
     mut begun: Begun,
     limit: Duration,
-) -> Result<(), EngineError> {
-    until(host, name, &mut begun, Stop::Parked, limit).await
+) -> Result<u64, EngineError> {
+    begun.until_parked(host, name, limit).await?;
+    Ok(begun.criu_ms())
 }
 
-/// How far CRIU is waited for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Stop {
-    /// It has done its work, and is about to be parked.
-    Done,
-    /// It is parked: it takes the word.
-    Parked,
-}
-
-/// Waits until CRIU is there, or for the runtime to end without it, or for the limit.
-async fn until(
+/// Waits until CRIU is parked, or for the runtime to end without it, or for the limit.
+async fn until_parked(
     host: &Host,
     name: &ContainerName,
-    begun: &mut Begun,
-    stop: Stop,
+    (at, runtime, waiting): (ParkAt, &mut Child, &Waiting),
     limit: Duration,
-) -> Result<(), EngineError> {
-    let Begun {
-        at,
-        runtime,
-        waiting,
-    } = begun;
+) -> Result<Parked, EngineError> {
     let (verb, folder) = match at {
         ParkAt::Dump => ("checkpoint", FINAL),
         ParkAt::Restore => ("restore", RESTORE),
     };
     let work = host.work(name).join(folder);
-    let witness = waiting.witness();
-    let there = async {
-        match stop {
-            Stop::Done => waiting.done().await,
-            Stop::Parked => waiting.parked().await,
-        }
-    };
     tokio::select! {
-        // The hook is asked first: a runtime that ends at once may have parked and been killed since.
+        // CRIU is asked first: a runtime that ends at once may have been parked and killed since.
         biased;
-        there = there => there.map_err(EngineError::from),
+        parked = waiting.parked() => Ok(parked?),
         ended = runtime.wait() => {
-            let judged = match ended {
-                Ok(status) => host.runc.judge(status, verb, name.as_str(), &work),
-                Err(source) => return Err(spawn_error(host, source)),
-            };
-            judged?;
-            // Success without the hook: CRIU ignored our configuration and went on by itself.
-            Err(witness.not_parked().into())
+            let status = ended.map_err(|source| spawn_error(host, source))?;
+            if waiting.refusal().is_none() {
+                host.runc.judge(status, verb, name.as_str(), &work)?;
+            }
+            // We know best why we refused. Success without us: the runtime found another CRIU.
+            Err(waiting.not_parked().into())
         }
         () = tokio::time::sleep(limit) => Err(EngineError::TimedOut {
             verb,
@@ -217,7 +233,7 @@ async fn until(
 }
 
 fn spawn_error(host: &Host, source: std::io::Error) -> EngineError {
-    crate::runtime::runc::RuntimeError::Spawn {
+    RuntimeError::Spawn {
         program: host.config.runtime.runc.clone(),
         source,
     }
@@ -239,7 +255,7 @@ pub(super) async fn thaw(
         until_untraced("thaw", name, &cgroup, (&park, Word::Veto), limit).await?;
     }
     if let Some(frozen) = park.frozen() {
-        // The hook or CRIU may have died without taking back what they did. Each step is harmless when they did.
+        // Our shim or CRIU may have died without taking back what they did. Each step is harmless when they did.
         let namespace = container.network_namespace.clone();
         tokio::task::spawn_blocking(move || {
             let _ = cure::leave_repair_mode(&frozen.cgroup.pids());
@@ -252,8 +268,8 @@ pub(super) async fn thaw(
     Ok(park.clear()?)
 }
 
-/// Waits until no debugger (CRIU) holds any task of a container. A dump that an earlier agent began may park only
-/// now, so its hook is given the word whenever it appears.
+/// Waits until no debugger (CRIU) holds any task of a container. A dump that an earlier agent began may be parked only
+/// now, so the word is given whenever it is.
 async fn until_untraced(
     verb: &'static str,
     name: &ContainerName,
@@ -301,96 +317,87 @@ pub(super) async fn retire(
     Ok(park.clear()?)
 }
 
-/// Starts the runtime of a restore, up to where it asks CRIU for its version.
+/// Starts a restore, up to where it is to look at the root file system. One that has begun before is given up.
 pub(super) async fn begin_restore(
     host: &Host,
     container: &Container,
+    before: Option<Begun>,
     limit: Duration,
 ) -> Result<Begun, EngineError> {
-    start_restore(host, container, StandIn::Wanted, limit).await
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum StandIn {
-    Wanted,
-    None,
-}
-
-/// Starts a restore and waits until it is parked in CRIU's stand-in where that is wanted, else until it is done.
-async fn start_restore(
-    host: &Host,
-    container: &Container,
-    stand_in: StandIn,
-    limit: Duration,
-) -> Result<Begun, EngineError> {
-    let (name, park) = (&container.name, host.park(&container.name));
-    if park.tell(Word::Veto, limit).await? {
-        // Begun by an earlier agent.
+    let name = &container.name;
+    if host.park(name).tell(Word::Veto, limit).await? {
+        if let Some(mut before) = before {
+            // What it has mounted goes with it.
+            let _ = tokio::time::timeout(limit, before.runtime.wait()).await;
+        }
         host.runc.delete(name.as_str(), &host.work(name)).await?;
     }
-    let cgroup_root = cgroup_root(container);
-    let waiting = park.prepare(
-        ParkAt::Restore,
-        &container.network_namespace,
-        cgroup_root.as_deref(),
-    )?;
-    let stand_in = match stand_in {
-        StandIn::Wanted => Some(park.stand_in(&host.config.runtime.criu)?),
-        StandIn::None => None,
-    };
+    overlay::unmount(container)?;
+    overlay::prepare(container)?;
     let (images, work) = (host.final_images(name), host.work(name).join(RESTORE));
-    // When it is made tells when CRIU was ready: there may be one of an earlier hop.
-    let _ = std::fs::remove_file(work.join(RESTORE_LOG));
     let folders = ImageFolders {
         images: &images,
         work: &work,
         parent: None,
     };
-    let parking = Parking {
-        configuration: &park.criu_configuration(),
-        stand_in: stand_in.as_deref(),
+    let start = |parking: &Parking| {
+        let runc = &host.runc;
+        runc.restore(name.as_str(), &container.bundle, folders, parking)
     };
-    let runtime = host
-        .runc
-        .restore(name.as_str(), &container.bundle, folders, parking)?;
-    let mut begun = Begun {
-        at: ParkAt::Restore,
-        runtime,
-        waiting,
-    };
-    let stop = match stand_in {
-        Some(_) => Stop::Parked,
-        None => Stop::Done,
-    };
-    until(host, name, &mut begun, stop, limit).await?;
-    Ok(begun)
+    Begun::start(host, name, ParkAt::Restore, start, limit).await
 }
 
-/// Restores a container whose root file system is mounted, up to where CRIU is about to be parked at its end.
+/// Mounts the root file system of a container and lets its restore go on as far as it does without images, but for the
+/// one that the runtime wrote before anything was dumped and reads itself (`descriptors.json`).
+pub(super) async fn ready_restore(
+    host: &Host,
+    container: &Container,
+    begun: &mut Begun,
+    limit: Duration,
+) -> Result<(), EngineError> {
+    if !reach(host, container, begun, Stop::Ready, limit).await? {
+        return Err(begun.waiting.not_parked().into());
+    }
+    Ok(())
+}
+
+/// Restores a container, up to where its tasks are built.
 pub(super) async fn build(
     host: &Host,
     container: &Container,
     begun: Option<Begun>,
     limit: Duration,
 ) -> Result<Begun, EngineError> {
-    let name = &container.name;
-    if let Some(mut begun) = begun {
-        if host.park(name).tell(Word::Go, limit).await? {
-            until(host, name, &mut begun, Stop::Done, limit).await?;
+    let mut before = begun;
+    if let Some(mut begun) = before.take() {
+        if reach(host, container, &mut begun, Stop::Restored, limit).await? {
             return Ok(begun);
         }
         // It has died since.
-        host.runc.delete(name.as_str(), &host.work(name)).await?;
+        before = Some(begun);
     }
-    start_restore(host, container, StandIn::None, limit).await
+    let mut begun = begin_restore(host, container, before, limit).await?;
+    if !reach(host, container, &mut begun, Stop::Restored, limit).await? {
+        return Err(begun.waiting.not_parked().into());
+    }
+    Ok(begun)
 }
 
-/// See [`Host::restore_ms`].
-pub(super) fn restore_ms(host: &Host, name: &ContainerName, begun: &Begun) -> Option<u64> {
-    let path = host.work(name).join(RESTORE).join(RESTORE_LOG);
-    let criu = begun.waiting.criu();
-    let start = criu.and_then(|criu| start::ms_before_log(criu, &path));
-    Some(start.unwrap_or(0) + log::restore_ms(&path)?)
+/// Lets a restore go on to a place where it is parked, with its root file system mounted; `false` when it is parked no more.
+async fn reach(
+    host: &Host,
+    container: &Container,
+    begun: &mut Begun,
+    stop: Stop,
+    limit: Duration,
+) -> Result<bool, EngineError> {
+    overlay::mount(container)?;
+    while begun.parked.stop < stop {
+        if !begun.go_on(host, &container.name, limit).await? {
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }
 
 /// The cgroup of the bundle, where the unified hierarchy is the only one. There CRIU would put the tasks back where
@@ -407,11 +414,10 @@ fn cgroup_root(container: &Container) -> Option<String> {
 
 pub(super) async fn run(
     host: &Host,
-    mut begun: Begun,
+    begun: Begun,
     name: &ContainerName,
     limit: Duration,
 ) -> Result<(), EngineError> {
-    until(host, name, &mut begun, Stop::Parked, limit).await?;
     if !host.park(name).tell(Word::Go, limit).await? {
         return Err(EngineError::NotRunning(name.clone()));
     }

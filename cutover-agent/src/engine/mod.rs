@@ -15,7 +15,6 @@ use cutover_protocol::plan::Engine;
 
 use crate::cgroup::CgroupError;
 use crate::config::{Config, Container};
-use crate::criu::log;
 use crate::criu::park::{Park, ParkError};
 use crate::fence::{self, FenceError};
 use crate::runtime::runc::{Runc, RuntimeError};
@@ -36,7 +35,7 @@ pub enum EngineError {
     /// A runtime call failed.
     #[error(transparent)]
     Runtime(#[from] RuntimeError),
-    /// The hook failed.
+    /// CRIU could not be parked.
     #[error(transparent)]
     Park(#[from] ParkError),
     /// The fence could not be moved.
@@ -130,17 +129,11 @@ impl Host {
         self.config.images(name).join(criu::FINAL)
     }
 
-    /// CRIU's own time for a container's final dump, from the word to freeze it to where it is parked, in milliseconds.
+    /// CRIU's own time for a container's restore, from where it was asked for it to where it is parked, in milliseconds.
     #[must_use]
-    pub fn dump_ms(&self, name: &ContainerName) -> Option<u64> {
-        log::dump_ms(&self.work(name).join(criu::FINAL).join("dump.log"))
-    }
-
-    /// CRIU's own time for a container's restore, from its start to where it is parked, in milliseconds.
-    #[must_use]
-    pub fn restore_ms(&self, name: &ContainerName, built: &Built) -> Option<u64> {
+    pub fn restore_ms(&self, built: &Built) -> Option<u64> {
         match built {
-            Built::Parked(begun) => criu::restore_ms(self, name, begun),
+            Built::Parked(begun) => Some(begun.criu_ms()),
             Built::Created => None,
         }
     }
@@ -189,20 +182,8 @@ impl Host {
         criu::freeze(self, name, begun, limit).await
     }
 
-    /// Waits until the images of a frozen container are written; it may still be let go by the hook's failure.
-    ///
-    /// # Errors
-    /// [`EngineError`]; [`Self::thaw`] then puts everything back.
-    pub async fn written(
-        &self,
-        name: &ContainerName,
-        begun: &mut Begun,
-        limit: Duration,
-    ) -> Result<(), EngineError> {
-        criu::written(self, name, begun, limit).await
-    }
-
-    /// Waits until the dump of a frozen container is parked: it stays stopped until it is thawed or retired.
+    /// Waits until the dump of a frozen container is parked: its images are written, and it stays stopped until it is
+    /// thawed or retired. Returns CRIU's own time since it was frozen, in milliseconds.
     ///
     /// # Errors
     /// [`EngineError`]; [`Self::thaw`] then puts everything back.
@@ -211,7 +192,7 @@ impl Host {
         name: &ContainerName,
         begun: Begun,
         limit: Duration,
-    ) -> Result<(), EngineError> {
+    ) -> Result<u64, EngineError> {
         criu::checkpoint(self, name, begun, limit).await
     }
 
@@ -257,18 +238,31 @@ impl Host {
         overlay::unmount(self.container(name)?)
     }
 
-    /// Begins to restore a container that has not arrived, as far as that goes; [`Self::build`] does the rest.
+    /// Begins to restore a container that has not arrived, as far as that goes; [`Self::build`] does the rest. What has
+    /// `begun` before is given up: its root file system is not as it will be.
     ///
     /// # Errors
     /// [`EngineError`]; nothing is lost then, [`Self::build`] does all of it.
     pub async fn begin_restore(
         &self,
         name: &ContainerName,
+        begun: Option<Begun>,
         limit: Duration,
     ) -> Result<Begun, EngineError> {
-        let container = self.container(name)?.clone();
-        overlay::prepare(&container)?;
-        criu::begin_restore(self, &container, limit).await
+        criu::begin_restore(self, self.container(name)?, begun, limit).await
+    }
+
+    /// Goes on with a restore whose trees have arrived, and of its images only those that were there before the dump.
+    ///
+    /// # Errors
+    /// [`EngineError`]; nothing is lost then, [`Self::build`] does all of it.
+    pub async fn ready_restore(
+        &self,
+        name: &ContainerName,
+        begun: &mut Begun,
+        limit: Duration,
+    ) -> Result<(), EngineError> {
+        criu::ready_restore(self, self.container(name)?, begun, limit).await
     }
 
     /// Builds a container at the target without running any of its code, from what has `begun` where something has. Its
@@ -283,13 +277,13 @@ impl Host {
         begun: Option<Begun>,
         limit: Duration,
     ) -> Result<Built, EngineError> {
-        let container = self.container(name)?.clone();
-        overlay::mount(&container)?;
+        let container = self.container(name)?;
         match engine {
-            Engine::Criu => criu::build(self, &container, begun, limit)
+            Engine::Criu => criu::build(self, container, begun, limit)
                 .await
                 .map(|begun| Built::Parked(Box::new(begun))),
             Engine::Restart => {
+                overlay::mount(container)?;
                 let work = self.work(name);
                 self.runc
                     .create(name.as_str(), &container.bundle, &work)

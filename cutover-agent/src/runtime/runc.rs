@@ -76,12 +76,14 @@ pub struct ImageFolders<'a> {
 }
 
 /// How CRIU is made to park.
-#[derive(Debug, Clone, Copy)]
-pub struct Parking<'a> {
-    /// Its configuration, which names our hook.
-    pub configuration: &'a Path,
+#[derive(Debug, Clone)]
+pub struct Parking {
+    /// CRIU's configuration.
+    pub configuration: PathBuf,
     /// A folder whose programs are found before CRIU.
-    pub stand_in: Option<&'a Path>,
+    pub programs: PathBuf,
+    /// The arguments of this program that run the runtime, whose call follows them.
+    pub shim: Vec<OsString>,
 }
 
 impl Runc {
@@ -164,7 +166,7 @@ impl Runc {
         container: &str,
         folders: ImageFolders<'_>,
         page_server: SocketAddrV4,
-        parking: Parking<'_>,
+        parking: &Parking,
     ) -> Result<Child, RuntimeError> {
         let mut arguments: Vec<OsString> = vec![
             "checkpoint".into(),
@@ -186,7 +188,7 @@ impl Runc {
         container: &str,
         bundle: &Path,
         folders: ImageFolders<'_>,
-        parking: Parking<'_>,
+        parking: &Parking,
     ) -> Result<Child, RuntimeError> {
         let mut arguments: Vec<OsString> = vec![
             "restore".into(),
@@ -311,20 +313,28 @@ impl Runc {
         &self,
         arguments: &[OsString],
         work: &Path,
-        parking: Option<Parking<'_>>,
+        parking: Option<&Parking>,
     ) -> Result<Child, RuntimeError> {
         std::fs::create_dir_all(work).map_err(|source| self.spawn_error(source))?;
-        let mut command = Command::new(&self.settings.runc);
+        let mut command = match parking {
+            Some(parking) => {
+                let agent = std::env::current_exe().map_err(|source| self.spawn_error(source))?;
+                let mut command = Command::new(agent);
+                command.args(&parking.shim).arg(&self.settings.runc);
+                command
+            }
+            None => Command::new(&self.settings.runc),
+        };
         command
             .arg("--root")
             .arg(&self.settings.root)
             .arg("--log")
             .arg(work.join("runc.log"))
             .args(arguments);
-        let stand_in = parking.and_then(|parking| parking.stand_in);
-        command.env("PATH", self.search_path(stand_in));
+        let programs = parking.map(|parking| parking.programs.as_path());
+        command.env("PATH", self.search_path(programs));
         if let Some(parking) = parking {
-            command.env("CRIU_CONFIG_FILE", parking.configuration);
+            command.env("CRIU_CONFIG_FILE", &parking.configuration);
         }
         command
             .stdin(Stdio::null())
