@@ -24,7 +24,6 @@ use std::fs::File;
 use std::io::{self, BufRead, BufReader, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -103,21 +102,22 @@ pub(crate) struct Frozen {
 /// The entry point of the hidden `shim` command: runs a runtime and ends as it does. `folder` is the park folder.
 #[must_use]
 pub fn run(folder: &Path, at: ParkAt, network_namespace: &Path, runtime: &[OsString]) -> ExitCode {
+    begin(folder, at, network_namespace, runtime).unwrap_or_else(|error| {
+        note(folder, &error);
+        ExitCode::FAILURE
+    })
+}
+
+fn begin(
+    folder: &Path,
+    at: ParkAt,
+    network_namespace: &Path,
+    runtime: &[OsString],
+) -> io::Result<ExitCode> {
     // Held by its descriptor: a folder that was given up, and made anew for the next hop, is none of ours.
-    let held = File::open(folder).and_then(|held| {
-        let folder = PathBuf::from(format!("/proc/self/fd/{}", held.as_raw_fd()));
-        let listener = sockets::bind(&folder.join(SHIM_SOCKET))?;
-        Ok((held, folder, listener))
-    });
-    let started = held.and_then(|held| Ok((held, start(runtime)?)));
-    let (((_held, folder, listener), runtime), busy) = match started {
-        Ok(started) => (started, Arc::<Mutex<()>>::default()),
-        Err(error) => {
-            note(folder, &error);
-            return ExitCode::FAILURE;
-        }
-    };
-    end_with(runtime, Arc::clone(&busy));
+    let held = File::open(folder)?;
+    let folder = PathBuf::from(format!("/proc/self/fd/{}", held.as_raw_fd()));
+    let listener = sockets::bind(&folder.join(SHIM_SOCKET))?;
     let mut shim = Shim {
         folder,
         at,
@@ -128,13 +128,23 @@ pub fn run(folder: &Path, at: ParkAt, network_namespace: &Path, runtime: &[OsStr
         frozen: None,
         fencing: None,
     };
-    loop {
-        let came = listener.accept();
-        let _busy = busy.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Err(error) = came.and_then(|(stand_in, _)| shim.attend(&stand_in)) {
-            note(&shim.folder, &error);
+    let mut runtime = start(runtime)?;
+    let busy = Arc::<Mutex<()>>::default();
+    let attending = Arc::clone(&busy);
+    std::thread::spawn(move || {
+        loop {
+            let came = listener.accept();
+            let _busy = attending.lock().unwrap_or_else(PoisonError::into_inner);
+            if let Err(error) = came.and_then(|(stand_in, _)| shim.attend(&stand_in)) {
+                note(&shim.folder, &error);
+            }
         }
-    }
+    });
+    let status = runtime.wait()?;
+    // A CRIU that is parked stays so, whatever became of its runtime.
+    let _idle = busy.lock().unwrap_or_else(PoisonError::into_inner);
+    let code = status.code().and_then(|code| u8::try_from(code).ok());
+    Ok(code.map_or(ExitCode::FAILURE, ExitCode::from))
 }
 
 /// Leaves a reason for the agent. Nobody listens any more when even that cannot be written.
@@ -146,19 +156,13 @@ fn start(runtime: &[OsString]) -> io::Result<Child> {
     let [program, arguments @ ..] = runtime else {
         return Err(io::Error::other("there is no runtime to run"));
     };
-    Command::new(program).args(arguments).spawn()
+    let spawned = Command::new(program).args(arguments).spawn();
+    spawned.map_err(|error| cannot_run(Path::new(program), &error))
 }
 
-/// Ends this process when the runtime has ended and CRIU is left alone no more.
-fn end_with(mut runtime: Child, busy: Arc<Mutex<()>>) {
-    std::thread::spawn(move || {
-        let code = match runtime.wait() {
-            Ok(status) => status.code().or_else(|| status.signal()).unwrap_or(1),
-            Err(_) => 1,
-        };
-        let _idle = busy.lock().unwrap_or_else(PoisonError::into_inner);
-        std::process::exit(code);
-    });
+/// Names a program that could not be started.
+pub(super) fn cannot_run(program: &Path, error: &io::Error) -> io::Error {
+    io::Error::other(format!("cannot run {}: {error}", program.display()))
 }
 
 fn fenced(fencing: JoinHandle<Result<(), FenceError>>) -> io::Result<()> {

@@ -10,7 +10,7 @@ use std::path::Path;
 use std::process::{Command, ExitCode};
 
 use super::rpc;
-use super::shim::{ERROR_FILE, SHIM_SOCKET};
+use super::shim::{ERROR_FILE, SHIM_SOCKET, cannot_run};
 use crate::sockets;
 
 /// The folder in a park folder that comes first on the runtime's search path.
@@ -23,7 +23,7 @@ pub(super) const PROGRAM: &str = "criu";
 pub fn run(folder: &Path, criu: &Path, arguments: &[OsString]) -> ExitCode {
     let error = match hand_over(folder, arguments) {
         // It comes back only when it failed.
-        Ok(()) => Command::new(criu).args(arguments).exec(),
+        Ok(()) => cannot_run(criu, &Command::new(criu).args(arguments).exec()),
         Err(error) => error,
     };
     let _ = std::fs::write(folder.join(ERROR_FILE), error.to_string());

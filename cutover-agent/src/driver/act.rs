@@ -283,7 +283,6 @@ impl Driver {
             // Another agent has held.
             self.begin_dumps().await?;
         }
-        self.ask_to_restore().await?;
         self.dump(limit).await
     }
 

@@ -4,11 +4,10 @@
 use std::time::Duration;
 
 use cutover_protocol::id::HopId;
-use cutover_protocol::wire::{Request, Response};
+use cutover_protocol::wire::Request;
 
 use super::Driver;
 use super::trees::Trees;
-use crate::peer::Answering;
 
 /// Asks the target to go ahead.
 #[derive(Debug, Clone)]
@@ -36,27 +35,22 @@ impl Ahead {
             containers: self.trees.containers.clone(),
             timeout_ms: self.limit_ms(),
         };
-        if let Err(error) = self.trees.link.order(&request, self.limit).await {
-            tracing::info!(%error, "the target begins to restore later");
-        }
+        self.order(&request).await;
     }
 
-    /// As far as it goes without images, once the trees have arrived, counted from when this returns.
-    pub(super) async fn ready(&self) -> Option<Answering<Response>> {
+    /// As far as it goes without images: the trees have arrived.
+    pub(super) async fn ready(&self) {
         let request = Request::ReadyRestore {
             hop: self.hop.clone(),
             timeout_ms: self.limit_ms(),
         };
-        let asked = async {
-            let parts = self.trees.parts(false)?;
-            let link = &self.trees.link;
-            // It is asked before the trees move.
-            link.call_after(&parts, &request, self.limit * 2).await
-        };
-        asked
-            .await
-            .inspect_err(|error: &String| tracing::debug!(%error, "the target restores later"))
-            .ok()
+        self.order(&request).await;
+    }
+
+    async fn order(&self, request: &Request) {
+        if let Err(error) = self.trees.link.order(request, self.limit).await {
+            tracing::info!(%error, "the target restores later");
+        }
     }
 
     fn limit_ms(&self) -> u64 {

@@ -78,9 +78,15 @@ async fn move_files(
     let trees = &ahead.trees;
     until_frozen(frozen, trees.containers.len()).await?;
     let (round, writes_on) = last_round(trees, limit).await?;
-    let readying = if writes_on { None } else { ahead.ready().await };
     let mut settling = JoinSet::new();
-    settling.spawn(finish(round));
+    let going = ahead.clone();
+    settling.spawn(async move {
+        let moved = finish(round).await?;
+        if !writes_on {
+            going.ready().await;
+        }
+        Ok::<_, String>(moved)
+    });
     let (mut images, mut last) = (JoinSet::new(), Vec::new());
     while let Some(name) = written.recv().await {
         // What was read of the trees may lack what the dump has put there, or what was still being written.
@@ -98,9 +104,8 @@ async fn move_files(
     if last.is_empty() {
         moved.trees = settled?;
     } else {
-        if let (Some(readying), true) = (readying, settled.is_ok()) {
+        if !writes_on {
             // It has mounted what changes now.
-            let _ = readying.answer().await;
             ahead.begin().await;
         }
         // A file that changed under the first round made it fail; this one sees it at rest.
@@ -126,7 +131,7 @@ impl Driver {
         self.begun = begun?;
         // The target's runtime reads one that ours has written by now, and all the others follow into the same folders.
         self.bytes += finish(self.trees().all_images(self.step_max())).await?;
-        Ok(())
+        self.ask_to_restore().await
     }
 
     async fn begun_dumps(&self) -> Result<Vec<BegunDump>, String> {
@@ -151,6 +156,7 @@ impl Driver {
     /// Lets go of every dump that has begun and frozen nothing.
     pub(super) async fn dismiss_dumps(&mut self) -> Result<(), String> {
         self.begun.clear();
+        self.restoring = None;
         for name in self.containers() {
             self.host
                 .dismiss(&name, self.step_max())
@@ -265,8 +271,9 @@ impl Driver {
             let names = trees.containers.iter();
             parts.extend(names.map(|name| Part::Memory(name.to_string())));
         }
-        // It is asked before the dump, and answers after the transfer.
-        let (request, limit) = (self.restore_request(), self.step_max() * 3);
+        // It is asked before the hold, and answers after the transfer.
+        let drain = Duration::from_millis(self.header.plan.settings().drain_ms_max);
+        let (request, limit) = (self.restore_request(), drain + self.step_max() * 3);
         let asked = self.link.call_after(&parts, &request, limit).await;
         // It is asked again when everything has moved, over connections that are whole.
         self.restoring = asked

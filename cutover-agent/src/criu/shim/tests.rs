@@ -216,3 +216,22 @@ fn the_end_of_either_is_the_end_of_the_other() {
     drop(scene.runtime);
     assert_eq!(Scene::heard(&scene.criu), None);
 }
+
+#[test]
+fn it_ends_as_its_runtime_does_and_says_when_there_is_none() {
+    let ended = |runtime: &[&str]| {
+        let folder = tempfile::tempdir().unwrap();
+        let runtime: Vec<OsString> = runtime.iter().map(OsString::from).collect();
+        let code = run(folder.path(), ParkAt::Dump, Path::new("/"), &runtime);
+        let said = std::fs::read_to_string(folder.path().join(ERROR_FILE)).unwrap_or_default();
+        (format!("{code:?}"), said)
+    };
+    let (code, said) = ended(&["sh", "-c", "exit 7"]);
+    assert_eq!(
+        (code, said.as_str()),
+        (format!("{:?}", ExitCode::from(7)), "")
+    );
+    let (code, said) = ended(&["/there/is/no/runc", "restore"]);
+    assert_eq!(code, format!("{:?}", ExitCode::FAILURE));
+    assert!(said.contains("cannot run /there/is/no/runc"), "{said}");
+}
