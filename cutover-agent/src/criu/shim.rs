@@ -165,13 +165,6 @@ pub(super) fn cannot_run(program: &Path, error: &io::Error) -> io::Error {
     io::Error::other(format!("cannot run {}: {error}", program.display()))
 }
 
-fn fenced(fencing: JoinHandle<Result<(), FenceError>>) -> io::Result<()> {
-    match fencing.join() {
-        Ok(fenced) => fenced.map_err(io::Error::other),
-        Err(_) => Err(io::Error::other("the fence was not set")),
-    }
-}
-
 /// What is between one runtime and the CRIUs that it starts, one after the other.
 #[derive(Debug)]
 struct Shim {
@@ -222,7 +215,7 @@ struct Ends {
 #[derive(Debug)]
 struct Given {
     goes_on: bool,
-    _stream: UnixStream,
+    stream: UnixStream,
 }
 
 impl Shim {
@@ -242,9 +235,7 @@ impl Shim {
         };
         let passed = self.pass(&ends);
         // Nothing of ours moves the fence after this.
-        if let Some(fencing) = self.fencing.take() {
-            let _ = fenced(fencing);
-        }
+        let _ = self.fenced();
         // Whoever is gone has been waited for by nobody.
         passed.or_else(|error| match error.kind() {
             io::ErrorKind::BrokenPipe => Ok(()),
@@ -327,7 +318,7 @@ impl Shim {
             }
             ("network-lock", ParkAt::Dump) => {
                 let waiting = Instant::now();
-                self.fencing.take().map_or(Ok(()), fenced)?;
+                self.fenced()?;
                 // That was not CRIU's own time.
                 self.going_since += waiting.elapsed();
                 Ok(Prepared::Nothing)
@@ -346,7 +337,8 @@ impl Shim {
             }
             // A dump that failed or was vetoed: what was frozen is about to run on.
             ("network-unlock", ParkAt::Dump) if self.frozen.is_some() => {
-                self.fencing.take().map_or(Ok(()), fenced)?;
+                // Whatever became of it.
+                let _ = self.fenced();
                 fence::set(&self.network_namespace, Fence::Loopback).map_err(io::Error::other)?;
                 Ok(Prepared::Nothing)
             }
@@ -362,7 +354,7 @@ impl Shim {
             Prepared::Stop(parking, fence) => {
                 let given = parking.word()?;
                 if given.goes_on {
-                    self.stop(fence)?;
+                    self.stop(fence, given.stream.try_clone()?)?;
                 }
                 Ok(Some(given))
             }
@@ -380,17 +372,29 @@ impl Shim {
     }
 
     /// Freezes a container and begins to shut its fence: CRIU looks at connections only after it has asked for the network
-    /// to be locked.
-    fn stop(&mut self, fence: Option<Ready>) -> io::Result<()> {
+    /// to be locked. The `agent` is told when both is done.
+    fn stop(&mut self, fence: Option<Ready>, agent: UnixStream) -> io::Result<()> {
         let init_pid = self
             .init_pid
             .ok_or_else(|| io::Error::other("the runtime did not say which process is dumped"))?;
         let cgroup = Cgroup::of(init_pid).map_err(io::Error::other)?;
         let frozen = self.frozen.insert(Frozen { cgroup, init_pid });
         std::fs::write(self.folder.join(FROZEN_FILE), serde_json::to_vec(frozen)?)?;
-        let shut = || fence.map_or(Ok(()), Ready::apply);
-        self.fencing = Some(std::thread::spawn(shut));
+        self.fencing = Some(std::thread::spawn(move || {
+            let shut = fence.map_or(Ok(()), Ready::apply);
+            drop(agent);
+            shut
+        }));
         frozen.cgroup.freeze().map_err(io::Error::other)
+    }
+
+    /// Waits until a fence that is being shut is so.
+    fn fenced(&mut self) -> io::Result<()> {
+        match self.fencing.take().map(JoinHandle::join) {
+            None => Ok(()),
+            Some(Ok(fenced)) => fenced.map_err(io::Error::other),
+            Some(Err(_)) => Err(io::Error::other("the fence was not set")),
+        }
     }
 
     /// Opens the socket at which the word is given, and tells the agent.
@@ -427,10 +431,7 @@ impl Parking {
             }
         };
         let _ = std::fs::remove_file(self.path);
-        Ok(Given {
-            goes_on,
-            _stream: stream,
-        })
+        Ok(Given { goes_on, stream })
     }
 }
 

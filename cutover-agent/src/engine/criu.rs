@@ -325,11 +325,12 @@ pub(super) async fn begin_restore(
     limit: Duration,
 ) -> Result<Begun, EngineError> {
     let name = &container.name;
-    if host.park(name).tell(Word::Veto, limit).await? {
-        if let Some(mut before) = before {
-            // What it has mounted goes with it.
-            let _ = tokio::time::timeout(limit, before.runtime.wait()).await;
-        }
+    let is_left = host.park(name).tell(Word::Veto, limit).await? || before.is_some();
+    if let Some(mut before) = before {
+        // What it has mounted goes with it.
+        let _ = tokio::time::timeout(limit, before.runtime.wait()).await;
+    }
+    if is_left {
         host.runc.delete(name.as_str(), &host.work(name)).await?;
     }
     overlay::unmount(container)?;
