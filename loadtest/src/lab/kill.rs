@@ -22,6 +22,8 @@ pub enum Victim {
     TargetAgent,
     /// The CRIU that holds the frozen source.
     Criu,
+    /// The process that keeps that CRIU parked.
+    Shim,
 }
 
 impl fmt::Display for Victim {
@@ -30,6 +32,7 @@ impl fmt::Display for Victim {
             Self::SourceAgent => "source agent",
             Self::TargetAgent => "target agent",
             Self::Criu => "CRIU process",
+            Self::Shim => "shim of a dump",
         })
     }
 }
@@ -40,27 +43,42 @@ pub fn strike(victim: Victim, world: &World, actors: &mut Actors, progress: &Pro
     match victim {
         Victim::SourceAgent => actors.agents[0].kill(),
         Victim::TargetAgent => actors.agents[1].kill(),
-        Victim::Criu => {
-            for pid in criu_at_source(world) {
-                // It may have ended meanwhile.
-                let _ = kill_process(pid, Signal::KILL);
-            }
-        }
+        Victim::Criu => kill_all(criu_of(world)),
+        Victim::Shim => kill_all(shims_of(world)),
     }
 }
 
-fn criu_at_source(world: &World) -> Vec<Pid> {
-    let is_criu = |pid: &i32| {
-        let read = |name: &str| {
-            fs::read(Path::new("/proc").join(pid.to_string()).join(name)).unwrap_or_default()
-        };
-        let line = read("cmdline");
-        read("comm").starts_with(b"criu") || line.windows(5).any(|part| part == b"/criu")
-    };
-    // Only processes of this run: another lab's CRIU is none of our business.
+fn kill_all(pids: Vec<Pid>) {
+    for pid in pids {
+        // It may have ended meanwhile.
+        let _ = kill_process(pid, Signal::KILL);
+    }
+}
+
+fn criu_of(world: &World) -> Vec<Pid> {
+    processes(world, |pid| {
+        let line = read(pid, "cmdline");
+        read(pid, "comm").starts_with(b"criu") || line.windows(5).any(|part| part == b"/criu")
+    })
+}
+
+fn shims_of(world: &World) -> Vec<Pid> {
+    processes(world, |pid| {
+        let line = read(pid, "cmdline");
+        let mut words = line.split(|byte| *byte == 0);
+        words.any(|word| word == b"shim") && words.any(|word| word == b"dump")
+    })
+}
+
+fn read(pid: i32, name: &str) -> Vec<u8> {
+    fs::read(Path::new("/proc").join(pid.to_string()).join(name)).unwrap_or_default()
+}
+
+/// Only processes of this run: another lab's are none of our business.
+fn processes(world: &World, is_wanted: impl Fn(i32) -> bool) -> Vec<Pid> {
     let ours = netns::processes(world.run.names)
         .into_iter()
-        .filter(is_criu);
+        .filter(|pid| is_wanted(*pid));
     ours.filter_map(Pid::from_raw).collect()
 }
 
@@ -77,7 +95,7 @@ pub fn recover(
     match victim {
         Victim::SourceAgent => actors.restart_agent(world, 0)?,
         Victim::TargetAgent => actors.restart_agent(world, 1)?,
-        Victim::Criu => {}
+        Victim::Criu | Victim::Shim => {}
     }
     for site in [1, 0] {
         match actors.recover(site) {

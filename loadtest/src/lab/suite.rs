@@ -199,7 +199,7 @@ fn outrunning(counter: &Wish) -> Case {
 }
 
 /// Hops that something goes wrong in.
-fn disturbed(counter: &Wish) -> [Case; 4] {
+fn disturbed(counter: &Wish) -> [Case; 5] {
     [
         Case {
             name: "a hop that fails before its commit leaves the source serving, and the next one succeeds",
@@ -214,6 +214,14 @@ fn disturbed(counter: &Wish) -> [Case; 4] {
             name: "a target agent killed before the commit leaves exactly one side serving",
             wish: Wish {
                 kill: Some(Victim::TargetAgent),
+                ..counter.clone()
+            },
+            shows: nothing_more,
+        },
+        Case {
+            name: "what keeps the source's CRIU parked is killed, and exactly one side serves",
+            wish: Wish {
+                kill: Some(Victim::Shim),
                 ..counter.clone()
             },
             shows: nothing_more,
