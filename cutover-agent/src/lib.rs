@@ -26,7 +26,6 @@ pub mod runtime;
 pub mod serve;
 pub mod sockets;
 pub mod target;
-mod ticks;
 pub mod tls;
 pub mod transfer;
 pub mod tunnel;

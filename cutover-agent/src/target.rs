@@ -1,6 +1,7 @@
 //! The target's side of a hop: it does what the source's agent asks and never decides. What it built stays parked
 //! or fenced until it is told otherwise, also across a restart of this agent.
 
+mod ahead;
 mod fences;
 
 use std::collections::BTreeMap;
@@ -14,6 +15,7 @@ use cutover_protocol::tunnel::Offer;
 use cutover_protocol::wire::{Request, Response};
 use serde::{Deserialize, Serialize};
 use tokio::sync::Mutex;
+use tokio::task::JoinSet;
 
 use crate::cgroup::Brisk;
 use crate::config::Config;
@@ -266,59 +268,6 @@ impl Target {
         Ok(Response::Done)
     }
 
-    /// Starts what takes its time whatever there is to restore.
-    async fn begin_restore(
-        &self,
-        hop: &HopId,
-        containers: Vec<ContainerName>,
-        limit: Duration,
-    ) -> Result<Response, TargetError> {
-        let standing = self.standing.lock().await;
-        Self::check(&standing, hop)?;
-        *self.brisk.lock().await = Brisk::begin(limit);
-        let mut starts = tokio::task::JoinSet::new();
-        for name in containers.iter().cloned() {
-            let (host, before) = (self.host.clone(), self.begun.lock().await.remove(&name));
-            starts.spawn(async move {
-                let begun = host.begin_restore(&name, before, limit).await;
-                begun.map(|begun| (name, begun))
-            });
-        }
-        let mut outcome = Ok(Response::Done);
-        while let Some(started) = starts.join_next().await {
-            match started.map_err(EngineError::from)? {
-                Ok((name, begun)) => drop(self.begun.lock().await.insert(name, begun)),
-                Err(error) => outcome = Err(error.into()),
-            }
-        }
-        self.fences
-            .prepare(&self.host, &containers, Fence::Inside)
-            .await;
-        outcome
-    }
-
-    /// Lets what has begun go on, now that the trees are what they will be.
-    async fn ready_restore(&self, hop: &HopId, limit: Duration) -> Result<Response, TargetError> {
-        let standing = self.standing.lock().await;
-        Self::check(&standing, hop)?;
-        let mut going = tokio::task::JoinSet::new();
-        for (name, mut begun) in std::mem::take(&mut *self.begun.lock().await) {
-            let host = self.host.clone();
-            going.spawn(async move {
-                let ready = host.ready_restore(&name, &mut begun, limit).await;
-                ready.map(|()| (name, begun))
-            });
-        }
-        let mut outcome = Ok(Response::Done);
-        while let Some(gone) = going.join_next().await {
-            match gone.map_err(EngineError::from)? {
-                Ok((name, begun)) => drop(self.begun.lock().await.insert(name, begun)),
-                Err(error) => outcome = Err(error.into()),
-            }
-        }
-        outcome
-    }
-
     async fn restore(
         &self,
         hop: HopId,
@@ -364,7 +313,7 @@ impl Target {
         limit: Duration,
     ) -> Result<BTreeMap<ContainerName, Built>, TargetError> {
         // Nothing runs yet, so the order of dependencies does not matter before `verify`.
-        let mut builds = tokio::task::JoinSet::new();
+        let mut builds = JoinSet::new();
         for name in containers.iter().cloned() {
             let (host, begun) = (self.host.clone(), self.begun.lock().await.remove(&name));
             builds.spawn(async move {
@@ -444,7 +393,7 @@ impl Target {
     /// locked would lose packets, and TCP wait before it sends them again. What starts anew starts in the order given.
     async fn run(&self, containers: &[ContainerName], limit: Duration) -> Result<(), TargetError> {
         let mut built = std::mem::take(&mut *self.built.lock().await);
-        let mut runs = tokio::task::JoinSet::new();
+        let mut runs = JoinSet::new();
         for name in containers {
             let one = built
                 .remove(name)

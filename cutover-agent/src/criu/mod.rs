@@ -3,7 +3,7 @@
 pub mod cure;
 pub mod features;
 pub mod park;
-mod protobuf;
+pub(crate) mod protobuf;
 pub mod remaps;
 mod rpc;
 pub mod shim;

@@ -2,7 +2,7 @@
 
 /// What a field holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Value<'a> {
+pub(crate) enum Value<'a> {
     Number(u64),
     Bytes(&'a [u8]),
 }
@@ -42,7 +42,7 @@ pub(super) fn bytes(message: &[u8], field: u64) -> Option<&[u8]> {
 }
 
 /// Appends a field. Of a field that occurs twice and holds a number, the last counts.
-pub(super) fn put(message: &mut Vec<u8>, field: u64, value: Value<'_>) {
+pub(crate) fn put(message: &mut Vec<u8>, field: u64, value: Value<'_>) {
     match value {
         Value::Number(number) => {
             put_varint(message, field << 3);

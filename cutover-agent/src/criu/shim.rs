@@ -22,7 +22,7 @@
 use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Write};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode};
@@ -226,7 +226,7 @@ impl Shim {
         let process = pidfd_open(process, PidfdFlags::empty())?;
         let runtime = rpc::receive_descriptor(stand_in)?;
         let (criu, theirs) = rpc::pair()?;
-        rpc::send_with(stand_in, b"x", &[std::os::fd::AsFd::as_fd(&theirs)])?;
+        rpc::send_with(stand_in, b"x", &[theirs.as_fd()])?;
         drop(theirs);
         let ends = Ends {
             runtime,

@@ -3,7 +3,7 @@
 
 use std::path::Path;
 
-use super::protobuf::{Value, fields};
+use super::protobuf::{Value, bytes, fields};
 
 /// What a dump did.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -23,12 +23,9 @@ pub fn read(folder: &Path) -> Option<DumpStats> {
     parse(&std::fs::read(folder.join("stats-dump")).ok()?)
 }
 
-fn parse(bytes: &[u8]) -> Option<DumpStats> {
-    let message = bytes.get(HEADER_BYTES..)?;
-    let dump = fields(message).find_map(|field| match field {
-        (DUMP_FIELD, Value::Bytes(inner)) => Some(inner),
-        _ => None,
-    })?;
+fn parse(image: &[u8]) -> Option<DumpStats> {
+    let message = image.get(HEADER_BYTES..)?;
+    let dump = bytes(message, DUMP_FIELD)?;
     let mut stats = DumpStats::default();
     for field in fields(dump) {
         match field {

@@ -15,7 +15,6 @@ use super::memory::pids;
 use super::writes::Slowing;
 use crate::durable;
 use crate::report::{Progress, Slowed};
-use crate::ticks::{TICK_US, behind_name};
 
 /// The file below an agent's state folder.
 const FILE: &str = "throttle.json";
@@ -25,6 +24,9 @@ const CGROUPS: &str = "/sys/fs/cgroup";
 /// The kernel's usual period of a limit, in microseconds, and the least it takes for one.
 const PERIOD_US: u64 = 100_000;
 const QUOTA_US_MIN: u64 = 1_000;
+
+/// Clock ticks of `/proc/PID/stat`, in microseconds: USER_HZ is 100 wherever Linux runs containers.
+const TICK_US: u64 = 10_000;
 
 /// A limit, and what was there before.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -164,10 +166,11 @@ fn used_us(pid: u32) -> u64 {
     ticks(&text) * TICK_US
 }
 
-/// utime and stime, fields 14 and 15.
+/// utime and stime stand 12th and 13th after the name, which may hold anything (proc_pid_stat(5)).
 fn ticks(stat: &str) -> u64 {
-    let times = [11, 12].map(|index| behind_name(stat, index).unwrap_or(0));
-    times.into_iter().sum()
+    let rest = stat.rsplit_once(')').map_or("", |(_, rest)| rest);
+    let words = rest.split_whitespace().skip(11).take(2);
+    words.filter_map(|word| word.parse::<u64>().ok()).sum()
 }
 
 #[cfg(test)]

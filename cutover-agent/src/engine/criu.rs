@@ -369,14 +369,16 @@ pub(super) async fn build(
     begun: Option<Begun>,
     limit: Duration,
 ) -> Result<Begun, EngineError> {
-    let mut before = begun;
-    if let Some(mut begun) = before.take() {
-        if reach(host, container, &mut begun, Stop::Restored, limit).await? {
-            return Ok(begun);
+    let before = match begun {
+        Some(mut begun) => {
+            if reach(host, container, &mut begun, Stop::Restored, limit).await? {
+                return Ok(begun);
+            }
+            // It has died since.
+            Some(begun)
         }
-        // It has died since.
-        before = Some(begun);
-    }
+        None => None,
+    };
     let mut begun = begin_restore(host, container, before, limit).await?;
     if !reach(host, container, &mut begun, Stop::Restored, limit).await? {
         return Err(begun.waiting.not_parked().into());

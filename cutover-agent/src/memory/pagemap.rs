@@ -2,6 +2,7 @@
 //! protobuf messages behind their lengths; field numbers are those of CRIU's `images/pagemap.proto`.
 
 use super::wire::{ImageHead, ImageId, Region};
+use crate::criu::protobuf::{self, Value};
 
 const COMMON_MAGIC: u32 = 0x5456_4319;
 const PAGEMAP_MAGIC: u32 = 0x5608_4025;
@@ -50,20 +51,11 @@ pub(crate) fn encode(number: u32, head: &ImageHead) -> Vec<u8> {
 fn message(file: &mut Vec<u8>, fields: &[(u64, u64)]) {
     let mut body = Vec::with_capacity(24);
     for (field, value) in fields {
-        varint(&mut body, field << 3);
-        varint(&mut body, *value);
+        protobuf::put(&mut body, *field, Value::Number(*value));
     }
     // Three varints at most.
     file.extend_from_slice(&(body.len() as u32).to_le_bytes());
     file.extend_from_slice(&body);
-}
-
-fn varint(bytes: &mut Vec<u8>, mut value: u64) {
-    while value >= 0x80 {
-        bytes.push(value as u8 | 0x80);
-        value >>= 7;
-    }
-    bytes.push(value as u8);
 }
 
 #[cfg(test)]
