@@ -67,7 +67,7 @@ pub struct Target {
     brisk: Mutex<Option<Brisk>>,
     /// What was built for the current hop and has not run. Lost with the agent: the source then takes the hop back.
     built: Mutex<BTreeMap<ContainerName, Built>>,
-    fences: Fences,
+    fences: Arc<Fences>,
 }
 
 /// The target could not do what it was asked.
@@ -129,7 +129,7 @@ impl Target {
             begun: Mutex::default(),
             brisk: Mutex::default(),
             built: Mutex::default(),
-            fences: Fences::default(),
+            fences: Arc::default(),
         })
     }
 
@@ -290,11 +290,14 @@ impl Target {
                 // The source will ask for it once more.
                 tracing::warn!(%error, "what could not be built was not taken down");
             }
-            self.brisk.lock().await.take();
+            let (brisk, fences) = (self.brisk.lock().await.take(), Arc::clone(&self.fences));
             *self.built.lock().await = built?;
             // While the answer is on its way. Every fence is moved before the first task runs: a container may talk to a
             // later one at once.
-            self.fences.begin().await;
+            tokio::spawn(async move {
+                drop(brisk);
+                fences.begin().await;
+            });
         }
         let built = self.built.lock().await;
         let own_ms = built

@@ -47,6 +47,8 @@ pub(super) const PARK_SOCKET: &str = "park.sock";
 pub(super) const AGENT_SOCKET: &str = "agent.sock";
 /// What was frozen, read by whoever has to thaw without this process.
 pub(super) const FROZEN_FILE: &str = "frozen.json";
+/// The same before it is frozen.
+const NOTED_FILE: &str = "to-freeze.json";
 /// Why CRIU was refused, for the agent's message.
 pub(super) const ERROR_FILE: &str = "refusal";
 
@@ -188,7 +190,7 @@ enum Prepared {
     /// CRIU is not parked there.
     Nothing,
     /// To stop the container, with the fence that was made ready.
-    Stop(Parking, Option<Ready>),
+    Stop(Parking, Frozen, Option<Ready>),
     /// To let go of the container.
     Thaw(Parking, Frozen),
     /// No more than to go on.
@@ -314,7 +316,8 @@ impl Shim {
                 // The tool's first rules in a namespace take the kernel longer than all others.
                 fence::set(namespace, Fence::Lifted).map_err(io::Error::other)?;
                 let fence = Ready::new(namespace, Fence::Shut).map_err(io::Error::other)?;
-                Ok(Prepared::Stop(self.park(Stop::Begun)?, fence))
+                let to_freeze = self.to_freeze()?;
+                Ok(Prepared::Stop(self.park(Stop::Begun)?, to_freeze, fence))
             }
             ("network-lock", ParkAt::Dump) => {
                 let waiting = Instant::now();
@@ -351,10 +354,10 @@ impl Shim {
     fn finish(&mut self, prepared: Prepared, ends: &Ends) -> io::Result<Option<Given>> {
         match prepared {
             Prepared::Nothing => Ok(None),
-            Prepared::Stop(parking, fence) => {
+            Prepared::Stop(parking, to_freeze, fence) => {
                 let given = parking.word()?;
                 if given.goes_on {
-                    self.stop(fence, given.stream.try_clone()?)?;
+                    self.stop(to_freeze, fence, given.stream.try_clone()?)?;
                 }
                 Ok(Some(given))
             }
@@ -371,15 +374,27 @@ impl Shim {
         }
     }
 
-    /// Freezes a container and begins to shut its fence: CRIU looks at connections only after it has asked for the network
-    /// to be locked. The `agent` is told when both is done.
-    fn stop(&mut self, fence: Option<Ready>, agent: UnixStream) -> io::Result<()> {
+    /// What is to be frozen, noted where only its name has to be changed when it is.
+    fn to_freeze(&self) -> io::Result<Frozen> {
         let init_pid = self
             .init_pid
             .ok_or_else(|| io::Error::other("the runtime did not say which process is dumped"))?;
         let cgroup = Cgroup::of(init_pid).map_err(io::Error::other)?;
-        let frozen = self.frozen.insert(Frozen { cgroup, init_pid });
-        std::fs::write(self.folder.join(FROZEN_FILE), serde_json::to_vec(frozen)?)?;
+        let frozen = Frozen { cgroup, init_pid };
+        std::fs::write(self.folder.join(NOTED_FILE), serde_json::to_vec(&frozen)?)?;
+        Ok(frozen)
+    }
+
+    /// Freezes a container and begins to shut its fence: CRIU looks at connections only after it has asked for the network
+    /// to be locked. The `agent` is told when both is done.
+    fn stop(
+        &mut self,
+        to_freeze: Frozen,
+        fence: Option<Ready>,
+        agent: UnixStream,
+    ) -> io::Result<()> {
+        let frozen = self.frozen.insert(to_freeze);
+        std::fs::rename(self.folder.join(NOTED_FILE), self.folder.join(FROZEN_FILE))?;
         self.fencing = Some(std::thread::spawn(move || {
             let shut = fence.map_or(Ok(()), Ready::apply);
             drop(agent);

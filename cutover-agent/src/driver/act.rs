@@ -9,6 +9,7 @@ use cutover_protocol::id::{ContainerName, Epoch, ServiceName};
 use cutover_protocol::plan::{Engine, Tracking};
 use cutover_protocol::wire::{Request, Response, Severity};
 
+use super::freeze::sealed;
 use super::link::{SyncJob, unless_failed};
 use super::memory::cgroup;
 use super::trees::{Trees, finish};
@@ -295,12 +296,10 @@ impl Driver {
             self.bytes += self.join(jobs).await?;
             return Ok(());
         };
-        let (moved, sealed) =
-            tokio::join!(self.telling_trees(files.arrived()), self.seal_memory(limit));
-        let moved = moved?;
+        let moved = self.telling_trees(files.arrived()).await?;
         self.report.memory.freeze_bytes += moved.images;
         self.bytes += moved.trees + moved.images;
-        sealed
+        sealed(std::mem::take(&mut self.sealing)).await
     }
 
     pub(super) fn restore_request(&self) -> Request {

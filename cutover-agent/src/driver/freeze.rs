@@ -9,8 +9,9 @@ use std::time::Duration;
 use cutover_protocol::id::ContainerName;
 use cutover_protocol::plan::Engine;
 use cutover_protocol::schedule::Schedule;
+use tokio::runtime::Handle;
 use tokio::sync::{mpsc, watch};
-use tokio::task::JoinSet;
+use tokio::task::{JoinHandle, JoinSet};
 
 use super::Driver;
 use super::ahead::Ahead;
@@ -20,7 +21,7 @@ use super::trees::{Trees, finish};
 use crate::criu::remaps;
 use crate::engine::{Begun, Dump, Host};
 use crate::memory::{
-    DumpServer, GiveUp, Lanes, Layout, PAGE_BYTES, PageSource, Parent, Seal, Shipper, Tally,
+    DumpServer, GiveUp, Lanes, Layout, MemoryError, PAGE_BYTES, PageSource, Parent, Shipper, Tally,
     spread_percent,
 };
 use crate::peer::Part;
@@ -30,6 +31,19 @@ use crate::peer::Part;
 pub(super) struct FilesMoved {
     pub(super) trees: u64,
     pub(super) images: u64,
+}
+
+/// The target completes the memory images of a container.
+pub(super) type Sealing = JoinHandle<Result<(), MemoryError>>;
+
+/// Waits until the images of every container are complete.
+pub(super) async fn sealed(sealing: Vec<Sealing>) -> Result<(), String> {
+    for one in sealing {
+        one.await
+            .map_err(|error| error.to_string())?
+            .map_err(|error| error.to_string())?;
+    }
+    Ok(())
 }
 
 /// The files of frozen containers on their way. Dropped, they are given up.
@@ -206,21 +220,21 @@ impl Driver {
             let pages = Arc::clone(&pages);
             dumps.spawn(async move {
                 let served = begun.serve(&host, (pages, shipper), &stages, limit).await;
-                served.map(|(seal, own_ms)| (index, seal, own_ms))
+                served.map(|(sealing, own_ms)| (index, sealing, own_ms))
             });
         }
         drop(stages);
         let dumping = async {
-            let (mut seals, mut own) = (Vec::new(), vec![0; containers]);
+            let (mut sealing, mut own) = (Vec::new(), vec![0; containers]);
             while let Some(result) = dumps.join_next().await {
-                let (index, seal, own_ms) = result.map_err(|error| error.to_string())??;
-                seals.push(seal);
+                let (index, one, own_ms) = result.map_err(|error| error.to_string())??;
+                sealing.push(one);
                 own[index] = own_ms;
             }
-            Ok::<_, String>((seals, own))
+            Ok::<_, String>((sealing, own))
         };
-        let ((seals, own), ()) = tokio::try_join!(self.telling(&lanes, dumping), noting)?;
-        (self.seals, self.files) = (seals, Some(FrozenFiles(files)));
+        let ((sealing, own), ()) = tokio::try_join!(self.telling(&lanes, dumping), noting)?;
+        (self.sealing, self.files) = (sealing, Some(FrozenFiles(files)));
         self.count_dump(&own, &lanes, &tally);
         Ok(())
     }
@@ -243,25 +257,6 @@ impl Driver {
         memory.dirty_bytes += tally.pages_new.load(Ordering::Relaxed) * PAGE_BYTES as u64;
     }
 
-    /// Has the target complete the memory images of every container that was dumped to it.
-    pub(super) async fn seal_memory(&self, limit: Duration) -> Result<(), String> {
-        if self.seals.is_empty() {
-            return Ok(());
-        }
-        let pages = self.link.pages()?;
-        let mut seals = JoinSet::new();
-        for seal in self.seals.clone() {
-            let pages = Arc::clone(&pages);
-            seals.spawn(async move { pages.seal(seal, limit).await });
-        }
-        while let Some(result) = seals.join_next().await {
-            result
-                .map_err(|error| error.to_string())?
-                .map_err(|error| error.to_string())?;
-        }
-        Ok(())
-    }
-
     /// Asks the target to restore as soon as it has everything that is about to move: clients wait one round trip less than
     /// if it were asked then.
     pub(super) async fn ask_to_restore(&mut self) -> Result<(), String> {
@@ -281,16 +276,6 @@ impl Driver {
             .ok();
         Ok(())
     }
-}
-
-/// Has the target complete the images while CRIU is busy with all that is not memory. The transfer asks for the same, and
-/// finds it done, or says why it cannot be.
-fn seal_early(pages: Arc<PageSource>, seal: Seal, limit: Duration) {
-    tokio::spawn(async move {
-        if let Err(error) = pages.seal(seal, limit).await {
-            tracing::debug!(%error, "the images of memory were not completed early");
-        }
-    });
 }
 
 /// A container's final dump that has begun, and who takes its pages.
@@ -329,19 +314,22 @@ impl BegunDump {
         })
     }
 
-    /// Freezes the container, and takes its pages. Also returns CRIU's own time, in milliseconds.
+    /// Freezes the container, takes its pages and has the target complete its images. Also returns CRIU's own time, in
+    /// milliseconds.
     async fn serve(
         self,
         host: &Host,
         (pages, shipper): (Arc<PageSource>, Shipper),
         stages: &Stages,
         limit: Duration,
-    ) -> Result<(Seal, u64), String> {
+    ) -> Result<(Sealing, u64), String> {
         let (server, layout, parent) = (self.server, self.layout, self.parent);
+        let runtime = Handle::current();
         let serving = tokio::task::spawn_blocking(move || {
             let seal = server.serve(shipper, layout, parent, limit)?;
-            seal_early(pages, seal.clone(), limit);
-            Ok(seal)
+            // At once: CRIU is busy with all that is not memory.
+            let sealing = async move { pages.seal(seal, limit).await };
+            Ok(runtime.spawn(sealing))
         });
         let (name, dump) = (&self.name, self.dump);
         let dumping = async {

@@ -38,14 +38,14 @@ use tokio::task::JoinSet;
 use crate::config::IMAGES_TREE;
 use crate::control::Checked;
 use crate::engine::Host;
-use crate::memory::{MemoryError, Parent, Seal};
+use crate::memory::{MemoryError, Parent};
 use crate::names::Names;
 use crate::peer::{Answering, Priority};
 use crate::preflight;
 use crate::proxy::{Proxy, ProxyError};
 use crate::report::{Outcome, Progress, Report};
 use crate::tunnel::Tunnel;
-use freeze::{BegunDump, FrozenFiles};
+use freeze::{BegunDump, FrozenFiles, Sealing};
 use journal::{Header, Journal, JournalError};
 use lease::Lease;
 use link::Link;
@@ -142,8 +142,8 @@ pub struct Driver {
     fail_at: Option<Phase>,
     first: Event,
     bytes: u64,
-    /// What completes the memory of each container at the target, once it was dumped.
-    seals: Vec<Seal>,
+    /// The memory of each container that was dumped, while the target completes its images.
+    sealing: Vec<Sealing>,
     /// The files of containers that were dumped, on their way.
     files: Option<FrozenFiles>,
     /// The target's answer to come: it restores as soon as everything has arrived.
@@ -294,7 +294,7 @@ impl Driver {
             fail_at,
             first,
             bytes: 0,
-            seals: Vec::new(),
+            sealing: Vec::new(),
             files: None,
             restoring: None,
             begun: Vec::new(),

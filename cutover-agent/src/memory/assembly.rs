@@ -2,7 +2,7 @@
 //! while the container runs, and the dump while CRIU is busy with it: a piece is copied as soon as all its pages are there,
 //! and of it only what is not in its place since the round before.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -11,7 +11,7 @@ use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
 use tokio::sync::watch;
 
 use super::digest::PAGE_BYTES;
-use super::layout::Root;
+use super::layout::{Root, hash_of_piece};
 use super::pagemap;
 use super::runs::{Run, Runs, Slot, ZERO};
 use super::store::{Store, write_fault};
@@ -45,8 +45,9 @@ struct Round {
 
 #[derive(Debug, Clone, Default)]
 struct Standing {
-    /// Pieces of the round in their places, by image and first page: one may come twice when connections break.
-    done: HashSet<(u32, u32)>,
+    /// Pieces of the round in their places, by image and first page, and what their pages contain. One may come twice when
+    /// connections break.
+    done: HashMap<(u32, u32), blake3::Hash>,
     fault: Option<PageFault>,
 }
 
@@ -159,8 +160,9 @@ impl Assembly {
         let round = self.read();
         if round.number == piece.round {
             self.copy(store, piece, &round.before)?;
+            let hash = hash(store, piece).ok_or(PageFault::Garbled)?;
             self.standing.send_modify(|standing| {
-                standing.done.insert((piece.image, piece.first));
+                standing.done.insert((piece.image, piece.first), hash);
             });
         }
         Ok(())
@@ -226,7 +228,7 @@ impl Assembly {
     }
 
     /// Compares what is here with what was dumped, and completes the images.
-    pub(super) fn finish(&self, store: &Store, seal: &Seal) -> Result<(), PageFault> {
+    pub(super) fn finish(&self, seal: &Seal) -> Result<(), PageFault> {
         let round = self.read();
         let places = self.places();
         let not_sealed = || PageFault::NotSealed(seal.container.clone());
@@ -234,7 +236,7 @@ impl Assembly {
             // The answer was lost with its connection.
             return (*sealed == seal.root).then_some(()).ok_or_else(not_sealed);
         }
-        let root = root(&places, store, seal).ok_or_else(not_sealed)?;
+        let root = root(&places, &self.standing.borrow().done, seal).ok_or_else(not_sealed)?;
         if root != seal.root {
             return Err(not_sealed());
         }
@@ -318,13 +320,26 @@ fn is_reasonable(piece: &Piece) -> bool {
     (1..=IMAGES_MAX).contains(&(piece.image as usize)) && end.is_some()
 }
 
-/// The root hash of what the pieces say, with the digests of the store. Nothing unless every image is covered without
-/// gap or overlap.
-fn root(places: &Places, store: &Store, seal: &Seal) -> Option<[u8; 32]> {
+/// The hash of what the pages of a piece contain, by the digests of the store, where they all are.
+fn hash(store: &Store, piece: &Piece) -> Option<blake3::Hash> {
+    let slots = piece.runs.iter().flat_map(|run| run.slots());
+    let contained: Option<Vec<_>> = store.with_digests(|digests| {
+        let digests = slots.map(|slot| Some(digests.get(slot as usize)?.0));
+        digests.collect()
+    });
+    Some(hash_of_piece(contained?.as_flattened()))
+}
+
+/// The root hash of what is in its place. Nothing unless every image is covered without gap or overlap.
+fn root(
+    places: &Places,
+    done: &HashMap<(u32, u32), blake3::Hash>,
+    seal: &Seal,
+) -> Option<[u8; 32]> {
     if seal.images.len() > IMAGES_MAX {
         return None;
     }
-    let mut root = Root::new();
+    let mut root = Root::default();
     let empty = BTreeMap::new();
     for (number, head) in (1..).zip(&seal.images) {
         let mut next = 0_u32;
@@ -335,12 +350,7 @@ fn root(places: &Places, store: &Store, seal: &Seal) -> Option<[u8; 32]> {
             for run in runs {
                 next = next.checked_add(run.count)?;
             }
-            store.with_digests(|digests| {
-                for slot in runs.iter().flat_map(|run| run.slots()) {
-                    root.add(number, *digests.get(slot as usize)?);
-                }
-                Some(())
-            })?;
+            root.add(number, done.get(&(number, *first))?);
         }
         let regions: u64 = head
             .regions

@@ -1,47 +1,49 @@
 //! Which page lies where in a container's images: kept by the source while CRIU makes a round or dumps, told to the target in
 //! pieces.
 
-use super::digest::PageDigest;
+use super::digest::{DIGEST_BYTES, PageDigest};
 use super::runs::{Runs, Slot};
 use super::wire::{Draft, ImageHead, ImageId, Piece, Region, Seal};
 use super::{MemoryError, server::frames::FLAG_PRESENT};
 use crate::memory::wire::IMAGES_MAX;
 
 /// Pages in one piece at most: 4 MiB of image. The target assembles while CRIU still dumps, and the last piece is waited for.
-const PIECE_PAGES: u32 = 1024;
+const PIECE_PAGES: usize = 1024;
+
+/// The hash of what the pages of a piece contain, given their digests one after the other.
+pub(crate) fn hash_of_piece(digests: &[u8]) -> blake3::Hash {
+    blake3::hash(digests)
+}
 
 /// One hash over all that makes a container's page images: what lies where, and what it contains.
 ///
-/// The source adds each page as CRIU sends it; the target adds what its store holds. Equal roots mean equal memory.
-#[derive(Debug)]
+/// The source hashes each piece as it tells it, the target as it puts it in its place, so that little is left to do when
+/// clients wait for the last one. Equal roots mean equal memory.
+#[derive(Debug, Default)]
 pub(crate) struct Root {
-    pages: Vec<blake3::Hasher>,
+    images: Vec<blake3::Hasher>,
 }
 
 impl Root {
-    pub(crate) const fn new() -> Self {
-        Self { pages: Vec::new() }
-    }
-
-    /// Adds a page to image `image`, counted from 1.
-    pub(crate) fn add(&mut self, image: u32, digest: PageDigest) {
+    /// Adds the next piece of image `image`, counted from 1.
+    pub(crate) fn add(&mut self, image: u32, piece: &blake3::Hash) {
         let image = image as usize;
-        if self.pages.len() < image {
-            self.pages.resize_with(image, blake3::Hasher::new);
+        if self.images.len() < image {
+            self.images.resize_with(image, blake3::Hasher::new);
         }
-        if let Some(pages) = self.pages.get_mut(image.wrapping_sub(1)) {
-            pages.update(&digest.0);
+        if let Some(pieces) = self.images.get_mut(image.wrapping_sub(1)) {
+            pieces.update(piece.as_bytes());
         }
     }
 
     /// The hash, with everything else about the images.
     pub(crate) fn finish(mut self, images: &[ImageHead]) -> [u8; 32] {
-        self.pages.resize_with(images.len(), blake3::Hasher::new);
+        self.images.resize_with(images.len(), blake3::Hasher::new);
         let mut whole = blake3::Hasher::new();
-        for (head, pages) in images.iter().zip(&self.pages) {
+        for (head, pieces) in images.iter().zip(&self.images) {
             // Plain integers only: it cannot fail.
             whole.update(&postcard::to_stdvec(head).unwrap_or_default());
-            whole.update(pages.finalize().as_bytes());
+            whole.update(pieces.finalize().as_bytes());
         }
         *whole.finalize().as_bytes()
     }
@@ -56,7 +58,8 @@ pub(crate) struct Layout {
     current: usize,
     root: Root,
     piece: Runs,
-    piece_pages: u32,
+    /// Of the pages in `piece`.
+    digests: Vec<u8>,
     pieces: u32,
 }
 
@@ -68,9 +71,9 @@ impl Layout {
             round,
             images: Vec::new(),
             current: 0,
-            root: Root::new(),
+            root: Root::default(),
             piece: Runs::default(),
-            piece_pages: 0,
+            digests: Vec::with_capacity(PIECE_PAGES * DIGEST_BYTES),
             pieces: 0,
         }
     }
@@ -115,31 +118,31 @@ impl Layout {
 
     /// Adds a page of the last region; gives a piece when one is full.
     pub(crate) fn page(&mut self, slot: Slot, digest: PageDigest) -> Option<Piece> {
-        // Bounded by the number of images.
-        let number = self.current as u32 + 1;
         self.images.get_mut(self.current)?.pages += 1;
-        self.root.add(number, digest);
         self.piece.push(slot);
-        self.piece_pages += 1;
-        (self.piece_pages >= PIECE_PAGES)
+        self.digests.extend_from_slice(&digest.0);
+        (self.digests.len() >= PIECE_PAGES * DIGEST_BYTES)
             .then(|| self.cut())
             .flatten()
     }
 
     /// What was collected and not yet given.
     pub(crate) fn cut(&mut self) -> Option<Piece> {
-        if self.piece_pages == 0 {
+        if self.digests.is_empty() {
             return None;
         }
-        let image = self.images.get(self.current)?;
+        let pages = self.images.get(self.current)?.pages;
+        // Both are bounded: by the number of images, and of pages in a piece.
+        let (image, own) = (self.current as u32 + 1, self.digests.len() / DIGEST_BYTES);
         let piece = Piece {
             container: self.container.clone(),
             round: self.round,
-            image: self.current as u32 + 1,
-            first: image.pages - self.piece_pages,
+            image,
+            first: pages - own as u32,
             runs: self.piece.take(),
         };
-        self.piece_pages = 0;
+        self.root.add(image, &hash_of_piece(&self.digests));
+        self.digests.clear();
         self.pieces += 1;
         Some(piece)
     }
@@ -183,9 +186,10 @@ mod tests {
         let mut layout = Layout::new("db", 1);
         let (one, two) = (ImageId::Process(1), ImageId::Shared(9));
         layout.open(one).unwrap();
-        layout.region(one, region(PIECE_PAGES + 1)).unwrap();
+        let more = PIECE_PAGES as u32 + 1;
+        layout.region(one, region(more)).unwrap();
         let mut pieces = Vec::new();
-        for slot in 1..=PIECE_PAGES + 1 {
+        for slot in 1..=more {
             pieces.extend(layout.page(slot, PageDigest([1; 16])));
         }
         pieces.extend(layout.open(two).unwrap());
@@ -196,11 +200,11 @@ mod tests {
             .iter()
             .map(|piece| (piece.image, piece.first))
             .collect();
-        assert_eq!(seen, [(1, 0), (1, PIECE_PAGES), (2, 0)]);
+        assert_eq!(seen, [(1, 0), (1, more - 1), (2, 0)]);
         assert_eq!(pieces[0].runs.len(), 1);
         let seal = layout.seal();
         assert_eq!((seal.pieces, seal.images.len()), (3, 2));
-        assert_eq!(seal.images[0].pages, PIECE_PAGES + 1);
+        assert_eq!(seal.images[0].pages, more);
     }
 
     #[test]
@@ -216,8 +220,8 @@ mod tests {
             }]
         };
         let root = |byte, address| {
-            let mut root = Root::new();
-            root.add(1, PageDigest([byte; 16]));
+            let mut root = Root::default();
+            root.add(1, &hash_of_piece(&[byte; DIGEST_BYTES]));
             root.finish(&images(address))
         };
         assert_eq!(root(1, 0), root(1, 0));

@@ -51,7 +51,7 @@ pub(crate) use live::{Part, read_container, resident_bytes};
 pub(crate) use parent::Parent;
 pub(crate) use ship::{DumpServer, GiveUp, PageSource, Shipper, Tally};
 pub use store::PageStore;
-pub(crate) use wire::{Draft, Seal};
+pub(crate) use wire::Draft;
 pub use wire::{ImageId, PageFault, Region};
 
 /// Why memory did not arrive. The source runs on, or is thawed.

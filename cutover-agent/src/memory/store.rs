@@ -159,7 +159,7 @@ impl PageStore {
         assembly.until(seal.round, seal.pieces).await?;
         let waited = began.elapsed();
         let container = seal.container.clone();
-        blocking(move || assembly.finish(&store, &seal)).await?;
+        blocking(move || assembly.finish(&seal)).await?;
         tracing::debug!(%container, ?waited, sealed = ?began.elapsed(), "images of memory are complete");
         Ok(())
     }

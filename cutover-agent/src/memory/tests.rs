@@ -18,6 +18,7 @@ use tokio::task::JoinSet;
 use super::lanes::Lanes;
 use super::server::frames::HEADER_BYTES;
 use super::ship::DumpServer;
+use super::wire::Seal;
 use super::*;
 use crate::peer::{self, Handler, PeerTimeouts, Session};
 use crate::pki;

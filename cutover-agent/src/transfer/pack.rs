@@ -81,6 +81,8 @@ const SAMPLES: usize = 4;
 const SAMPLE_BYTES: usize = 4 << 10;
 /// What does not shrink to this share of itself is not worth unpacking.
 const WORTH_PERCENT: usize = 94;
+/// Who sends so few bytes while every stream is idle waits for them alone, and a packer may have its tables yet to make.
+const SMALL_BYTES: usize = 16 << 10;
 /// A rate is looked at over at least this long.
 const WINDOW: Duration = Duration::from_millis(50);
 
@@ -212,6 +214,15 @@ impl Gauge {
     fn gives(&self, rung: usize, wire: Option<f64>) -> f64 {
         let wire = wire.map_or(f64::INFINITY, |wire| wire / self.left(rung));
         (self.speed(rung) * THREADS * PACKING_SHARE).min(wire)
+    }
+
+    /// Whether a frame arrives sooner as it is: it is small, nothing else is on its way, and the wire takes more in a second
+    /// than packing spares it.
+    fn is_sooner_plain(&self, rung: usize, bytes: usize, look: Look) -> bool {
+        let spares = self.speed(rung) * (1.0 - self.left(rung));
+        bytes <= SMALL_BYTES
+            && look.idle == look.streams
+            && self.flow(|_| ()).is_none_or(|wire| wire > spares)
     }
 
     /// The first of these neighbours that gives more.
@@ -346,17 +357,19 @@ impl Packer {
         }
         let now = Instant::now();
         gauge.look(look, (bytes.len(), now.duration_since(self.last)), now);
-        let packed = self.pack_on(gauge, bytes);
+        let packed = self.pack_on(gauge, bytes, look);
         self.last = Instant::now();
         packed
     }
 
     /// Packs on the rung where everybody stands.
-    fn pack_on(&mut self, gauge: &Gauge, bytes: &[u8]) -> Option<(Codec, Vec<u8>)> {
+    fn pack_on(&mut self, gauge: &Gauge, bytes: &[u8], look: Look) -> Option<(Codec, Vec<u8>)> {
+        let common = gauge.rung.load(Ordering::Relaxed);
         let rung = match self.wish {
             Compress::Lz4 => 1,
-            Compress::Zstd => gauge.rung.load(Ordering::Relaxed).max(ZSTD_RUNG),
-            Compress::Auto | Compress::Off => gauge.rung.load(Ordering::Relaxed),
+            Compress::Zstd => common.max(ZSTD_RUNG),
+            Compress::Auto if gauge.is_sooner_plain(common, bytes.len(), look) => 0,
+            Compress::Auto | Compress::Off => common,
         };
         if rung == 0 || !self.can_shrink(bytes) {
             return None;
@@ -539,6 +552,27 @@ mod tests {
         }
         let rung = gauge.rung.load(Ordering::Relaxed);
         assert_eq!(rung, LEISURE_RUNG);
+    }
+
+    #[test]
+    fn a_small_frame_that_nothing_else_waits_for_goes_as_it_is_unless_the_wire_is_slow() {
+        let gauge = Gauge::new();
+        let small = &text()[..SMALL_BYTES];
+        let mut packer = Packer::new(Compress::Auto);
+        let mut is_packed =
+            |bytes: &[u8], idle| packer.pack(bytes, &gauge, look(idle, 0)).is_some();
+        assert!(!is_packed(small, STREAMS));
+        assert!(is_packed(small, STREAMS - 1));
+        assert!(is_packed(&text(), STREAMS));
+        gauge.flow(|flow| flow.bytes_per_second = Some(0.4e6));
+        assert!(is_packed(small, STREAMS));
+        gauge.flow(|flow| flow.bytes_per_second = Some(1e9));
+        assert!(!is_packed(small, STREAMS));
+        assert!(
+            Packer::new(Compress::Zstd)
+                .pack(small, &gauge, look(STREAMS, 0))
+                .is_some()
+        );
     }
 
     #[test]

@@ -280,7 +280,10 @@ impl Blocks {
     }
 }
 
-/// A postcard value under zstd, with its true length.
+/// A value that takes no more is not packed: making zstd's tables would take longer than sending it.
+const SMALL_BYTES: usize = 4 << 10;
+
+/// A postcard value under zstd, with its true length; as it is when it is no shorter so.
 #[derive(Debug, Default, Serialize, Deserialize)]
 pub(crate) struct Packed {
     bytes: u32,
@@ -297,11 +300,15 @@ impl Packed {
         if plain.len() > LIST_BYTES_MAX {
             return Err(ManifestError::TooLarge);
         }
-        let packed = zstd::bulk::compress(&plain, 1).map_err(|_| ManifestError::Garbled)?;
-        Ok(Self {
-            bytes: plain.len() as u32,
-            packed,
-        })
+        let bytes = plain.len() as u32;
+        let packed = match plain.len() {
+            ..=SMALL_BYTES => plain,
+            length => zstd::bulk::compress(&plain, 1)
+                .ok()
+                .filter(|packed| packed.len() < length)
+                .unwrap_or(plain),
+        };
+        Ok(Self { bytes, packed })
     }
 
     /// Bytes it takes on the wire.
@@ -318,9 +325,15 @@ impl Packed {
         if bytes > LIST_BYTES_MAX {
             return Err(ManifestError::TooLarge);
         }
-        let plain =
-            zstd::bulk::decompress(&self.packed, bytes).map_err(|_| ManifestError::Garbled)?;
-        postcard::from_bytes(&plain).map_err(|_| ManifestError::Garbled)
+        let unpacked;
+        let plain = if self.packed.len() == bytes {
+            &self.packed
+        } else {
+            unpacked =
+                zstd::bulk::decompress(&self.packed, bytes).map_err(|_| ManifestError::Garbled)?;
+            &unpacked
+        };
+        postcard::from_bytes(plain).map_err(|_| ManifestError::Garbled)
     }
 }
 

@@ -188,14 +188,9 @@ fn a_dump_goes_on_without_us_at_no_step_that_we_could_not_do() {
         scene.ask(&DUMP);
         assert_eq!(Scene::heard(&scene.criu).unwrap(), DUMP);
         scene.notify(step);
-        // Nobody but CRIU is told otherwise.
+        // CRIU alone is told otherwise, and parked nowhere.
         assert_eq!(Scene::heard(&scene.runtime).unwrap(), notification(step));
         scene.ask(&GOOD);
-        if step == "pre-dump" {
-            // The fence is made ready, and cannot be shut.
-            assert_eq!(scene.stop(), Stop::Begun);
-            scene.tell("go");
-        }
         assert_eq!(Scene::heard(&scene.criu).unwrap(), REFUSAL);
         let said = std::fs::read_to_string(scene.folder.path().join(ERROR_FILE)).unwrap();
         assert!(said.contains(why) || said.contains("did not say"), "{said}");

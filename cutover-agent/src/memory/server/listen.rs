@@ -4,10 +4,12 @@ use std::io::ErrorKind;
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
 use super::super::MemoryError;
 
-/// Pause between looks for a connection; the runtime needs a hundred times as long to get there.
-const POLL: Duration = Duration::from_millis(1);
+/// How long a wait that was given up may go on.
+const LOOK_EVERY: Duration = Duration::from_millis(50);
 
 /// A port that waits for CRIU.
 #[derive(Debug)]
@@ -58,11 +60,18 @@ impl Listener {
                 Ok((_, peer)) => {
                     tracing::warn!(%peer, "a stranger at the page server was sent away")
                 }
-                Err(error) if error.kind() == ErrorKind::WouldBlock => std::thread::sleep(POLL),
+                Err(error) if error.kind() == ErrorKind::WouldBlock => self.wait(LOOK_EVERY),
                 Err(error) => return Err(MemoryError::Listen(error)),
             }
         }
         Err(MemoryError::NoDump)
+    }
+
+    /// Waits for somebody, at most so long.
+    fn wait(&self, limit: Duration) {
+        let mut waited = [PollFd::new(&self.listener, PollFlags::IN)];
+        // Whatever it says, whoever called looks again.
+        let _ = poll(&mut waited, Timespec::try_from(limit).ok().as_ref());
     }
 }
 
