@@ -242,10 +242,11 @@ impl Driver {
     /// `own` is CRIU's own time of each container, in milliseconds.
     fn count_dump(&mut self, own: &[u64], lanes: &Lanes, tally: &Tally) {
         let moved = lanes.moved();
-        let own_ms = own
-            .iter()
-            .zip(&moved)
-            .map(|(own, one)| own.saturating_sub(milliseconds(one.waited)));
+        let own_ms = own.iter().zip(&moved).map(|(own, one)| {
+            let waited_ms = milliseconds(one.waited);
+            tracing::debug!(container = %one.container, own, waited_ms, "dumped");
+            own.saturating_sub(waited_ms)
+        });
         let own_ms = own_ms.max().unwrap_or(0);
         let bytes = tally.bytes_wire.load(Ordering::Relaxed);
         self.bytes += bytes;

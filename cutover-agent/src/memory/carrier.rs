@@ -42,7 +42,7 @@ struct Window {
 #[derive(Debug)]
 struct Sent {
     runs: Vec<Run>,
-    frame: Vec<u8>,
+    frame: Arc<Vec<u8>>,
 }
 
 #[derive(Debug)]
@@ -70,11 +70,12 @@ impl Carrier {
     /// # Errors
     /// When the session is lost and cannot be taken up again.
     pub(super) async fn send(&self, runs: Vec<Run>, frame: Vec<u8>) -> Result<(), MemoryError> {
+        let frame = Arc::new(frame);
         let sent = Arc::new(Sent { runs, frame });
         let link = self.link.read().await;
         // Noted first: whoever mends the session meanwhile sends it as well.
         self.lock().frames.push_back(Arc::clone(&sent));
-        let is_taken = link.frames.push(sent.frame.clone()).await;
+        let is_taken = link.frames.push(Arc::clone(&sent.frame)).await;
         let used = Arc::clone(&link);
         drop(link);
         if !is_taken {
@@ -200,7 +201,7 @@ impl Carrier {
         );
         for index in missing {
             let sent = frames.get(index as usize).ok_or(PeerError::Vocabulary)?;
-            if !link.frames.push(sent.frame.clone()).await {
+            if !link.frames.push(Arc::clone(&sent.frame)).await {
                 return Err(link.lost_error().into());
             }
         }

@@ -9,6 +9,8 @@
 //! ```
 //! Decoding never panics and never allocates more than the declared length, which is bounded before it is believed.
 
+use std::sync::Arc;
+
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use thiserror::Error;
@@ -90,10 +92,11 @@ impl Frame {
     }
 }
 
-/// An encoded frame on its way: lengths and head, and a body that is not copied for it.
+/// An encoded frame on its way: lengths and head, and a body that is not copied for it. All of it may be in the head, of
+/// which the sender may keep a share.
 #[derive(Debug)]
 pub(crate) struct Parcel {
-    head: Vec<u8>,
+    head: Arc<Vec<u8>>,
     body: Vec<u8>,
 }
 
@@ -111,6 +114,12 @@ impl Parcel {
 
 impl From<Vec<u8>> for Parcel {
     fn from(frame: Vec<u8>) -> Self {
+        Arc::new(frame).into()
+    }
+}
+
+impl From<Arc<Vec<u8>>> for Parcel {
+    fn from(frame: Arc<Vec<u8>>) -> Self {
         Self {
             head: frame,
             body: Vec::new(),
@@ -133,6 +142,7 @@ pub(crate) fn parcel<T: Serialize>(head: &T, body: Vec<u8>) -> Result<Parcel, Fr
     }
     // It fits: bounded just above.
     head[..4].copy_from_slice(&(bytes as u32).to_le_bytes());
+    let head = Arc::new(head);
     Ok(Parcel { head, body })
 }
 

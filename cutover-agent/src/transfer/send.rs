@@ -238,9 +238,10 @@ impl Session {
                 pieces: Vec::new(),
             };
             let frame = encode(&head, &noise(DATA_BYTES_MAX)).map_err(|_| PeerError::Vocabulary)?;
+            let frame = Arc::new(frame);
             let start = Instant::now();
             for _ in 0..frames {
-                if !link.frames.push(frame.clone()).await {
+                if !link.frames.push(Arc::clone(&frame)).await {
                     return Err(TransferError::from(link.lost_error()));
                 }
             }

@@ -16,6 +16,8 @@ use crate::lender::Lender;
 
 /// Silence after which something may be held back. While pages come, none is as long.
 const SILENCE: Duration = Duration::from_millis(2);
+/// A longer one means that CRIU is busy with something else, even where it has a slow machine to itself and us.
+const PAUSE: Duration = Duration::from_millis(10);
 
 /// What CRIU says, with nothing held back for long.
 #[derive(Debug)]
@@ -45,6 +47,12 @@ impl<'s> Uncorked<'s> {
         })
     }
 
+    fn is_silent_for(&self, time: Duration) -> bool {
+        let mut stream = [PollFd::new(self.stream, PollFlags::IN)];
+        let time = Timespec::try_from(time).ok();
+        matches!(poll(&mut stream, time.as_ref()), Ok(0))
+    }
+
     fn pull(&mut self) {
         if matches!(self.far, Far::NotSought) {
             self.far = sought(self.stream).unwrap_or(Far::OutOfReach);
@@ -67,13 +75,11 @@ impl<'s> Uncorked<'s> {
 
 impl Says for Uncorked<'_> {
     fn is_silent(&mut self) -> bool {
-        let mut stream = [PollFd::new(self.stream, PollFlags::IN)];
-        let silence = Timespec::try_from(SILENCE).ok();
-        let is_silent = matches!(poll(&mut stream, silence.as_ref()), Ok(0));
-        if is_silent {
-            self.pull();
+        if !self.is_silent_for(SILENCE) {
+            return false;
         }
-        is_silent
+        self.pull();
+        self.is_silent_for(PAUSE)
     }
 }
 
