@@ -328,7 +328,7 @@ impl BegunDump {
         let runtime = Handle::current();
         let serving = tokio::task::spawn_blocking(move || {
             let seal = server.serve(shipper, layout, parent, limit)?;
-            // At once: CRIU is busy with all that is not memory.
+            // At once, while CRIU completes its other images and these cross.
             let sealing = async move { pages.seal(seal, limit).await };
             Ok(runtime.spawn(sealing))
         });

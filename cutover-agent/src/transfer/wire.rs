@@ -350,6 +350,18 @@ mod tests {
 
     use super::*;
 
+    #[test]
+    fn lists_of_any_length_open_as_they_were_and_only_long_ones_are_packed() {
+        let mut noise = vec![0; 2 * SMALL_BYTES];
+        blake3::Hasher::new().finalize_xof().fill(&mut noise);
+        let lists = [Vec::new(), vec![7; 100], vec![7; 2 * SMALL_BYTES], noise];
+        for (list, is_packed) in lists.into_iter().zip([false, false, true, false]) {
+            let packed = Packed::of(&list).unwrap();
+            assert_eq!(packed.length() < u64::from(packed.bytes), is_packed);
+            assert_eq!(packed.open::<Vec<u8>>().unwrap(), list);
+        }
+    }
+
     proptest! {
         #[test]
         fn arbitrary_bytes_never_panic_any_decoder(bytes in proptest::collection::vec(any::<u8>(), 0..300)) {

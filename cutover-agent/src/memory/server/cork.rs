@@ -8,10 +8,8 @@ use std::io::{self, ErrorKind, Read};
 use std::net::{SocketAddr, SocketAddrV4, TcpStream};
 use std::time::Duration;
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
-
-use super::Says;
 use super::listen::socket_of;
+use super::{Says, is_silent_for};
 use crate::lender::Lender;
 
 /// Silence after which something may be held back. While pages come, none is as long.
@@ -47,12 +45,6 @@ impl<'s> Uncorked<'s> {
         })
     }
 
-    fn is_silent_for(&self, time: Duration) -> bool {
-        let mut stream = [PollFd::new(self.stream, PollFlags::IN)];
-        let time = Timespec::try_from(time).ok();
-        matches!(poll(&mut stream, time.as_ref()), Ok(0))
-    }
-
     fn pull(&mut self) {
         if matches!(self.far, Far::NotSought) {
             self.far = sought(self.stream).unwrap_or(Far::OutOfReach);
@@ -75,11 +67,11 @@ impl<'s> Uncorked<'s> {
 
 impl Says for Uncorked<'_> {
     fn is_silent(&mut self) -> bool {
-        if !self.is_silent_for(SILENCE) {
+        if !is_silent_for(self.stream, SILENCE) {
             return false;
         }
         self.pull();
-        self.is_silent_for(PAUSE)
+        is_silent_for(self.stream, PAUSE)
     }
 }
 

@@ -4,9 +4,8 @@ use std::io::ErrorKind;
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
-
 use super::super::MemoryError;
+use super::is_silent_for;
 
 /// How long a wait that was given up may go on.
 const LOOK_EVERY: Duration = Duration::from_millis(50);
@@ -60,18 +59,14 @@ impl Listener {
                 Ok((_, peer)) => {
                     tracing::warn!(%peer, "a stranger at the page server was sent away")
                 }
-                Err(error) if error.kind() == ErrorKind::WouldBlock => self.wait(LOOK_EVERY),
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                    // Somebody or nobody: both are looked at again.
+                    is_silent_for(&self.listener, LOOK_EVERY);
+                }
                 Err(error) => return Err(MemoryError::Listen(error)),
             }
         }
         Err(MemoryError::NoDump)
-    }
-
-    /// Waits for somebody, at most so long.
-    fn wait(&self, limit: Duration) {
-        let mut waited = [PollFd::new(&self.listener, PollFlags::IN)];
-        // Whatever it says, whoever called looks again.
-        let _ = poll(&mut waited, Timespec::try_from(limit).ok().as_ref());
     }
 }
 

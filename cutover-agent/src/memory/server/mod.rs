@@ -8,6 +8,10 @@ pub mod frames;
 mod listen;
 
 use std::io::{BufReader, Read, Write};
+use std::os::fd::AsFd;
+use std::time::Duration;
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use frames::{Command, FLAG_PRESENT, HEADER_BYTES};
 
@@ -85,6 +89,13 @@ pub(crate) fn serve(
             }
         }
     }
+}
+
+/// Waits so long for something to be read or accepted; whether nothing came.
+fn is_silent_for(from: impl AsFd, time: Duration) -> bool {
+    let mut waited = [PollFd::new(&from, PollFlags::IN)];
+    let time = Timespec::try_from(time).ok();
+    matches!(poll(&mut waited, time.as_ref()), Ok(0))
 }
 
 fn pages(
