@@ -12,6 +12,8 @@ use super::wire::FRAME_DATA_MAX;
 /// milliseconds, on a busy machine some tens. What the streams' queue holds lasts longer at 1 Gbit/s, so the link does
 /// not run dry meanwhile.
 const READY_FOR: Duration = Duration::from_millis(100);
+/// One whose last frame took longer may take twice as long for the next one, up to this long in all.
+const READY_FOR_MAX: Duration = Duration::from_millis(400);
 
 /// What one container moves, as somebody watching sees it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -43,6 +45,8 @@ struct State {
     total_bytes: u64,
     done_bytes: u64,
     is_waiting: bool,
+    /// When it sent last.
+    sent: Instant,
     ready_until: Instant,
     waited: Duration,
     took: Option<Duration>,
@@ -76,6 +80,7 @@ impl Lanes {
                 total_bytes,
                 done_bytes: 0,
                 is_waiting: false,
+                sent: now,
                 ready_until: now + READY_FOR,
                 waited: Duration::ZERO,
                 took: None,
@@ -138,7 +143,7 @@ impl OwnLane {
     /// Waits for a turn and keeps it while `send` runs.
     pub(crate) fn send<T>(&self, send: impl FnOnce() -> T) -> T {
         let began = Instant::now();
-        self.set_waiting(true);
+        let took = self.begin_waiting(began);
         let mut states = self.lanes.lock();
         loop {
             let now = Instant::now();
@@ -157,7 +162,7 @@ impl OwnLane {
         }
         drop(states);
         let sent = send();
-        self.set_waiting(false);
+        self.end_waiting(took);
         self.add_waited(began);
         sent
     }
@@ -176,13 +181,31 @@ impl OwnLane {
         }
     }
 
-    fn set_waiting(&self, is_waiting: bool) {
+    /// It has something to send; gives how long that took.
+    fn begin_waiting(&self, now: Instant) -> Duration {
+        let mut took = Duration::ZERO;
         if let Some(state) = self.lanes.lock().get_mut(self.index) {
-            state.is_waiting = is_waiting;
-            state.ready_until = Instant::now() + READY_FOR;
+            state.is_waiting = true;
+            took = now.duration_since(state.sent);
+        }
+        self.lanes.moved.notify_all();
+        took
+    }
+
+    /// It has sent what took so long.
+    fn end_waiting(&self, took: Duration) {
+        if let Some(state) = self.lanes.lock().get_mut(self.index) {
+            state.is_waiting = false;
+            state.sent = Instant::now();
+            state.ready_until = state.sent + ready_for(took);
         }
         self.lanes.moved.notify_all();
     }
+}
+
+/// How long a container counts as ready whose last frame took so long.
+fn ready_for(took: Duration) -> Duration {
+    (took * 2).clamp(READY_FOR, READY_FOR_MAX)
 }
 
 impl Drop for OwnLane {
@@ -235,12 +258,20 @@ mod tests {
         ahead.count(50);
         let order = Arc::new(Mutex::new(Vec::new()));
         let seen = Arc::clone(&order);
-        behind.set_waiting(true);
+        behind.begin_waiting(Instant::now());
         let waiting = std::thread::spawn(move || ahead.send(|| seen.lock().unwrap().push("ahead")));
         behind.send(|| order.lock().unwrap().push("behind"));
         drop(behind);
         waiting.join().unwrap();
         assert_eq!(*order.lock().unwrap(), ["behind", "ahead"]);
+    }
+
+    #[test]
+    fn who_takes_long_for_a_frame_is_given_time_for_the_next_but_not_for_ever() {
+        let millis = Duration::from_millis;
+        assert_eq!(ready_for(millis(3)), READY_FOR);
+        assert_eq!(ready_for(millis(90)), millis(180));
+        assert_eq!(ready_for(Duration::from_secs(60)), READY_FOR_MAX);
     }
 
     #[test]
