@@ -34,6 +34,11 @@ impl Digest {
         Self(*hasher.finalize().as_bytes())
     }
 
+    /// One digest of this one, which may be of several itself, and the next.
+    pub(crate) fn then(self, next: Self) -> Self {
+        Self::over(&[self, next])
+    }
+
     /// The digest of `length` zero bytes; `length` ≤ [`BLOCK_BYTES`].
     pub(crate) fn of_zeros(length: usize) -> Self {
         static FULL: std::sync::OnceLock<Digest> = std::sync::OnceLock::new();

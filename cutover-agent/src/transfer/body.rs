@@ -6,9 +6,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use rustix::fs::{OFlags, Stat};
 
+use super::fingerprints;
 use super::old::OldFiles;
 use super::seeds::Seeds;
-use super::wire::{Blocks, DATA_BYTES_MAX, DataHead, Fault, Part, Piece, WOVEN_BLOCKS_MAX};
+use super::wire::{Blocks, DATA_BYTES_MAX, DataHead, Fault, Part, Piece, Repeat, WOVEN_BLOCKS_MAX};
 use crate::files::blocks::{self, BLOCK_BYTES, Digest};
 use crate::files::manifest::{Entry, Manifest, Pairing};
 use crate::files::{FilesError, Kind, Root, apply};
@@ -70,6 +71,7 @@ impl Body {
             let length = match &piece.blocks {
                 Blocks::Data(_) => length,
                 Blocks::Woven { parts, .. } => new_bytes(parts),
+                Blocks::Patched { changed, .. } => fingerprints::patch_bytes(changed) as u64,
                 Blocks::Zeros(_) | Blocks::Moved { .. } => 0,
             };
             let data;
@@ -108,7 +110,8 @@ impl Body {
                 (zeros.collect::<Vec<_>>(), (bytes, known))
             }
             Blocks::Moved { from, at, digests } => {
-                self.copy(*from, *at, digests, (path, file, start, length))?;
+                let (other, at) = (self.open_other(*from)?, u64::from(*at) * BLOCK_BYTES as u64);
+                self.copy((&other, at), digests, (path, file, start, length))?;
                 (digests.clone(), (bytes, known))
             }
             Blocks::Woven {
@@ -119,6 +122,11 @@ impl Body {
             } => {
                 let (digests, rest) =
                     self.weave((*from, parts, digest), bytes, (path, file, start, length))?;
+                (digests, (rest, known))
+            }
+            Blocks::Patched { changed, digest } => {
+                let (digests, rest) =
+                    self.patch((changed, digest), bytes, (path, file, start, length))?;
                 (digests, (rest, known))
             }
             Blocks::Data(_) => {
@@ -157,6 +165,70 @@ impl Body {
         Ok((digests, rest))
     }
 
+    /// Puts sub-blocks in their places in the blocks that are there, and writes these if they are what was meant. Gives their
+    /// digests, and the new bytes that belong to the next piece.
+    fn patch<'a>(
+        &self,
+        (changed, digest): (&[u32], &Digest),
+        mut new: &'a [u8],
+        (path, file, start, length): (&[u8], &OwnedFd, u64, u64),
+    ) -> Result<(Vec<Digest>, &'a [u8]), Fault> {
+        if changed.len() > WOVEN_BLOCKS_MAX || length != (changed.len() * BLOCK_BYTES) as u64 {
+            return Err(Fault::Garbled);
+        }
+        let failed = |errno| Fault::from(FilesError::read(self.root.shown(path), errno));
+        let mut patched = vec![0; length as usize];
+        blocks::read_at(file, &mut patched, start).map_err(failed)?;
+        let mut digests = Vec::with_capacity(changed.len());
+        for (block, changed) in patched.chunks_mut(BLOCK_BYTES).zip(changed) {
+            new = fingerprints::patch(block, *changed, new).ok_or(Fault::Garbled)?;
+            digests.push(Digest::of(block));
+        }
+        let over = digests.iter().copied().fold(Digest::UNKNOWN, Digest::then);
+        if over != *digest {
+            return Err(damaged(path));
+        }
+        apply::write(&self.root, path, file, &patched, start)?;
+        Ok((digests, new))
+    }
+
+    /// Makes blocks of others of the tree, which are in their places: all frames have come.
+    pub(super) fn repeat(&self, repeat: &Repeat) -> Result<(), Fault> {
+        let piece = |entry, first| Piece {
+            entry,
+            first,
+            blocks: Blocks::Zeros(repeat.count),
+        };
+        let (from, source, bytes) = self.span(&piece(repeat.from, repeat.at))?;
+        let (index, start, length) = self.span(&piece(repeat.entry, repeat.first))?;
+        let whole = u64::from(repeat.count) * BLOCK_BYTES as u64;
+        if bytes != whole || length != whole {
+            return Err(Fault::Garbled);
+        }
+        let lock = |entry: usize| {
+            let digests = self.digests[entry].lock();
+            digests.unwrap_or_else(PoisonError::into_inner)
+        };
+        let known = Arc::clone(&lock(from));
+        let digests = &known[repeat.at as usize..][..repeat.count as usize];
+        let path = &self.entries[index].path;
+        let (file, _) = self.open(repeat.entry)?;
+        let other = self.open_new(from)?;
+        self.copy((&other, source), digests, (path, &file, start, length))?;
+        Arc::make_mut(&mut lock(index))[repeat.first as usize..][..digests.len()]
+            .copy_from_slice(digests);
+        Ok(())
+    }
+
+    /// Opens a file of the new tree to read what was written there.
+    fn open_new(&self, entry: usize) -> Result<OwnedFd, Fault> {
+        let path = &self.entries[entry].path;
+        let flags = OFlags::RDONLY | OFlags::NONBLOCK;
+        let opened = self.root.open_beneath(path, flags, 0);
+        // It may have its owner and its mode already, which say who may read.
+        opened.map_err(|_| damaged(path))
+    }
+
     /// Opens a file of the base that is not part of the new tree, so nobody else writes there; or a seed.
     fn open_other(&self, from: u32) -> Result<OwnedFd, Fault> {
         let from = from as usize;
@@ -172,22 +244,19 @@ impl Body {
         Ok(opened.map_err(failed)?)
     }
 
-    /// Copies blocks of another file.
+    /// Copies blocks from a place in another file.
     fn copy(
         &self,
-        from: u32,
-        at: u32,
+        (from, at): (&OwnedFd, u64),
         digests: &[Digest],
         (path, file, start, length): (&[u8], &OwnedFd, u64, u64),
     ) -> Result<(), Fault> {
-        let opened = self.open_other(from)?;
         let failed = |errno| Fault::from(FilesError::read(self.root.shown(path), errno));
         let mut data = vec![0; (length as usize).min(DATA_BYTES_MAX)];
         let mut done = 0;
         for digests in digests.chunks(DATA_BYTES_MAX / BLOCK_BYTES) {
             let bytes = ((length - done) as usize).min(data.len());
-            let place = u64::from(at) * BLOCK_BYTES as u64 + done;
-            blocks::read_at(&opened, &mut data[..bytes], place).map_err(failed)?;
+            blocks::read_at(from, &mut data[..bytes], at + done).map_err(failed)?;
             check(path, &data[..bytes], digests)?;
             apply::write(&self.root, path, file, &data[..bytes], start + done)?;
             done += bytes as u64;

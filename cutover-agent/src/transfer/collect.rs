@@ -1,18 +1,22 @@
 //! Collects the blocks that changed into frames, packs them and hands them to the streams. One collector per thread.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use tokio::runtime::Handle;
 
+use super::fingerprints::{self, Fingerprints};
 use super::pack::Packer;
 use super::plan::There;
+use super::repeats::{self, REPEATS_MAX};
 use super::weave::{Old, Weaver};
-use super::wire::{Blocks, Codec, DATA_BYTES_MAX, DataHead, Piece};
+use super::wire::{
+    Blocks, Codec, DATA_BYTES_MAX, DataHead, Packed, Piece, Repeat, WOVEN_BLOCKS_MAX,
+};
 use super::{Compress, Progress};
-use crate::files::FilesError;
 use crate::files::blocks::{BLOCK_BYTES, Digest};
 use crate::files::content::Visit;
+use crate::files::{FilesError, ManifestError};
 use crate::peer::{Link, parcel};
 
 /// Pieces in one frame at most, so that heads stay small whatever a tree looks like.
@@ -33,6 +37,7 @@ pub(super) struct Outlet {
     pub(super) round: u64,
     pub(super) compress: Compress,
     pub(super) there: There,
+    pub(super) fingerprints: Arc<Fingerprints>,
     pub(super) cancel: Arc<AtomicBool>,
     pub(super) progress: Arc<Progress>,
     pub(super) tally: Arc<Tally>,
@@ -44,6 +49,21 @@ pub(super) struct Tally {
     pub(super) frames: AtomicU64,
     pub(super) bytes_data: AtomicU64,
     pub(super) bytes_wire: AtomicU64,
+    repeats: Mutex<Vec<Repeat>>,
+}
+
+impl Tally {
+    /// Blocks that have to be made of others, packed.
+    ///
+    /// # Errors
+    /// When there are too many.
+    pub(super) fn repeats(&self) -> Result<Packed, ManifestError> {
+        let mut repeats = self.repeats.lock().unwrap_or_else(PoisonError::into_inner);
+        let packed = Packed::of(&std::mem::take(&mut *repeats))?;
+        self.bytes_wire
+            .fetch_add(packed.length(), Ordering::Relaxed);
+        Ok(packed)
+    }
 }
 
 /// One thread's frame in the making.
@@ -51,6 +71,8 @@ pub(super) struct Collector<'a> {
     outlet: &'a Outlet,
     pieces: Vec<Piece>,
     bytes: Vec<u8>,
+    /// Blocks that are equal to others.
+    repeats: Vec<Repeat>,
     /// Of the blocks in `bytes`.
     digests: Vec<Digest>,
     weaver: Weaver,
@@ -66,6 +88,7 @@ impl<'a> Collector<'a> {
             outlet,
             pieces: Vec::new(),
             bytes: Vec::with_capacity(DATA_BYTES_MAX),
+            repeats: Vec::new(),
             digests: Vec::new(),
             weaver: Weaver::default(),
             packer: Packer::new(outlet.compress),
@@ -134,15 +157,30 @@ impl<'a> Collector<'a> {
         }
     }
 
-    fn add(&mut self, entry: u32, index: u32, digest: Digest, bytes: &[u8]) {
-        let block = match self.outlet.there.moved.get(&digest) {
+    /// Takes a block, of which only some sub-blocks are `changed` where that is known.
+    fn add(
+        &mut self,
+        (entry, index): (u32, u32),
+        digest: Digest,
+        bytes: &[u8],
+        changed: Option<u32>,
+    ) {
+        let block = match (self.outlet.there.moved.get(&digest), changed) {
             _ if bytes.is_empty() => Block::Zeros,
-            Some((from, at)) => Block::Moved(*from, *at),
-            None => Block::Data,
+            (Some((from, at)), _) => Block::Moved(*from, *at),
+            (None, Some(changed)) => Block::Patched(changed),
+            (None, None) => Block::Data,
         };
-        if matches!(block, Block::Data) {
-            self.bytes.extend_from_slice(bytes);
-            self.digests.push(digest);
+        match block {
+            Block::Data => {
+                self.bytes.extend_from_slice(bytes);
+                self.digests.push(digest);
+            }
+            Block::Patched(changed) => {
+                let subblocks = fingerprints::subblocks(changed, bytes);
+                subblocks.for_each(|bytes| self.bytes.extend_from_slice(bytes));
+            }
+            Block::Zeros | Block::Moved(..) => {}
         }
         let last = self.pieces.last_mut();
         let is_next = last.is_some_and(|last| last.extend(entry, index, digest, block));
@@ -178,7 +216,7 @@ impl<'a> Collector<'a> {
             self.digests.extend(digests);
         }
         if is_zero {
-            self.add(entry, index as u32, digest, bytes);
+            self.add((entry, index as u32), digest, bytes, None);
         }
         Ok(())
     }
@@ -188,6 +226,7 @@ impl<'a> Collector<'a> {
 #[derive(Debug, Clone, Copy)]
 enum Block {
     Data,
+    Patched(u32),
     Zeros,
     Moved(u32, u32),
 }
@@ -197,6 +236,10 @@ impl Piece {
         let blocks = match block {
             Block::Data => Blocks::Data(1),
             Block::Zeros => Blocks::Zeros(1),
+            Block::Patched(changed) => Blocks::Patched {
+                changed: vec![changed],
+                digest: Digest::UNKNOWN.then(digest),
+            },
             Block::Moved(from, at) => Blocks::Moved {
                 from,
                 at,
@@ -219,6 +262,16 @@ impl Piece {
         match (&mut self.blocks, block) {
             (Blocks::Data(blocks), Block::Data) => *blocks += 1,
             (Blocks::Zeros(zeros), Block::Zeros) => *zeros += 1,
+            (
+                Blocks::Patched {
+                    changed: known,
+                    digest: over,
+                },
+                Block::Patched(changed),
+            ) if known.len() < WOVEN_BLOCKS_MAX => {
+                known.push(changed);
+                *over = over.then(digest);
+            }
             (Blocks::Moved { from, at, digests }, Block::Moved(file, place))
                 if *from == file && *at + count == place =>
             {
@@ -256,17 +309,35 @@ impl Visit for Collector<'_> {
         let known = self.outlet.there.base[entry]
             .as_ref()
             .and_then(|known| known.get(index as usize));
+        let is_in_place = outlet.there.in_place.contains(&entry);
+        let changed = is_in_place
+            .then(|| outlet.fingerprints.replace(known, &digest, bytes))
+            .flatten();
+        let equal = match &outlet.there.places {
+            Some(places) if self.repeats.len() < REPEATS_MAX => {
+                places.of(&digest, (place, block), bytes)
+            }
+            _ => None,
+        };
         if known == Some(&digest) {
+            return Ok(());
+        }
+        if let Some(equal) = equal {
+            repeats::add(&mut self.repeats, (place, block), equal);
             return Ok(());
         }
         if self.bytes.len() + bytes.len() > self.bytes_max() || self.pieces.len() >= PIECES_MAX {
             self.flush()?;
         }
-        self.add(place, block, digest, bytes);
+        self.add((place, block), digest, bytes, changed);
         Ok(())
     }
 
     fn finish(&mut self) -> Result<(), FilesError> {
+        let tally = &self.outlet.tally;
+        let mut repeats = tally.repeats.lock().unwrap_or_else(PoisonError::into_inner);
+        repeats.append(&mut self.repeats);
+        drop(repeats);
         self.flush()
     }
 }

@@ -10,21 +10,24 @@
 //!                       ◄───────────────────── length and mark of each piece
 //!   walks, reads, hashes   begin(entries that changed) ──►  makes room
 //!     changed blocks, packed, over K streams ────────────►  checks each digest, writes in place
-//!                          seal(frames, root hash) ──────►  metadata, deletions, compares the root hash
+//!                          seal(frames, root hash) ──────►  repeats, metadata, deletions, compares the root hash
 //!                       ◄──────────────────────── done
 //! ```
 //! Nothing in a later round waits for an answer before the end, so a round costs one round trip and its bytes. The
 //! root hash covers names, metadata and every block; the source remembers what it sealed, and asks again after any
 //! failure, so that only missing blocks move again.
 //!
-//! Memory does not depend on sizes: about 30 frames of at most 1 MiB at each end, plus 32 bytes of digest per 16 KiB of tree.
+//! Memory does not depend on sizes: about 30 frames of at most 2 MiB at each end, plus 32 bytes of digest per 16 KiB of tree,
+//! and at the source what [`fingerprints`] remembers.
 
 mod body;
 mod collect;
+mod fingerprints;
 mod old;
 mod pack;
 mod plan;
 mod receive;
+mod repeats;
 mod replaced;
 mod round;
 mod seeds;

@@ -9,13 +9,14 @@ use std::time::Duration;
 use cutover_protocol::pattern::NamePattern;
 
 use super::collect::{Collector, Outlet, Tally};
+use super::repeats::Places;
 use super::replaced::{self, Replaced};
 use super::seeds::SEED_BYTES_MIN;
 use super::weave::Old;
 use super::wire::{Ask, Packed};
 use super::{SyncReport, TransferError, Writers};
 use crate::files::apply;
-use crate::files::blocks::{self, Digest};
+use crate::files::blocks::{self, BLOCK_BYTES, Digest};
 use crate::files::content::{self, Calm};
 use crate::files::cuts::Cut;
 use crate::files::index::{Indexes, Watch};
@@ -94,6 +95,10 @@ pub(super) struct There {
     pub(super) moved: Moved,
     /// The old content of files that are written anew, by entry. They have no blocks in their places.
     pub(super) olds: HashMap<usize, Old>,
+    /// Entries whose blocks may be patched.
+    pub(super) in_place: HashSet<usize>,
+    /// Where other blocks of the new tree may be taken from; absent when nothing is to be.
+    pub(super) places: Option<Places>,
 }
 
 impl Plan {
@@ -229,7 +234,8 @@ impl Survey {
 pub(super) struct Wishes {
     /// Files (device, inode) that are read in any case.
     pub(super) rehash: HashSet<(u64, u64)>,
-    /// Files that are never taken for written anew; absent when none may be.
+    /// Files that are never taken for written anew, and blocks of which may be patched; absent when nothing is to be put
+    /// together from what the target has.
     pub(super) in_place: Option<Arc<[NamePattern]>>,
     pub(super) writers: Writers,
 }
@@ -273,6 +279,12 @@ pub(super) fn plan(
         base.push(there.cloned());
     }
     let moved = moved(&has, &walked.entries, &pairs);
+    let patterns = wishes.in_place.as_deref().unwrap_or_default();
+    let is_in_place = |entry: &usize| {
+        let file = &walked.entries[*entry];
+        file.size() >= BLOCK_BYTES as u64 && patterns.iter().any(|pattern| pattern.fits(&file.path))
+    };
+    let in_place = wanted.iter().copied().filter(is_in_place).collect();
     let replaced = wishes.in_place.as_ref().map(|in_place| {
         let (tree, known) = ((&root, &walked), (&*has, &pairs));
         replaced::find(tree, known, &wanted, in_place, &wishes.writers)
@@ -287,6 +299,8 @@ pub(super) fn plan(
             base,
             moved,
             olds: HashMap::new(),
+            in_place,
+            places: wishes.in_place.as_ref().map(|_| Places::default()),
         },
         replaced: replaced.unwrap_or_default(),
         based_on: has.entries.len(),
@@ -326,6 +340,7 @@ pub(super) struct ReadRound {
     looked: usize,
     watch: Option<Watch>,
     tally: Arc<Tally>,
+    repeats: Packed,
 }
 
 /// Reads what is wanted, and hands what changed to the streams.
@@ -366,17 +381,19 @@ pub(super) fn read(plan: Plan, calm: Calm, outlet: Outlet) -> Result<ReadRound, 
         scanned_ns: walked.started_ns,
         looked: walked.looked,
         watch,
+        repeats: outlet.tally.repeats()?,
         tally: outlet.tally,
     })
 }
 
 impl ReadRound {
     /// The words that end it.
-    pub(super) fn seal(&self, round: u64) -> Ask {
+    pub(super) fn seal(&mut self, round: u64) -> Ask {
         Ask::Seal {
             round,
             frames: self.tally.frames.load(Ordering::Relaxed),
             root: self.hash,
+            repeats: std::mem::take(&mut self.repeats),
         }
     }
 

@@ -22,7 +22,7 @@ use crate::files::{FilesError, Manifest, apply, content, walk};
 use crate::peer::message::{Outbox, Topic};
 use crate::peer::{Arrivals, Frame, FrameError, Part, Trees};
 
-/// Frames that are unpacked and written at once; each takes about 2 MiB.
+/// Frames that are unpacked and written at once; each takes about 4 MiB.
 const FRAMES_AT_ONCE: u32 = 4;
 /// Other file work at once: scans, preparations, seals.
 const WORKS_AT_ONCE: u32 = 8;
@@ -110,13 +110,10 @@ impl Receiver {
                 round,
                 frames,
                 root,
+                repeats,
             } => {
-                self.on(*round, |found| {
-                    found
-                        .standing
-                        .send_modify(|standing| standing.seal = Some((*frames, *root)));
-                });
-                return;
+                let repeats = repeats.clone();
+                return self.on(*round, |found| found.seal((*frames, *root), repeats));
             }
             Ask::Abandon { round } => return self.on(*round, |found| found.fail(Fault::Abandoned)),
             _ => None,

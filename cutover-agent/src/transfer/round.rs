@@ -12,7 +12,7 @@ use super::TreeName;
 use super::body::Body;
 use super::old::OldFiles;
 use super::seeds::Seeds;
-use super::wire::{Codec, DATA_BYTES_MAX, DataHead, Fault, Packed};
+use super::wire::{Codec, DATA_BYTES_MAX, DataHead, Fault, Packed, Repeat};
 use crate::files::blocks::{self, Digest};
 use crate::files::manifest::{self, Entry, Manifest, Pairing, Step};
 use crate::files::{FilesError, Kind, Root, apply};
@@ -39,6 +39,8 @@ pub(super) struct Round {
     pub(super) standing: watch::Sender<Standing>,
     /// Absent in a measurement, whose frames are only counted.
     body: OnceLock<Body>,
+    /// Told with the seal.
+    repeats: OnceLock<Packed>,
 }
 
 impl Round {
@@ -46,7 +48,16 @@ impl Round {
         Self {
             standing: watch::Sender::new(Standing::default()),
             body: OnceLock::new(),
+            repeats: OnceLock::new(),
         }
+    }
+
+    /// Takes the source's last word: how many frames there are, the root hash, and blocks that are to be made of others.
+    pub(super) fn seal(&self, seal: (u64, Digest), repeats: Packed) {
+        // Said once.
+        let _ = self.repeats.set(repeats);
+        self.standing
+            .send_modify(|standing| standing.seal = Some(seal));
     }
 
     /// Ends the round with a fault, unless it has one.
@@ -128,6 +139,10 @@ impl Round {
         is_durable: bool,
     ) -> Result<(Manifest, Digest), Fault> {
         let tree = self.body.get().ok_or(Fault::Garbled)?;
+        if let Some(repeats) = self.repeats.get() {
+            let repeats: Vec<Repeat> = repeats.open()?;
+            repeats.iter().try_for_each(|repeat| tree.repeat(repeat))?;
+        }
         let digests = tree
             .digests
             .iter()
@@ -208,9 +223,11 @@ pub(super) fn open_tree(path: &std::path::Path) -> Result<Root, FilesError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::files::blocks::BLOCK_BYTES;
     use crate::files::content;
     use crate::files::manifest::difference;
-    use crate::transfer::wire::{Blocks, Part, Piece};
+    use crate::transfer::fingerprints::SUBBLOCK_BYTES;
+    use crate::transfer::wire::{Blocks, Part, Piece, WOVEN_BLOCKS_MAX};
 
     fn round(folder: &std::path::Path, size: u64) -> Round {
         round_with(Seeds::default(), folder, size)
@@ -349,6 +366,120 @@ mod tests {
         assert_eq!(std::fs::read(&file).unwrap(), [0; 9]);
         assert_eq!(send(vec![old(4, 7), Part::New(2)], b" 2"), Ok(()));
         assert_eq!(std::fs::read(&file).unwrap(), b"content 2");
+    }
+
+    #[test]
+    fn a_patched_block_that_is_not_what_was_sent_is_not_written() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("file");
+        let old = [[1; BLOCK_BYTES], [2; BLOCK_BYTES]].concat();
+        std::fs::write(&path, &old).unwrap();
+        let round = round(folder.path(), old.len() as u64 + 5);
+        let mut new = old.clone();
+        new[SUBBLOCK_BYTES..][..SUBBLOCK_BYTES].fill(3);
+        new[2 * BLOCK_BYTES - SUBBLOCK_BYTES..].fill(4);
+        let body = [[3; SUBBLOCK_BYTES], [4; SUBBLOCK_BYTES]].concat();
+        let digest = |blocks: &[u8]| {
+            let blocks = blocks.chunks(BLOCK_BYTES).map(Digest::of);
+            blocks.fold(Digest::UNKNOWN, Digest::then)
+        };
+        let send = |first, changed: Vec<u32>, digest, body: &[u8]| {
+            let mut head = head(first, Vec::new());
+            head.pieces[0].blocks = Blocks::Patched { changed, digest };
+            round.apply(&head, body)
+        };
+        let patch = vec![0b10, 1 << 31];
+        let path_of = "file".to_owned();
+        let damaged = Err(Fault::Damaged { path: path_of });
+        assert_eq!(send(0, patch.clone(), digest(&old), &body), damaged);
+        // The last block is no whole one; more or fewer bytes than it speaks of; no block at all.
+        let few = &body[1..];
+        let many = [&body[..], b"x"].concat();
+        for (first, changed, body) in [
+            (1, patch.clone(), &body[..]),
+            (0, patch.clone(), few),
+            (0, patch.clone(), &many),
+            (0, Vec::new(), b""),
+        ] {
+            let refused = send(first, changed, digest(&new), body);
+            assert_eq!(refused, Err(Fault::Garbled));
+        }
+        assert!(std::fs::read(&path).unwrap() == old);
+        assert_eq!(send(0, patch, digest(&new), &body), Ok(()));
+        assert!(std::fs::read(&path).unwrap() == new);
+    }
+
+    #[test]
+    fn repeats_are_whole_blocks_of_files_and_compared_once_more() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("file");
+        let block = [7; BLOCK_BYTES];
+        let sealed = |repeat: Repeat, before: &dyn Fn()| {
+            let round = round(folder.path(), 2 * BLOCK_BYTES as u64 + 5);
+            round
+                .apply(&head(0, vec![Digest::of(&block)]), &block)
+                .unwrap();
+            round
+                .apply(&head(2, vec![Digest::of(b"whole")]), b"whole")
+                .unwrap();
+            before();
+            round.seal((2, Digest::UNKNOWN), Packed::of(&vec![repeat]).unwrap());
+            let name = TreeName::new("db/volume").unwrap();
+            let sealed = round.finish(&name, Digest::UNKNOWN, false);
+            sealed.err().unwrap()
+        };
+        let repeat = Repeat {
+            entry: 1,
+            first: 1,
+            from: 1,
+            at: 0,
+            count: 1,
+        };
+        let nothing = || ();
+        for other in [
+            Repeat { entry: 0, ..repeat },
+            Repeat { from: 2, ..repeat },
+            Repeat { first: 2, ..repeat },
+            Repeat { at: 2, ..repeat },
+            Repeat { count: 0, ..repeat },
+            Repeat { count: 2, ..repeat },
+            Repeat {
+                count: u32::MAX,
+                ..repeat
+            },
+        ] {
+            assert_eq!(sealed(other, &nothing), Fault::Garbled, "{other:?}");
+        }
+        let is_damaged = |fault| matches!(fault, Fault::Damaged { .. });
+        assert!(
+            is_damaged(sealed(Repeat { at: 1, ..repeat }, &nothing)),
+            "unknown"
+        );
+        let change = || {
+            let file = std::fs::OpenOptions::new().write(true).open(&path).unwrap();
+            std::os::unix::fs::FileExt::write_all_at(&file, b"x", 5).unwrap();
+        };
+        assert!(is_damaged(sealed(repeat, &change)));
+        assert!(is_damaged(
+            sealed(repeat, &|| std::fs::remove_file(&path).unwrap())
+        ));
+        // All there, but it is not what was sealed.
+        assert!(matches!(sealed(repeat, &nothing), Fault::NotSealed(_)));
+        let written = std::fs::read(&path).unwrap();
+        assert!(written == [&block[..], &block, b"whole"].concat());
+    }
+
+    #[test]
+    fn a_patched_piece_is_put_together_in_bounded_memory() {
+        let folder = tempfile::tempdir().unwrap();
+        let blocks = WOVEN_BLOCKS_MAX + 1;
+        let round = round(folder.path(), (blocks * BLOCK_BYTES) as u64);
+        let mut head = head(0, Vec::new());
+        head.pieces[0].blocks = Blocks::Patched {
+            changed: vec![0; blocks],
+            digest: Digest::UNKNOWN,
+        };
+        assert_eq!(round.apply(&head, b""), Err(Fault::Garbled));
     }
 
     #[test]

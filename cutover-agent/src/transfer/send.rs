@@ -9,12 +9,11 @@ use std::time::{Duration, Instant};
 use tokio::runtime::Handle;
 
 use super::collect::Outlet;
-use super::plan::{self, Memory, Plan, Sealed, Survey, There, Wishes};
+use super::fingerprints::Fingerprints;
+use super::plan::{self, Memory, Plan, Sealed, Survey, Wishes};
 use super::replaced::Replaced;
 use super::sharing::{Rank, Ranks, Sizes};
-use super::wire::{
-    Answer, Ask, Base, Codec, DATA_BYTES_MAX, DataHead, Fault, Listing, Packed, Space,
-};
+use super::wire::{Answer, Ask, Base, Codec, DataHead, Fault, Listing, Packed, Space};
 use super::{
     Durability, Measured, Origin, SyncOptions, SyncReport, TransferError, TreeName, Writers,
     discard,
@@ -30,6 +29,8 @@ use crate::peer::{Link, PeerError, Session, encode};
 
 /// How often a round is done again while the connections are whole: something is wrong that no trying will cure.
 const TRIES_MAX: u32 = 3;
+/// Bytes of each frame of a measurement.
+const NOISE_BYTES: usize = 1 << 20;
 /// Round trips looked at by a measurement.
 const PINGS: u32 = 5;
 
@@ -41,6 +42,7 @@ pub(crate) struct Sender {
     rounds: tokio::sync::Mutex<u64>,
     indexes: Arc<Indexes>,
     ranks: Ranks,
+    fingerprints: Arc<Fingerprints>,
 }
 
 impl Sender {
@@ -216,7 +218,7 @@ impl Session {
     /// When `limit` is over or the session lost.
     pub async fn measure(&self, bytes: u64, limit: Duration) -> Result<Measured, TransferError> {
         let round_trip = self.round_trip(PINGS, limit).await?;
-        let frames = bytes.div_ceil(DATA_BYTES_MAX as u64).max(1);
+        let frames = bytes.div_ceil(NOISE_BYTES as u64).max(1);
         let link = &self.link();
         let measuring = async {
             let number = link.number();
@@ -237,7 +239,7 @@ impl Session {
                 digest: Digest::UNKNOWN,
                 pieces: Vec::new(),
             };
-            let frame = encode(&head, &noise(DATA_BYTES_MAX)).map_err(|_| PeerError::Vocabulary)?;
+            let frame = encode(&head, &noise(NOISE_BYTES)).map_err(|_| PeerError::Vocabulary)?;
             let frame = Arc::new(frame);
             let start = Instant::now();
             for _ in 0..frames {
@@ -256,7 +258,7 @@ impl Session {
         let seconds = took.saturating_sub(round_trip / 2).as_secs_f64().max(1e-6);
         Ok(Measured {
             round_trip,
-            bytes_per_second: (frames * DATA_BYTES_MAX as u64) as f64 / seconds,
+            bytes_per_second: (frames * NOISE_BYTES as u64) as f64 / seconds,
         })
     }
 }
@@ -360,7 +362,17 @@ impl Sender {
         let number = link.number();
         let booking = link.expect(number);
         underway.round = self.begin(link, number, tree, options, &mut plan).await?;
-        let outlet = outlet(link, underway.round, there, cancel, options);
+        let outlet = Outlet {
+            link: Arc::clone(link),
+            runtime: Handle::current(),
+            round: underway.round,
+            compress: options.compress,
+            there,
+            fingerprints: Arc::clone(&self.fingerprints),
+            cancel,
+            progress: Arc::clone(&options.progress),
+            tally: Arc::default(),
+        };
         let tally = Arc::clone(&outlet.tally);
         let calm = match options.writers {
             Writers::Frozen => Calm::Frozen,
@@ -370,7 +382,7 @@ impl Sender {
             let reading = off(move || plan::read(plan, calm, outlet));
             let answering = link.answer(booking);
             tokio::pin!(reading, answering);
-            let read = tokio::select! {
+            let mut read = tokio::select! {
                 read = &mut reading => read?,
                 early = &mut answering => {
                     // It can only be a refusal: nothing was sealed yet.
@@ -392,6 +404,7 @@ impl Sender {
             },
         })?;
         underway.is_over = true;
+        self.fingerprints.forget_replaced();
         let report = read.report(bytes_read, list_bytes);
         discard(std::mem::replace(memory, read.into_memory()));
         Ok(report)
@@ -507,25 +520,6 @@ async fn cuts(
     match request(link, &ask, "what old files consist of", limit).await? {
         Answer::Cuts(list) => off(move || Ok(list.open()?)).await,
         _ => Err(PeerError::Vocabulary.into()),
-    }
-}
-
-fn outlet(
-    link: &Arc<Link>,
-    round: u64,
-    there: There,
-    cancel: Arc<AtomicBool>,
-    options: &SyncOptions,
-) -> Outlet {
-    Outlet {
-        link: Arc::clone(link),
-        runtime: Handle::current(),
-        round,
-        compress: options.compress,
-        there,
-        cancel,
-        progress: Arc::clone(&options.progress),
-        tally: Arc::default(),
     }
 }
 

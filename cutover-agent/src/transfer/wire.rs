@@ -13,8 +13,8 @@ use crate::files::{FilesError, manifest};
 /// The most bytes a packed list may unpack to: 4 million digests and their entries.
 pub(crate) const LIST_BYTES_MAX: usize = 256 << 20;
 /// The most bytes of file data in one frame.
-pub(crate) const DATA_BYTES_MAX: usize = 1 << 20;
-/// The most blocks in a woven piece: it is put together in memory.
+pub(crate) const DATA_BYTES_MAX: usize = 2 << 20;
+/// The most blocks in a woven or patched piece: it is put together in memory.
 pub(crate) const WOVEN_BLOCKS_MAX: usize = 16;
 /// The most files of a round that are written anew beside their old content, which stays open until the round's end.
 pub(crate) const REPLACED_MAX: usize = 256;
@@ -46,10 +46,12 @@ pub(crate) enum Ask {
         replaced: Vec<u32>,
         is_durable: bool,
     },
+    /// `repeats` is a packed `Vec<Repeat>`.
     Seal {
         round: u64,
         frames: u64,
         root: Digest,
+        repeats: Packed,
     },
     Abandon {
         round: u64,
@@ -215,6 +217,12 @@ pub(crate) struct Piece {
 pub(crate) enum Blocks {
     Data(u32),
     Zeros(u32),
+    /// Blocks of which the target has most in their places: which sub-blocks differ, a bit each, for each block. These follow
+    /// the head. `digest` is that over the digest before, at first [`Digest::UNKNOWN`], and the block's, block by block.
+    Patched {
+        changed: Vec<u32>,
+        digest: Digest,
+    },
     /// Consecutive blocks of a file of the round's base, by its place there. The file is not part of the new tree, so
     /// it stays as it is until the seal. A place behind the base's last is that of a seed.
     Moved {
@@ -230,6 +238,17 @@ pub(crate) enum Blocks {
         parts: Vec<Part>,
         digest: Digest,
     },
+}
+
+/// Consecutive blocks of the new tree, whole ones, that are equal to others of it. These came in frames, or are what they were.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Repeat {
+    pub(crate) entry: u32,
+    pub(crate) first: u32,
+    /// The entry that has them, too, and which block of it is the first.
+    pub(crate) from: u32,
+    pub(crate) at: u32,
+    pub(crate) count: u32,
 }
 
 /// What some bytes of a file are.
@@ -273,6 +292,7 @@ impl Blocks {
     pub(crate) fn count(&self) -> u64 {
         match self {
             Self::Moved { digests, .. } => digests.len() as u64,
+            Self::Patched { changed, .. } => changed.len() as u64,
             Self::Data(count) | Self::Zeros(count) | Self::Woven { blocks: count, .. } => {
                 u64::from(*count)
             }
@@ -284,7 +304,7 @@ impl Blocks {
 const SMALL_BYTES: usize = 4 << 10;
 
 /// A postcard value under zstd, with its true length; as it is when it is no shorter so.
-#[derive(Debug, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub(crate) struct Packed {
     bytes: u32,
     packed: Vec<u8>,

@@ -4,9 +4,11 @@
 mod cable;
 mod clouds;
 mod names;
+mod patched;
 mod peer;
 mod priority;
 mod property;
+mod repeats;
 mod resume;
 mod sharing;
 mod speed;

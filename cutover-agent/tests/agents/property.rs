@@ -41,14 +41,14 @@ fn change() -> impl Strategy<Value = Change> {
     ]
 }
 
-/// 24 places on three levels.
+/// 24 places on three levels; the lowest are databases, whose blocks are patched.
 fn place(root: &Path, name: u8) -> PathBuf {
     let parts = ["a", "b", "c", "d"];
     let part = |number: u8| parts[usize::from(number % 4)];
     match name / 8 {
         0 => root.join(part(name)),
         1 => root.join(part(name)).join(part(name / 4)),
-        _ => root.join(part(name)).join(part(name / 4)).join("e"),
+        _ => root.join(part(name)).join(part(name / 4)).join("e.db"),
     }
 }
 

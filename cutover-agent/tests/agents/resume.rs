@@ -143,6 +143,43 @@ async fn a_round_of_files_that_are_written_anew_goes_on_as_well() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_round_of_rows_that_changed_goes_on_as_well() {
+    const BLOCK_BYTES: usize = 16 << 10;
+    let (world, cable, session) = world(LIMIT).await;
+    let (volume, here) = (volume(), world.here());
+    for number in 0..4 {
+        let [file, table] = ["", ".ibd"].map(|end| here.join(format!("file-{number}{end}")));
+        fs::rename(file, table).unwrap();
+    }
+    world.sync(&session).await.unwrap();
+    let mut row = vec![0; 4000];
+    for number in 0..4_u8 {
+        let file = here.join(format!("file-{number}.ibd"));
+        let mut content = fs::read(&file).unwrap();
+        for (at, block) in content.chunks_mut(BLOCK_BYTES).enumerate() {
+            let mut hasher = blake3::Hasher::new();
+            hasher.update(&[number]).update(&at.to_le_bytes());
+            hasher.finalize_xof().fill(&mut row);
+            block[100..][..row.len()].copy_from_slice(&row);
+        }
+        fs::write(&file, content).unwrap();
+    }
+    let before = *cable.carried.borrow();
+    let options = SyncOptions::frozen(LIMIT, HashSet::new());
+    let (synced, ()) = tokio::join!(session.sync(&volume, &here, options), async {
+        carried(&cable, before + 20 * MIB).await;
+        cable.cut.send_replace(Cut::Closed);
+        session.lost().await;
+        cable.cut.send_replace(Cut::Whole);
+    });
+    synced.unwrap();
+    assert_eq!(picture(&world.here()), picture(&world.there()));
+    // Nine sub-blocks of 512 bytes of each block, a list of digests, and what was on its way.
+    let carried = *cable.carried.borrow() - before;
+    assert!(carried < TREE_BYTES / 2, "{carried}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_flipped_bit_is_found_and_its_bytes_are_fetched_again() {
     let (world, cable, session) = world(LIMIT).await;
     let (volume, here) = (volume(), world.here());

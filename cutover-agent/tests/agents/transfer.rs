@@ -52,7 +52,7 @@ async fn a_tree_arrives_with_content_metadata_and_links() {
 #[tokio::test(flavor = "multi_thread")]
 async fn only_changed_blocks_move_in_later_rounds_and_after_a_reconnect() {
     let world = World::new().await;
-    let file = world.here().join("ibdata");
+    let file = world.here().join("blob");
     fs::write(&file, pattern(2, 40 * 16384)).unwrap();
     let session = world.connect().await;
     assert_eq!(world.sync(&session).await.unwrap().bytes_data, 40 * 16384);
