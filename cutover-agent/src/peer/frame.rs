@@ -16,7 +16,7 @@ use serde::de::DeserializeOwned;
 use thiserror::Error;
 use tokio::io::{AsyncRead, AsyncReadExt};
 
-/// The largest frame anybody may send, in bytes. Data frames stay near 2 MiB; the rest is room for manifests.
+/// The largest frame anybody may send, in bytes. Data frames stay near 1 MiB; the rest is room for manifests.
 pub const FRAME_BYTES_MAX: usize = 16 << 20;
 const LENGTHS: usize = 8;
 /// The channel stands above the 24 bits of the head's length.

@@ -22,7 +22,7 @@ use super::{Parcel, PeerError, PeerTimeouts, Queue};
 use crate::tls::{self, ClientTls};
 use crate::transfer::{Gauge, Look, Sender};
 
-/// Frames that may wait for a stream, each about 2 MiB at most: enough for the streams not to starve, little memory.
+/// Frames that may wait for a stream, each at most 1 MiB: enough for the streams not to starve, little memory.
 const QUEUED_FRAMES: usize = 16;
 /// How long to wait before a broken session is tried to be taken up once more.
 const REVIVE_PAUSE: Duration = Duration::from_millis(100);

@@ -17,7 +17,7 @@
 //! root hash covers names, metadata and every block; the source remembers what it sealed, and asks again after any
 //! failure, so that only missing blocks move again.
 //!
-//! Memory does not depend on sizes: about 30 frames of at most 2 MiB at each end, plus 32 bytes of digest per 16 KiB of tree,
+//! Memory does not depend on sizes: about 30 frames of at most 1 MiB at each end, plus 32 bytes of digest per 16 KiB of tree,
 //! and at the source what [`fingerprints`] remembers.
 
 mod body;

@@ -22,7 +22,7 @@ use crate::files::{FilesError, Manifest, apply, content, walk};
 use crate::peer::message::{Outbox, Topic};
 use crate::peer::{Arrivals, Frame, FrameError, Part, Trees};
 
-/// Frames that are unpacked and written at once; each takes about 4 MiB.
+/// Frames that are unpacked and written at once; each takes about 2 MiB.
 const FRAMES_AT_ONCE: u32 = 4;
 /// Other file work at once: scans, preparations, seals.
 const WORKS_AT_ONCE: u32 = 8;

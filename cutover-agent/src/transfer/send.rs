@@ -13,7 +13,9 @@ use super::fingerprints::Fingerprints;
 use super::plan::{self, Memory, Plan, Sealed, Survey, Wishes};
 use super::replaced::Replaced;
 use super::sharing::{Rank, Ranks, Sizes};
-use super::wire::{Answer, Ask, Base, Codec, DataHead, Fault, Listing, Packed, Space};
+use super::wire::{
+    Answer, Ask, Base, Codec, DATA_BYTES_MAX, DataHead, Fault, Listing, Packed, Space,
+};
 use super::{
     Durability, Measured, Origin, SyncOptions, SyncReport, TransferError, TreeName, Writers,
     discard,
@@ -29,8 +31,6 @@ use crate::peer::{Link, PeerError, Session, encode};
 
 /// How often a round is done again while the connections are whole: something is wrong that no trying will cure.
 const TRIES_MAX: u32 = 3;
-/// Bytes of each frame of a measurement.
-const NOISE_BYTES: usize = 1 << 20;
 /// Round trips looked at by a measurement.
 const PINGS: u32 = 5;
 
@@ -218,7 +218,7 @@ impl Session {
     /// When `limit` is over or the session lost.
     pub async fn measure(&self, bytes: u64, limit: Duration) -> Result<Measured, TransferError> {
         let round_trip = self.round_trip(PINGS, limit).await?;
-        let frames = bytes.div_ceil(NOISE_BYTES as u64).max(1);
+        let frames = bytes.div_ceil(DATA_BYTES_MAX as u64).max(1);
         let link = &self.link();
         let measuring = async {
             let number = link.number();
@@ -239,7 +239,7 @@ impl Session {
                 digest: Digest::UNKNOWN,
                 pieces: Vec::new(),
             };
-            let frame = encode(&head, &noise(NOISE_BYTES)).map_err(|_| PeerError::Vocabulary)?;
+            let frame = encode(&head, &noise(DATA_BYTES_MAX)).map_err(|_| PeerError::Vocabulary)?;
             let frame = Arc::new(frame);
             let start = Instant::now();
             for _ in 0..frames {
@@ -258,7 +258,7 @@ impl Session {
         let seconds = took.saturating_sub(round_trip / 2).as_secs_f64().max(1e-6);
         Ok(Measured {
             round_trip,
-            bytes_per_second: (frames * NOISE_BYTES as u64) as f64 / seconds,
+            bytes_per_second: (frames * DATA_BYTES_MAX as u64) as f64 / seconds,
         })
     }
 }

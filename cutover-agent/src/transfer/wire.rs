@@ -13,7 +13,7 @@ use crate::files::{FilesError, manifest};
 /// The most bytes a packed list may unpack to: 4 million digests and their entries.
 pub(crate) const LIST_BYTES_MAX: usize = 256 << 20;
 /// The most bytes of file data in one frame.
-pub(crate) const DATA_BYTES_MAX: usize = 2 << 20;
+pub(crate) const DATA_BYTES_MAX: usize = 1 << 20;
 /// The most blocks in a woven or patched piece: it is put together in memory.
 pub(crate) const WOVEN_BLOCKS_MAX: usize = 16;
 /// The most files of a round that are written anew beside their old content, which stays open until the round's end.
