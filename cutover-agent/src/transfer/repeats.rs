@@ -9,7 +9,7 @@ use std::sync::{Mutex, PoisonError};
 use super::wire::Repeat;
 use crate::files::blocks::{BLOCK_BYTES, Digest};
 
-/// Blocks by which others are recognised: 2 GiB of them, in about 12 MiB of memory.
+/// Blocks by which others are recognised: 1.75 GiB of them, in about 6 MiB of memory for each tree that is on its way.
 const BLOCKS_MAX: usize = 7 << 14;
 /// Runs of such blocks in a round, some ten bytes each.
 pub(super) const REPEATS_MAX: usize = 1 << 18;
