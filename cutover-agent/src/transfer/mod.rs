@@ -18,7 +18,7 @@
 //! failure, so that only missing blocks move again.
 //!
 //! Memory does not depend on sizes: about 30 frames of at most 1 MiB at each end, plus 32 bytes of digest per 16 KiB of tree,
-//! and at the source what [`fingerprints`] remembers.
+//! and at the source up to 36 MiB of hashes of parts of blocks of databases.
 
 mod body;
 mod collect;
