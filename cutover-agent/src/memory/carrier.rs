@@ -65,7 +65,7 @@ impl Carrier {
         self.session.link()
     }
 
-    /// Sends a frame with pages for the slots of `runs`. Whoever does calls [`Self::narrow`] before.
+    /// Sends a frame with pages for the slots of `runs`. Whoever does calls [`Self::narrow`] before the next one.
     ///
     /// # Errors
     /// When the session is lost and cannot be taken up again.

@@ -216,10 +216,7 @@ impl Shipper {
         if self.bytes.is_empty() {
             return Ok(());
         }
-        let (carrier, runtime) = (&self.source.carrier, &self.source.runtime);
-        // Others may send meanwhile. Behind the last frame nobody waits: what is asked next waits for all of them.
-        self.lane.wait(|| runtime.block_on(carrier.narrow()))?;
-        let link = carrier.link();
+        let link = self.source.carrier.link();
         let packed = self.packer.pack(&self.bytes, &link.gauge, link.look());
         let (codec, body) = match &packed {
             Some((codec, packed)) => (*codec, packed.as_slice()),
@@ -237,8 +234,11 @@ impl Shipper {
         self.tally
             .bytes_wire
             .fetch_add(frame.len() as u64, Ordering::Relaxed);
+        let (carrier, runtime) = (&self.source.carrier, &self.source.runtime);
         self.lane
-            .send(|| runtime.block_on(carrier.send(runs, frame)))
+            .send(|| runtime.block_on(carrier.send(runs, frame)))?;
+        // Others may send meanwhile.
+        self.lane.wait(|| runtime.block_on(carrier.narrow()))
     }
 
     fn tell(&self, piece: Option<Piece>) -> Result<(), MemoryError> {
