@@ -2,7 +2,7 @@
 
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::fs::{OFlags, Stat};
 
@@ -137,11 +137,14 @@ impl Body {
                 (digests.to_vec(), (bytes, known))
             }
         };
-        let mut kept = self.digests[index]
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
+        let mut kept = self.digests(index);
         Arc::make_mut(&mut kept)[first as usize..][..digests.len()].copy_from_slice(&digests);
         Ok(rest)
+    }
+
+    fn digests(&self, index: usize) -> MutexGuard<'_, Arc<Vec<Digest>>> {
+        let digests = self.digests[index].lock();
+        digests.unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Puts a piece together from old bytes and new ones, and writes it if it is what was sent. Gives the digests of its
@@ -205,17 +208,13 @@ impl Body {
         if bytes != whole || length != whole {
             return Err(Fault::Garbled);
         }
-        let lock = |entry: usize| {
-            let digests = self.digests[entry].lock();
-            digests.unwrap_or_else(PoisonError::into_inner)
-        };
-        let known = Arc::clone(&lock(from));
+        let known = Arc::clone(&self.digests(from));
         let digests = &known[repeat.at as usize..][..repeat.count as usize];
         let path = &self.entries[index].path;
         let (file, _) = self.open(repeat.entry)?;
         let other = self.open_new(from)?;
         self.copy((&other, source), digests, (path, &file, start, length))?;
-        Arc::make_mut(&mut lock(index))[repeat.first as usize..][..digests.len()]
+        Arc::make_mut(&mut self.digests(index))[repeat.first as usize..][..digests.len()]
             .copy_from_slice(digests);
         Ok(())
     }

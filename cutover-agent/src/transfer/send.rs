@@ -10,7 +10,7 @@ use tokio::runtime::Handle;
 
 use super::collect::Outlet;
 use super::fingerprints::Fingerprints;
-use super::plan::{self, Memory, Plan, Sealed, Survey, Wishes};
+use super::plan::{self, Memory, Plan, Sealed, Survey, There, Wishes};
 use super::replaced::Replaced;
 use super::sharing::{Rank, Ranks, Sizes};
 use super::wire::{
@@ -362,17 +362,7 @@ impl Sender {
         let number = link.number();
         let booking = link.expect(number);
         underway.round = self.begin(link, number, tree, options, &mut plan).await?;
-        let outlet = Outlet {
-            link: Arc::clone(link),
-            runtime: Handle::current(),
-            round: underway.round,
-            compress: options.compress,
-            there,
-            fingerprints: Arc::clone(&self.fingerprints),
-            cancel,
-            progress: Arc::clone(&options.progress),
-            tally: Arc::default(),
-        };
+        let outlet = self.outlet(link, underway.round, there, cancel, options);
         let tally = Arc::clone(&outlet.tally);
         let calm = match options.writers {
             Writers::Frozen => Calm::Frozen,
@@ -408,6 +398,27 @@ impl Sender {
         let report = read.report(bytes_read, list_bytes);
         discard(std::mem::replace(memory, read.into_memory()));
         Ok(report)
+    }
+
+    fn outlet(
+        &self,
+        link: &Arc<Link>,
+        round: u64,
+        there: There,
+        cancel: Arc<AtomicBool>,
+        options: &SyncOptions,
+    ) -> Outlet {
+        Outlet {
+            link: Arc::clone(link),
+            runtime: Handle::current(),
+            round,
+            compress: options.compress,
+            there,
+            fingerprints: Arc::clone(&self.fingerprints),
+            cancel,
+            progress: Arc::clone(&options.progress),
+            tally: Arc::default(),
+        }
     }
 
     /// Walks the tree, learns what the target has, and decides what has to be read.

@@ -3,31 +3,17 @@
 use std::fs;
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 
-use cutover_agent::peer::Session;
-use cutover_agent::transfer::{SyncOptions, SyncReport};
+use cutover_agent::transfer::SyncOptions;
 
-use crate::world::{LIMIT, World, picture, volume};
+use crate::world::{LIMIT, World, noise, synced};
 
 const BLOCK_BYTES: u64 = 16 << 10;
 const FILE_BYTES: u64 = 40 * BLOCK_BYTES;
 
-fn noise(bytes: u64) -> Vec<u8> {
-    let mut noise = vec![0; bytes as usize];
-    blake3::Hasher::new().finalize_xof().fill(&mut noise);
-    noise
-}
-
-async fn synced(world: &World, session: &Session, options: SyncOptions) -> SyncReport {
-    let (tree, here) = (volume(), world.here());
-    let report = session.sync(&tree, &here, options).await.unwrap();
-    assert_eq!(picture(&world.here()), picture(&world.there()));
-    report
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn of_equal_files_one_crosses_and_the_others_only_with_what_is_no_whole_block() {
     let world = World::new().await;
-    let content = noise(FILE_BYTES + 5);
+    let content = noise(FILE_BYTES as usize + 5);
     for name in ["release-1/app", "release-2/app", "locked"] {
         let path = world.here().join(name);
         fs::create_dir_all(path.parent().unwrap()).unwrap();
@@ -46,7 +32,7 @@ async fn of_equal_files_one_crosses_and_the_others_only_with_what_is_no_whole_bl
 #[tokio::test(flavor = "multi_thread")]
 async fn a_page_that_a_database_writes_twice_crosses_once() {
     let world = World::new().await;
-    let content = noise(FILE_BYTES);
+    let content = noise(FILE_BYTES as usize);
     let [table, system] = ["posts.ibd", "undo_001"].map(|name| world.here().join(name));
     fs::write(&table, &content).unwrap();
     fs::write(&system, vec![0; FILE_BYTES as usize]).unwrap();
@@ -71,7 +57,7 @@ async fn a_page_that_a_database_writes_twice_crosses_once() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_target_whose_block_is_not_what_it_was_makes_no_other_of_it() {
     let world = World::new().await;
-    let content = noise(FILE_BYTES);
+    let content = noise(FILE_BYTES as usize);
     fs::write(world.here().join("one"), &content).unwrap();
     let session = world.connect().await;
     synced(&world, &session, SyncOptions::live(LIMIT)).await;

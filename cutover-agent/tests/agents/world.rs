@@ -146,6 +146,21 @@ impl World {
     }
 }
 
+/// Bytes that nothing can compress, and no two blocks alike.
+pub(crate) fn noise(bytes: usize) -> Vec<u8> {
+    let mut noise = vec![0; bytes];
+    blake3::Hasher::new().finalize_xof().fill(&mut noise);
+    noise
+}
+
+/// A round, after which both trees are equal.
+pub(crate) async fn synced(world: &World, session: &Session, options: SyncOptions) -> SyncReport {
+    let (tree, here) = (volume(), world.here());
+    let report = session.sync(&tree, &here, options).await.unwrap();
+    assert_eq!(picture(&world.here()), picture(&world.there()));
+    report
+}
+
 /// Something that is mounted, and unmounted at its end.
 pub(crate) struct Mounted(PathBuf);
 

@@ -5,20 +5,14 @@ use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::path::Path;
 
 use cutover_agent::peer::Session;
-use cutover_agent::transfer::{SyncOptions, SyncReport};
+use cutover_agent::transfer::SyncOptions;
 
-use crate::world::{LIMIT, World, picture, volume};
+use crate::world::{LIMIT, World, noise, synced};
 
 /// Bytes of the file: far more than what may cross.
 const FILE_BYTES: usize = 4 << 20;
 /// What a change of a few bytes may cost: the pieces it is in, of 32 KiB at most, and those beside them.
 const FEW_BYTES: u64 = 160 << 10;
-
-fn noise(bytes: usize) -> Vec<u8> {
-    let mut noise = vec![0; bytes];
-    blake3::Hasher::new().finalize_xof().fill(&mut noise);
-    noise
-}
 
 /// Gives a file another version, as installers do: beside it first, then in its place.
 fn replace(path: &Path, content: &[u8]) {
@@ -35,14 +29,6 @@ async fn with_a_file(name: &str) -> (World, Session, Vec<u8>) {
     let session = world.connect().await;
     world.sync(&session).await.unwrap();
     (world, session, content)
-}
-
-/// A round, after which both trees are equal.
-async fn synced(world: &World, session: &Session, options: SyncOptions) -> SyncReport {
-    let (tree, here) = (volume(), world.here());
-    let report = session.sync(&tree, &here, options).await.unwrap();
-    assert_eq!(picture(&world.here()), picture(&world.there()));
-    report
 }
 
 #[tokio::test(flavor = "multi_thread")]
