@@ -217,9 +217,10 @@ impl Shipper {
             return Ok(());
         }
         let link = self.source.carrier.link();
-        let packed = self.packer.pack(&self.bytes, &link.gauge, link.look());
+        let wire = (&link.gauge, link.look());
+        let packed = self.packer.pack(&self.bytes, wire, None);
         let (codec, body) = match &packed {
-            Some((codec, packed)) => (*codec, packed.as_slice()),
+            Some((codec, packed, _)) => (*codec, packed.as_slice()),
             None => (Codec::Plain, self.bytes.as_slice()),
         };
         let runs = self.runs.take();

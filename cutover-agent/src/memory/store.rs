@@ -336,6 +336,7 @@ impl Store {
                     unpack(head.codec, body, pages * PAGE_BYTES).map_err(|_| PageFault::Damaged)?;
                 &unpacked
             }
+            Codec::Linked { .. } => return Err(PageFault::Garbled),
         };
         if bytes.len() != pages * PAGE_BYTES {
             return Err(PageFault::Garbled);

@@ -9,7 +9,7 @@ use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 use super::frame::{self, FrameError};
 
 /// The version of everything said between agents; both must have the same.
-pub(super) const VERSION: u32 = 11;
+pub(super) const VERSION: u32 = 12;
 /// The most data streams of a session.
 pub const STREAMS_MAX: u16 = 32;
 

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use tokio::runtime::Handle;
 
 use super::fingerprints::{self, Fingerprints};
+use super::linked::Linker;
 use super::pack::Packer;
 use super::plan::There;
 use super::repeats::{self, REPEATS_MAX};
@@ -38,6 +39,7 @@ pub(super) struct Outlet {
     pub(super) compress: Compress,
     pub(super) there: There,
     pub(super) fingerprints: Arc<Fingerprints>,
+    pub(super) linker: Linker,
     pub(super) cancel: Arc<AtomicBool>,
     pub(super) progress: Arc<Progress>,
     pub(super) tally: Arc<Tally>,
@@ -77,8 +79,8 @@ pub(super) struct Collector<'a> {
     digests: Vec<Digest>,
     weaver: Weaver,
     packer: Packer,
-    /// Whether the last frame became smaller by packing.
-    is_packable: bool,
+    /// Whether the last frame became smaller by packing, and had nothing but itself for it.
+    gains_by_size: bool,
     flushed: u32,
 }
 
@@ -92,7 +94,7 @@ impl<'a> Collector<'a> {
             digests: Vec::new(),
             weaver: Weaver::default(),
             packer: Packer::new(outlet.compress),
-            is_packable: true,
+            gains_by_size: true,
             flushed: 0,
         }
     }
@@ -103,19 +105,21 @@ impl<'a> Collector<'a> {
         }
         self.flushed = self.flushed.saturating_add(1);
         let link = &self.outlet.link;
-        let packed = self.packer.pack(&self.bytes, &link.gauge, link.look());
+        let wire = (&link.gauge, link.look());
+        let linker = Some(&self.outlet.linker);
+        let packed = self.packer.pack(&self.bytes, wire, linker);
         let plain_bytes = self.bytes.len() as u64;
-        self.is_packable = packed.is_some();
-        let (codec, body) = match packed {
-            Some((codec, packed)) => {
+        let (codec, body, turn) = match packed {
+            Some(packed) => {
                 self.bytes.clear();
-                (codec, packed)
+                packed
             }
             None => {
                 let next = Vec::with_capacity(self.bytes.len());
-                (Codec::Plain, std::mem::replace(&mut self.bytes, next))
+                (Codec::Plain, std::mem::replace(&mut self.bytes, next), None)
             }
         };
+        self.gains_by_size = codec != Codec::Plain && turn.is_none();
         let head = DataHead {
             round: self.outlet.round,
             codec,
@@ -135,6 +139,7 @@ impl<'a> Collector<'a> {
                 .outlet
                 .runtime
                 .block_on(self.outlet.link.frames.push(frame));
+        drop(turn);
         self.outlet
             .progress
             .wire
@@ -150,7 +155,7 @@ impl<'a> Collector<'a> {
     fn bytes_max(&self) -> usize {
         if self.flushed < FIRST_FRAMES {
             FIRST_BYTES_MAX
-        } else if self.is_packable && self.outlet.link.gauge.is_strong() {
+        } else if self.gains_by_size && self.outlet.link.gauge.is_strong() {
             DATA_BYTES_MAX
         } else {
             BRISK_BYTES_MAX

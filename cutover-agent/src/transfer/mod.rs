@@ -18,11 +18,13 @@
 //! failure, so that only missing blocks move again.
 //!
 //! Memory does not depend on sizes: about 30 frames of at most 1 MiB at each end, plus 32 bytes of digest per 16 KiB of tree,
-//! and at the source up to 36 MiB of hashes of parts of blocks of databases.
+//! at the source up to 36 MiB of hashes of parts of blocks of databases, and 16 to 24 MiB at each end of up to two rounds whose
+//! frames are linked.
 
 mod body;
 mod collect;
 mod fingerprints;
+mod linked;
 mod old;
 mod pack;
 mod plan;

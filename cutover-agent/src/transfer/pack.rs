@@ -1,6 +1,6 @@
 //! Decides for each frame whether packing it pays, and how strongly.
 //!
-//! A ladder of ever stronger methods. All collectors of a session stand on one rung of it, and move by what they see
+//! A ladder of ever stronger methods; on the last rung frames are linked. All collectors of a session stand on one rung of it, and move by what they see
 //! when they hand a frame over. What a rung gives is the less of two: what its packers make in a second, and what the
 //! wire takes in a second, unpacked. While frames wait, the wire's speed is measured, and they step to the rung beside
 //! them that gives more, if one does. While streams are idle because of the packing, the wire is faster than was
@@ -9,11 +9,14 @@
 //! A sample of each frame says first whether it can shrink at all.
 
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use cutover_protocol::plan::Compress;
 
+use tokio::sync::Semaphore;
+
+use super::linked::{self, Linker, Turn};
 use super::wire::Codec;
 
 /// What can be done to a frame, weakest first.
@@ -22,6 +25,8 @@ enum Method {
     Plain,
     Lz4,
     Zstd(i32),
+    /// As zstd at this level where frames cannot be linked.
+    Linked(i32),
 }
 
 /// A rung of the ladder, and how it compares with the others: what is measured of one tells of those that were not.
@@ -41,20 +46,21 @@ const fn rung(method: Method, speed: u32, leaves_percent: u32) -> Rung {
     }
 }
 
-const LADDER: [Rung; 7] = [
+const LADDER: [Rung; 6] = [
     rung(Method::Plain, u32::MAX, 100),
     rung(Method::Lz4, 600, 140),
     rung(Method::Zstd(1), 350, 100),
     rung(Method::Zstd(3), 180, 95),
     rung(Method::Zstd(6), 70, 90),
-    rung(Method::Zstd(9), 40, 87),
-    rung(Method::Zstd(12), 15, 85),
+    rung(Method::Linked(9), 40, 80),
 ];
 /// The weakest rung of zstd.
 const ZSTD_RUNG: usize = 2;
+/// The one where frames are linked, the last.
+const LINKED_RUNG: usize = 5;
 /// Where everybody begins: on a slow link the first megabytes count, and a fast one is known by its idle streams within
 /// some tens of milliseconds.
-const FIRST_RUNG: usize = 5;
+const FIRST_RUNG: usize = LINKED_RUNG;
 /// Packing threads of a round, see `plan`.
 const THREADS: f64 = 2.0;
 /// Packers reach this part of their measured speed: they also read and hash.
@@ -96,6 +102,8 @@ pub(crate) struct Gauge {
     /// What each rung leaves of frames that can shrink, in thousandths.
     left_permille: Measured,
     flow: Mutex<Flow>,
+    /// Of rounds whose frames are linked.
+    places: Arc<Semaphore>,
 }
 
 /// A figure of each rung; 0 until it was measured.
@@ -143,6 +151,7 @@ impl Gauge {
                 long_idle: 0,
                 patience: 1,
             }),
+            places: Arc::new(Semaphore::new(linked::ROUNDS_MAX)),
         }
     }
 
@@ -207,7 +216,13 @@ impl Gauge {
             .left_permille
             .nearest(rung)
             .unwrap_or((ZSTD_RUNG, 500.0));
-        (left / 1e3 * leaves(rung) / leaves(like)).min(1.0)
+        let left = left / 1e3 * leaves(rung) / leaves(like);
+        // What frames have in common shows only when many are packed.
+        let below = self.left_permille.of(LINKED_RUNG - 1);
+        match below.filter(|_| rung == LINKED_RUNG) {
+            Some(below) => left.min(below / 1e3 * leaves(rung) / leaves(rung - 1)),
+            None => left.min(1.0),
+        }
     }
 
     /// Bytes a second that a rung gives, before packing, over a wire that takes so many after it.
@@ -263,26 +278,24 @@ impl Measured {
         Self(std::array::from_fn(|_| AtomicU32::new(0)))
     }
 
+    /// The figure of a rung that was measured.
+    fn of(&self, rung: usize) -> Option<f64> {
+        let known = self.0[rung].load(Ordering::Relaxed);
+        (known > 0).then_some(f64::from(known))
+    }
+
     /// The rung next to this one that was measured, and its figure.
     fn nearest(&self, rung: usize) -> Option<(usize, f64)> {
-        let known = self.0.iter().map(|known| known.load(Ordering::Relaxed));
-        let measured = known.enumerate().filter(|(_, known)| *known > 0);
-        measured
+        (0..LADDER.len())
+            .filter_map(|other| Some((other, self.of(other)?)))
             .min_by_key(|(other, _)| other.abs_diff(rung))
-            .map(|(other, known)| (other, f64::from(known)))
     }
 
     /// Takes an eighth of what was just seen, and seven of what was known, if anything was.
     fn blend(&self, rung: usize, seen: f64) {
-        let known = &self.0[rung];
-        let old = match known.load(Ordering::Relaxed) {
-            0 => seen,
-            old => f64::from(old),
-        };
-        known.store(
-            (old + (seen - old) / 8.0).max(1.0) as u32,
-            Ordering::Relaxed,
-        );
+        let old = self.of(rung).unwrap_or(seen);
+        let blended = (old + (seen - old) / 8.0).max(1.0) as u32;
+        self.0[rung].store(blended, Ordering::Relaxed);
     }
 }
 
@@ -320,6 +333,9 @@ impl Flow {
     }
 }
 
+/// A frame's bytes, packed; a linked one's turn is over when it is queued.
+pub(crate) type PackedFrame<'a> = (Codec, Vec<u8>, Option<Turn<'a>>);
+
 /// One thread's tools. Without them (no memory for their tables) everything is sent as it is.
 pub(crate) struct Packer {
     wish: Compress,
@@ -345,25 +361,30 @@ impl Packer {
         }
     }
 
-    /// Packs a frame's bytes, or says that they go as they are.
-    pub(crate) fn pack(
+    /// Packs a frame's bytes, or says that they go as they are. One of a tree's round may be linked, by its `linker`.
+    pub(crate) fn pack<'a>(
         &mut self,
         bytes: &[u8],
-        gauge: &Gauge,
-        look: Look,
-    ) -> Option<(Codec, Vec<u8>)> {
+        (gauge, look): (&Gauge, Look),
+        linker: Option<&'a Linker>,
+    ) -> Option<PackedFrame<'a>> {
         if self.wish == Compress::Off || bytes.is_empty() {
             return None;
         }
         let now = Instant::now();
         gauge.look(look, (bytes.len(), now.duration_since(self.last)), now);
-        let packed = self.pack_on(gauge, bytes, look);
+        let packed = self.pack_on((gauge, look), bytes, linker);
         self.last = Instant::now();
         packed
     }
 
     /// Packs on the rung where everybody stands.
-    fn pack_on(&mut self, gauge: &Gauge, bytes: &[u8], look: Look) -> Option<(Codec, Vec<u8>)> {
+    fn pack_on<'a>(
+        &mut self,
+        (gauge, look): (&Gauge, Look),
+        bytes: &[u8],
+        linker: Option<&'a Linker>,
+    ) -> Option<PackedFrame<'a>> {
         let common = gauge.rung.load(Ordering::Relaxed);
         let rung = match self.wish {
             Compress::Lz4 => 1,
@@ -374,10 +395,22 @@ impl Packer {
         if rung == 0 || !self.can_shrink(bytes) {
             return None;
         }
+        let method = LADDER[rung].method;
+        let turn = match method {
+            Method::Linked(_) => linker.and_then(|linker| linker.turn(&gauge.places)),
+            _ => None,
+        };
         let start = Instant::now();
-        let (codec, packed) = self.apply(LADDER[rung].method, bytes)?;
+        if let Some(mut turn) = turn {
+            let (codec, packed) = turn.pack(bytes)?;
+            // One packs at a time.
+            let took = start.elapsed().mul_f64(THREADS);
+            gauge.learn(rung, bytes.len(), packed.len(), took);
+            return Some((codec, packed, Some(turn)));
+        }
+        let (codec, packed) = self.apply(method, bytes)?;
         gauge.learn(rung, bytes.len(), packed.len(), start.elapsed());
-        is_worth(bytes.len(), packed.len()).then_some((codec, packed))
+        is_worth(bytes.len(), packed.len()).then_some((codec, packed, None))
     }
 
     fn apply(&mut self, method: Method, plain: &[u8]) -> Option<(Codec, Vec<u8>)> {
@@ -386,7 +419,7 @@ impl Packer {
         match method {
             Method::Plain => None,
             Method::Lz4 => Some((Codec::Lz4 { bytes }, lz4_flex::block::compress(plain))),
-            Method::Zstd(level) => {
+            Method::Zstd(level) | Method::Linked(level) => {
                 let zstd = self.zstd.as_mut()?;
                 if level != self.level {
                     zstd.set_compression_level(level).ok()?;
@@ -483,6 +516,20 @@ mod tests {
     }
 
     #[test]
+    fn frames_are_linked_over_a_slow_wire_whatever_the_first_ones_gained_by_it() {
+        let gauge = Gauge::new();
+        let mut wire = Wire {
+            now: Instant::now(),
+            sent: 0,
+        };
+        gauge.left_permille.blend(LINKED_RUNG, 520.0);
+        gauge.left_permille.blend(LINKED_RUNG - 1, 500.0);
+        gauge.rung.store(LINKED_RUNG - 1, Ordering::Relaxed);
+        wire.carry(&gauge, 0.4e6);
+        assert_eq!(gauge.rung.load(Ordering::Relaxed), LINKED_RUNG);
+    }
+
+    #[test]
     fn text_over_a_gigabit_is_packed_although_its_streams_are_idle_now_and_then() {
         const WIRE: f64 = 95e6;
         let gauge = Gauge::new();
@@ -560,7 +607,7 @@ mod tests {
         let small = &text()[..SMALL_BYTES];
         let mut packer = Packer::new(Compress::Auto);
         let mut is_packed =
-            |bytes: &[u8], idle| packer.pack(bytes, &gauge, look(idle, 0)).is_some();
+            |bytes: &[u8], idle| packer.pack(bytes, (&gauge, look(idle, 0)), None).is_some();
         assert!(!is_packed(small, STREAMS));
         assert!(is_packed(small, STREAMS - 1));
         assert!(is_packed(&text(), STREAMS));
@@ -570,7 +617,7 @@ mod tests {
         assert!(!is_packed(small, STREAMS));
         assert!(
             Packer::new(Compress::Zstd)
-                .pack(small, &gauge, look(STREAMS, 0))
+                .pack(small, (&gauge, look(STREAMS, 0)), None)
                 .is_some()
         );
     }
@@ -581,15 +628,15 @@ mod tests {
         for wish in [Compress::Auto, Compress::Zstd, Compress::Lz4] {
             let mut packer = Packer::new(wish);
             assert!(
-                packer.pack(&noise(), &gauge, look(0, 0)).is_none(),
+                packer.pack(&noise(), (&gauge, look(0, 0)), None).is_none(),
                 "{wish:?}"
             );
-            let (_, packed) = packer.pack(&text(), &gauge, look(0, 0)).unwrap();
+            let (_, packed, _) = packer.pack(&text(), (&gauge, look(0, 0)), None).unwrap();
             assert!(packed.len() < text().len() / 4, "{wish:?}");
         }
         assert!(
             Packer::new(Compress::Off)
-                .pack(&text(), &gauge, look(0, 0))
+                .pack(&text(), (&gauge, look(0, 0)), None)
                 .is_none()
         );
     }

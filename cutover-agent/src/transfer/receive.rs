@@ -459,7 +459,7 @@ impl Receiver {
         };
         let mut standing = round.standing.subscribe();
         let is_wanted = match standing
-            .wait_for(|standing| standing.is_ready || standing.fault.is_some())
+            .wait_for(|standing| standing.takes(head.codec))
             .await
         {
             Ok(standing) => standing.fault.is_none(),

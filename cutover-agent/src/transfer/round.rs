@@ -10,6 +10,7 @@ use tokio::sync::watch;
 
 use super::TreeName;
 use super::body::Body;
+use super::linked::Unlinker;
 use super::old::OldFiles;
 use super::seeds::Seeds;
 use super::wire::{Codec, DATA_BYTES_MAX, DataHead, Fault, Packed, Repeat};
@@ -22,11 +23,22 @@ use crate::files::{FilesError, Kind, Root, apply};
 pub(super) struct Standing {
     pub(super) is_ready: bool,
     pub(super) frames: u64,
+    /// Linked frames that are unpacked.
+    pub(super) linked: u64,
     pub(super) seal: Option<(u64, Digest)>,
     pub(super) fault: Option<Fault>,
 }
 
 impl Standing {
+    /// Whether a frame has nothing more to wait for.
+    pub(super) fn takes(&self, codec: Codec) -> bool {
+        let is_next = match codec {
+            Codec::Linked { number, .. } => number <= self.linked,
+            Codec::Plain | Codec::Zstd { .. } | Codec::Lz4 { .. } => true,
+        };
+        self.fault.is_some() || self.is_ready && is_next
+    }
+
     /// Whether all frames that the seal speaks of are in, or nothing more is to be waited for.
     pub(super) fn is_over(&self) -> bool {
         self.fault.is_some()
@@ -39,6 +51,7 @@ pub(super) struct Round {
     pub(super) standing: watch::Sender<Standing>,
     /// Absent in a measurement, whose frames are only counted.
     body: OnceLock<Body>,
+    unlinker: Unlinker,
     /// Told with the seal.
     repeats: OnceLock<Packed>,
 }
@@ -48,6 +61,7 @@ impl Round {
         Self {
             standing: watch::Sender::new(Standing::default()),
             body: OnceLock::new(),
+            unlinker: Unlinker::default(),
             repeats: OnceLock::new(),
         }
     }
@@ -115,6 +129,11 @@ impl Round {
                 unpacked = unpack(head.codec, body, bytes as usize)?;
                 &unpacked
             }
+            Codec::Linked { bytes, number } => {
+                unpacked = self.unlinker.unpack(number, body, bytes as usize)?;
+                self.standing.send_modify(|standing| standing.linked += 1);
+                &unpacked
+            }
         };
         let digests = tree.check(head, bytes)?;
         let mut known = digests.as_slice();
@@ -180,14 +199,15 @@ impl Round {
     }
 }
 
-/// Unpacks a frame's bytes, trusting no length.
+/// Unpacks the bytes of a frame that is not linked, trusting no length.
 pub(crate) fn unpack(codec: Codec, body: &[u8], bytes: usize) -> Result<Vec<u8>, Fault> {
     if bytes > DATA_BYTES_MAX {
         return Err(Fault::Garbled);
     }
     let unpacked = match codec {
         Codec::Lz4 { .. } => lz4_flex::block::decompress(body, bytes).ok(),
-        Codec::Zstd { .. } | Codec::Plain => zstd::bulk::decompress(body, bytes).ok(),
+        Codec::Zstd { .. } => zstd::bulk::decompress(body, bytes).ok(),
+        Codec::Plain | Codec::Linked { .. } => None,
     };
     unpacked.ok_or(Fault::Garbled)
 }
@@ -222,11 +242,14 @@ pub(super) fn open_tree(path: &std::path::Path) -> Result<Root, FilesError> {
 
 #[cfg(test)]
 mod tests {
+    use tokio::sync::Semaphore;
+
     use super::*;
     use crate::files::blocks::BLOCK_BYTES;
     use crate::files::content;
     use crate::files::manifest::difference;
     use crate::transfer::fingerprints::SUBBLOCK_BYTES;
+    use crate::transfer::linked::Linker;
     use crate::transfer::wire::{Blocks, Part, Piece, WOVEN_BLOCKS_MAX};
 
     fn round(folder: &std::path::Path, size: u64) -> Round {
@@ -288,6 +311,41 @@ mod tests {
         assert!(!folder.path().join("file").exists());
         assert_eq!(round.apply(&sent, b"whole"), Ok(()));
         assert_eq!(std::fs::read(folder.path().join("file")).unwrap(), b"whole");
+    }
+
+    #[test]
+    fn a_linked_frame_waits_for_the_one_before_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let round = round(folder.path(), 2 * BLOCK_BYTES as u64);
+        round
+            .standing
+            .send_modify(|standing| standing.is_ready = true);
+        let (linker, places) = (Linker::default(), Arc::new(Semaphore::new(1)));
+        let block = [7; BLOCK_BYTES];
+        let frames = [0, 1].map(|first| {
+            let (codec, packed) = linker.turn(&places).unwrap().pack(&block).unwrap();
+            let mut head = head(first, vec![Digest::of(&block)]);
+            head.codec = codec;
+            (head, packed)
+        });
+        let takes = |at: usize| round.standing.borrow().takes(frames[at].0.codec);
+        let apply = |at: usize| round.apply(&frames[at].0, &frames[at].1);
+        assert!(takes(0) && !takes(1));
+        assert_eq!(apply(0), Ok(()));
+        assert!(takes(1));
+        assert_eq!(apply(1), Ok(()));
+        assert_eq!(
+            std::fs::read(folder.path().join("file")).unwrap(),
+            block.repeat(2)
+        );
+        // Nobody waits for one that will not come.
+        let codec = Codec::Linked {
+            bytes: 1,
+            number: 7,
+        };
+        assert!(!round.standing.borrow().takes(codec));
+        round.fail(Fault::Abandoned);
+        assert!(round.standing.borrow().takes(codec));
     }
 
     #[test]

@@ -10,6 +10,7 @@ use tokio::runtime::Handle;
 
 use super::collect::Outlet;
 use super::fingerprints::Fingerprints;
+use super::linked::Linker;
 use super::plan::{self, Memory, Plan, Sealed, Survey, There, Wishes};
 use super::replaced::Replaced;
 use super::sharing::{Rank, Ranks, Sizes};
@@ -415,6 +416,7 @@ impl Sender {
             compress: options.compress,
             there,
             fingerprints: Arc::clone(&self.fingerprints),
+            linker: Linker::default(),
             cancel,
             progress: Arc::clone(&options.progress),
             tally: Arc::default(),
@@ -443,22 +445,30 @@ impl Sender {
             cancel: Arc::clone(cancel),
         };
         let path = root.to_owned();
-        let walk = off(move || survey.walk(&path));
-        // The walk and the target's answer take their time together.
-        let sealed = sealed(link, tree, options, remembered);
-        let (walked, sealed) = tokio::join!(walk, sealed);
-        let (surveyed, (sealed, has_seeds)) = (walked?, sealed?);
+        let walk = move || survey.walk(&path);
         let wishes = Wishes {
             rehash: options.always_rehash.clone(),
             in_place: weaves.then(|| Arc::clone(&options.in_place)),
             writers: options.writers.clone(),
         };
-        let planning = off(move || {
+        let decide = move |surveyed, sealed| {
             let plan = plan::plan(surveyed, sealed, ours, &wishes)?;
             let sizes = may_share.then(|| Sizes::of(&plan));
             Ok((plan, sizes))
-        });
-        let (mut plan, sizes) = planning.await?;
+        };
+        let is_asked = remembered.is_none() && options.origin == Origin::Ask;
+        let ((mut plan, sizes), has_seeds) = if is_asked {
+            // The walk and the target's answer take their time together.
+            let (surveyed, sealed) = tokio::join!(off(walk), sealed(link, tree, options.limit));
+            let (surveyed, (sealed, has_seeds)) = (surveyed?, sealed?);
+            (
+                off(move || decide(surveyed, Some(sealed))).await?,
+                has_seeds,
+            )
+        } else {
+            // On one thread: clients may be waiting.
+            (off(move || decide(walk()?, remembered)).await?, false)
+        };
         let has_others = match sizes {
             Some(sizes) => rank.wait(sizes).await,
             None => false,
@@ -534,19 +544,14 @@ async fn cuts(
     }
 }
 
-/// What the target holds, as remembered, or as it says (`None` when it shall begin with nothing); and whether to ask for
-/// seeds.
+/// What the target holds, and whether to ask for seeds.
 async fn sealed(
     link: &Link,
     tree: &TreeName,
-    options: &SyncOptions,
-    remembered: Option<Sealed>,
-) -> Result<(Option<Sealed>, bool), TransferError> {
-    if remembered.is_some() || options.origin == Origin::Nothing {
-        return Ok((remembered, false));
-    }
+    limit: Duration,
+) -> Result<(Sealed, bool), TransferError> {
     let ask = Ask::Have { tree: tree.clone() };
-    match request(link, &ask, "what the target has", options.limit).await? {
+    match request(link, &ask, "what the target has", limit).await? {
         Answer::Have {
             list,
             root,
@@ -566,7 +571,7 @@ async fn sealed(
                 manifest: Arc::new(unpacked.await?),
                 root,
             };
-            Ok((Some(sealed), has_seeds))
+            Ok((sealed, has_seeds))
         }
         _ => Err(PeerError::Vocabulary.into()),
     }

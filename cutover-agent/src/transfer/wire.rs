@@ -200,8 +200,17 @@ pub(crate) struct DataHead {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Codec {
     Plain,
-    Zstd { bytes: u32 },
-    Lz4 { bytes: u32 },
+    Zstd {
+        bytes: u32,
+    },
+    Lz4 {
+        bytes: u32,
+    },
+    /// With what was in the round's frames before it, of which it is the one of this number, from 0.
+    Linked {
+        bytes: u32,
+        number: u64,
+    },
 }
 
 /// Consecutive blocks of one file.

@@ -3,6 +3,7 @@
 
 mod cable;
 mod clouds;
+mod linked;
 mod names;
 mod patched;
 mod peer;
