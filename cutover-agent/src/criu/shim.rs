@@ -43,6 +43,8 @@ use crate::sockets;
 pub(super) const SHIM_SOCKET: &str = "shim.sock";
 /// Where a parked CRIU takes its word, in the same folder.
 pub(super) const PARK_SOCKET: &str = "park.sock";
+/// CRIU is parked so often at most, but for runtimes that ask for the version more than once.
+const STOPS: usize = 3;
 /// The agent's listening socket, in the same folder: it is told there that CRIU is parked.
 pub(super) const AGENT_SOCKET: &str = "agent.sock";
 /// What was frozen, read by whoever has to thaw without this process.
@@ -121,6 +123,7 @@ fn begin(
     let folder = PathBuf::from(format!("/proc/self/fd/{}", held.as_raw_fd()));
     let listener = sockets::bind(&folder.join(SHIM_SOCKET))?;
     let mut shim = Shim {
+        parkings: Parking::ahead(&folder)?,
         folder,
         at,
         network_namespace: network_namespace.to_owned(),
@@ -171,6 +174,8 @@ pub(super) fn cannot_run(program: &Path, error: &io::Error) -> io::Error {
 #[derive(Debug)]
 struct Shim {
     folder: PathBuf,
+    /// Made when nobody waits for it.
+    parkings: Vec<Parking>,
     at: ParkAt,
     network_namespace: PathBuf,
     /// When CRIU was let go on last where it was parked.
@@ -413,9 +418,12 @@ impl Shim {
     }
 
     /// Opens the socket at which the word is given, and tells the agent.
-    fn park(&self, stop: Stop) -> io::Result<Parking> {
+    fn park(&mut self, stop: Stop) -> io::Result<Parking> {
         let path = self.folder.join(PARK_SOCKET);
-        let listener = sockets::bind(&path)?;
+        let parking = match self.parkings.pop() {
+            Some(ahead) => ahead.at(path)?,
+            None => Parking::at_once(path)?,
+        };
         let parked = Parked {
             stop,
             criu_ms: self.went_on.as_millis() as u64,
@@ -426,11 +434,29 @@ impl Shim {
             line.push(b'\n');
             agent.write_all(&line)
         });
-        Ok(Parking { path, listener })
+        Ok(parking)
     }
 }
 
 impl Parking {
+    /// So many as a hop needs, each where nobody looks for it yet.
+    fn ahead(folder: &Path) -> io::Result<Vec<Self>> {
+        let paths = (0..STOPS).map(|number| folder.join(format!("park-{number}.sock")));
+        paths.map(Self::at_once).collect()
+    }
+
+    fn at_once(path: PathBuf) -> io::Result<Self> {
+        let listener = sockets::bind(&path)?;
+        Ok(Self { path, listener })
+    }
+
+    /// Puts it where the word is given.
+    fn at(self, path: PathBuf) -> io::Result<Self> {
+        std::fs::rename(self.path, &path)?;
+        let listener = self.listener;
+        Ok(Self { path, listener })
+    }
+
     /// Waits for the word: `go` or `veto`. Connections come and go; only a word ends the wait.
     fn word(self) -> io::Result<Given> {
         let (goes_on, stream) = loop {

@@ -41,6 +41,7 @@ impl Scene {
             process: pidfd_open(process, PidfdFlags::empty()).unwrap(),
         };
         let mut shim = Shim {
+            parkings: Parking::ahead(folder.path()).unwrap(),
             folder: folder.path().to_owned(),
             at,
             network_namespace: "/there/is/none".into(),
