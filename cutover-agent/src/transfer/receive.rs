@@ -106,17 +106,17 @@ impl Receiver {
         };
         let opened = match &ask {
             Ask::Begin { round, .. } | Ask::Measure { round, .. } => Some(self.enter(*round)),
+            _ => None,
+        };
+        let ask = match ask {
             Ask::Seal {
                 round,
                 frames,
                 root,
                 repeats,
-            } => {
-                let repeats = repeats.clone();
-                return self.on(*round, |found| found.seal((*frames, *root), repeats));
-            }
-            Ask::Abandon { round } => return self.on(*round, |found| found.fail(Fault::Abandoned)),
-            _ => None,
+            } => return self.on(round, |found| found.seal((frames, root), repeats)),
+            Ask::Abandon { round } => return self.on(round, |found| found.fail(Fault::Abandoned)),
+            ask => ask,
         };
         let receiver = Arc::clone(self);
         tasks.spawn(async move {
