@@ -13,7 +13,7 @@ use super::wire::FRAME_DATA_MAX;
 /// not run dry meanwhile.
 const READY_FOR: Duration = Duration::from_millis(100);
 /// One whose last frame took longer may take twice as long for the next one, up to this long in all.
-const READY_FOR_MAX: Duration = Duration::from_millis(400);
+const READY_FOR_MAX: Duration = Duration::from_secs(1);
 
 /// What one container moves, as somebody watching sees it.
 #[derive(Debug, Clone, PartialEq, Eq)]
