@@ -1,9 +1,9 @@
 //! Decides for each frame whether packing it pays, and how strongly.
 //!
-//! A ladder of ever stronger methods; on the last rung frames are linked. All collectors of a session stand on one rung of it, and move by what they see
-//! when they hand a frame over. What a rung gives is the less of two: what its packers make in a second, and what the
-//! wire takes in a second, unpacked. While frames wait, the wire's speed is measured, and they step to the rung beside
-//! them that gives more, if one does. While streams are idle because of the packing, the wire is faster than was
+//! A ladder of ever stronger methods; on the last rung frames are linked. All collectors of a session stand on one rung of
+//! it, and move by what they see when they hand a frame over. What a rung gives is the less of two: what its packers make in a
+//! second, and what the wire takes in a second, unpacked. While frames wait, the wire's speed is measured, and they step to the
+//! rung beside them that gives more, if one does. While streams are idle because of the packing, the wire is faster than was
 //! thought, nobody knows by how much: they think more and more of it, until a weaker rung would give more, and more
 //! slowly each time that was wrong. While streams are idle because frames come slowly, some packing costs nothing.
 //! A sample of each frame says first whether it can shrink at all.
@@ -57,7 +57,7 @@ const LADDER: [Rung; 6] = [
 /// The weakest rung of zstd.
 const ZSTD_RUNG: usize = 2;
 /// The one where frames are linked, the last.
-const LINKED_RUNG: usize = 5;
+const LINKED_RUNG: usize = LADDER.len() - 1;
 /// Where everybody begins: on a slow link the first megabytes count, and a fast one is known by its idle streams within
 /// some tens of milliseconds.
 const FIRST_RUNG: usize = LINKED_RUNG;
