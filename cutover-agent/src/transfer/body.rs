@@ -137,9 +137,14 @@ impl Body {
                 (digests.to_vec(), (bytes, known))
             }
         };
-        let mut kept = self.digests(index);
-        Arc::make_mut(&mut kept)[first as usize..][..digests.len()].copy_from_slice(&digests);
+        self.keep(index, piece.first, &digests);
         Ok(rest)
+    }
+
+    /// Takes note of blocks of a file that are in their place.
+    fn keep(&self, index: usize, first: u32, digests: &[Digest]) {
+        let mut kept = self.digests(index);
+        Arc::make_mut(&mut kept)[first as usize..][..digests.len()].copy_from_slice(digests);
     }
 
     fn digests(&self, index: usize) -> MutexGuard<'_, Arc<Vec<Digest>>> {
@@ -214,8 +219,7 @@ impl Body {
         let (file, _) = self.open(repeat.entry)?;
         let other = self.open_new(from)?;
         self.copy((&other, source), digests, (path, &file, start, length))?;
-        Arc::make_mut(&mut self.digests(index))[repeat.first as usize..][..digests.len()]
-            .copy_from_slice(digests);
+        self.keep(index, repeat.first, digests);
         Ok(())
     }
 

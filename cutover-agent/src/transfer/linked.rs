@@ -163,14 +163,7 @@ impl Unpacking {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn noise(seed: u64, bytes: usize) -> Vec<u8> {
-        let mut noise = vec![0; bytes];
-        let mut hasher = blake3::Hasher::new();
-        hasher.update(&seed.to_le_bytes());
-        hasher.finalize_xof().fill(&mut noise);
-        noise
-    }
+    use crate::transfer::send::noise;
 
     fn places() -> Arc<Semaphore> {
         Arc::new(Semaphore::new(ROUNDS_MAX))
@@ -184,11 +177,12 @@ mod tests {
     #[test]
     fn what_was_in_a_frame_long_before_is_not_packed_again() {
         let (linker, unlinker) = (Linker::default(), Unlinker::default());
-        let row = noise(0, 100_000);
-        for number in 0..14 {
-            let mut frame = noise(number + 1, DATA_BYTES_MAX);
+        let noise = noise(100_000 + 14 * DATA_BYTES_MAX);
+        let (row, frames) = noise.split_at(100_000);
+        for (number, frame) in (0..).zip(frames.chunks(DATA_BYTES_MAX)) {
+            let mut frame = frame.to_vec();
             if [0, 13].contains(&number) {
-                frame[number as usize * 777..][..row.len()].copy_from_slice(&row);
+                frame[number as usize * 777..][..row.len()].copy_from_slice(row);
             }
             let (codec, packed) = linker.turn(&places()).unwrap().pack(&frame).unwrap();
             let bytes = frame.len() as u32;
@@ -217,8 +211,8 @@ mod tests {
     #[test]
     fn a_frame_out_of_turn_or_of_another_length_is_refused() {
         let linker = Linker::default();
-        let (first, second) = (noise(1, 1000), noise(2, 1000));
-        let (first, second) = (packed(&linker, &first), packed(&linker, &second));
+        let noise = noise(2000);
+        let [first, second] = [&noise[..1000], &noise[1000..]].map(|plain| packed(&linker, plain));
         let refuses = |number, packed: &[u8], bytes| {
             let unlinker = Unlinker::default();
             unlinker.unpack(0, &first, 1000).unwrap();

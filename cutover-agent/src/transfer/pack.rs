@@ -457,6 +457,7 @@ fn is_worth(before: usize, after: usize) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::transfer::send::noise;
 
     const STREAMS: usize = 4;
     /// One frame after the other.
@@ -475,12 +476,6 @@ mod tests {
         b"one row of a table that looks like the next one; ".repeat(5000)
     }
 
-    fn noise() -> Vec<u8> {
-        let mut noise = vec![0; 200_000];
-        blake3::Hasher::new().finalize_xof().fill(&mut noise);
-        noise
-    }
-
     /// A wire that is never idle.
     struct Wire {
         now: Instant,
@@ -488,6 +483,13 @@ mod tests {
     }
 
     impl Wire {
+        fn new() -> Self {
+            Self {
+                now: Instant::now(),
+                sent: 0,
+            }
+        }
+
         /// A second of frames at so many bytes a second.
         fn carry(&mut self, gauge: &Gauge, bytes_per_second: f64) {
             for _ in 0..20 {
@@ -501,10 +503,7 @@ mod tests {
     #[test]
     fn a_slow_wire_is_worth_strong_packing_and_one_as_fast_as_memory_none() {
         let gauge = Gauge::new();
-        let mut wire = Wire {
-            now: Instant::now(),
-            sent: 0,
-        };
+        let mut wire = Wire::new();
         wire.carry(&gauge, 0.4e6);
         assert_eq!(gauge.rung.load(Ordering::Relaxed), LADDER.len() - 1);
         assert!(gauge.is_strong());
@@ -518,10 +517,7 @@ mod tests {
     #[test]
     fn frames_are_linked_over_a_slow_wire_whatever_the_first_ones_gained_by_it() {
         let gauge = Gauge::new();
-        let mut wire = Wire {
-            now: Instant::now(),
-            sent: 0,
-        };
+        let mut wire = Wire::new();
         gauge.left_permille.blend(LINKED_RUNG, 520.0);
         gauge.left_permille.blend(LINKED_RUNG - 1, 500.0);
         gauge.rung.store(LINKED_RUNG - 1, Ordering::Relaxed);
@@ -535,10 +531,7 @@ mod tests {
         let gauge = Gauge::new();
         gauge.left_permille.blend(ZSTD_RUNG, 120.0);
         gauge.left_permille.blend(1, 330.0);
-        let mut wire = Wire {
-            now: Instant::now(),
-            sent: 0,
-        };
+        let mut wire = Wire::new();
         let mut given = 0.0;
         for _ in 0..400 {
             let rung = gauge.rung.load(Ordering::Relaxed);
@@ -628,7 +621,9 @@ mod tests {
         for wish in [Compress::Auto, Compress::Zstd, Compress::Lz4] {
             let mut packer = Packer::new(wish);
             assert!(
-                packer.pack(&noise(), (&gauge, look(0, 0)), None).is_none(),
+                packer
+                    .pack(&noise(200_000), (&gauge, look(0, 0)), None)
+                    .is_none(),
                 "{wish:?}"
             );
             let (_, packed, _) = packer.pack(&text(), (&gauge, look(0, 0)), None).unwrap();

@@ -265,7 +265,7 @@ impl Session {
 }
 
 /// Bytes that no tunnel can compress: a hash chain's output.
-fn noise(bytes: usize) -> Vec<u8> {
+pub(super) fn noise(bytes: usize) -> Vec<u8> {
     let mut noise = vec![0; bytes];
     blake3::Hasher::new().finalize_xof().fill(&mut noise);
     noise

@@ -166,12 +166,7 @@ mod tests {
 
     use super::*;
     use crate::files::blocks;
-
-    fn noise(bytes: usize) -> Vec<u8> {
-        let mut noise = vec![0; bytes];
-        blake3::Hasher::new().finalize_xof().fill(&mut noise);
-        noise
-    }
+    use crate::transfer::send::noise;
 
     fn old_of(content: &[u8], new: &[u8]) -> Old {
         let mut cuts = Vec::new();
