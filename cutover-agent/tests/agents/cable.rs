@@ -1,9 +1,14 @@
 //! A cable between source and target that can be cut, falls silent, flips bits, and counts what it carried.
 
+use std::time::Duration;
+
+use cutover_agent::peer::{self, PeerTimeouts, Session};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpSocket, TcpStream};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
+
+use crate::world::{LIMIT, TIMEOUTS, World};
 
 /// A cable between source and target that can be cut, and counts what it carried.
 pub(crate) struct Cable {
@@ -59,6 +64,30 @@ impl Cable {
             carried,
             _tasks: tasks,
         }
+    }
+
+    /// A session over it that is taken up again when its connections break.
+    pub(crate) async fn connect(&self, world: &World, dead_after: Duration) -> Session {
+        let timeouts = PeerTimeouts {
+            dead_after,
+            resume_within: LIMIT,
+            ..TIMEOUTS
+        };
+        let session = peer::connect(self.addr, world.tls(), timeouts, 4).await;
+        session.unwrap()
+    }
+
+    /// Waits until more than so much has been carried.
+    pub(crate) async fn has_carried(&self, bytes: u64) {
+        let mut carried = self.carried.clone();
+        carried.wait_for(|all| *all > bytes).await.unwrap();
+    }
+
+    /// Breaks, and is whole again only when it is known that something is wrong.
+    pub(crate) async fn breaks(&self, cut: Cut, session: &Session) {
+        self.cut.send_replace(cut);
+        session.lost().await;
+        self.cut.send_replace(Cut::Whole);
     }
 }
 

@@ -2,11 +2,10 @@
 
 use std::fs;
 
-use cutover_agent::peer::{self, PeerTimeouts};
 use cutover_agent::transfer::SyncOptions;
 
 use crate::cable::{Cable, Cut};
-use crate::world::{LIMIT, TIMEOUTS, World, noise, picture, synced, volume};
+use crate::world::{LIMIT, World, noise, picture, synced, volume};
 
 const MIB: usize = 1 << 20;
 const ROW_BYTES: usize = 1000;
@@ -43,22 +42,13 @@ async fn a_round_whose_link_is_cut_begins_anew_with_nothing_before_its_frames() 
     let world = World::new().await;
     write_database(&world);
     let cable = Cable::to(world.addr).await;
-    let timeouts = PeerTimeouts {
-        dead_after: LIMIT,
-        resume_within: LIMIT,
-        ..TIMEOUTS
-    };
-    let connecting = peer::connect(cable.addr, world.tls(), timeouts, 4);
-    let session = connecting.await.unwrap();
+    let session = cable.connect(&world, LIMIT).await;
     session.limit_bandwidth(Some(2 * MIB as u64));
     let (tree, here) = (volume(), world.here());
     let options = SyncOptions::live(LIMIT);
     let (synced, ()) = tokio::join!(session.sync(&tree, &here, options), async {
-        let mut carried = cable.carried.clone();
-        carried.wait_for(|all| *all > MIB as u64).await.unwrap();
-        cable.cut.send_replace(Cut::Closed);
-        session.lost().await;
-        cable.cut.send_replace(Cut::Whole);
+        cable.has_carried(MIB as u64).await;
+        cable.breaks(Cut::Closed, &session).await;
     });
     synced.unwrap();
     assert_eq!(picture(&world.here()), picture(&world.there()));

@@ -131,9 +131,7 @@ impl Link {
 
     /// Cuts the cable, and mends it.
     async fn cut(&self) {
-        self.cable.cut.send_replace(Cut::Closed);
-        self.session.lost().await;
-        self.cable.cut.send_replace(Cut::Whole);
+        self.cable.breaks(Cut::Closed, &self.session).await;
     }
 }
 

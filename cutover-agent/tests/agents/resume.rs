@@ -25,21 +25,8 @@ async fn world(dead_after: Duration) -> (World, Cable, Session) {
         fs::write(world.here().join(format!("file-{number}")), &data).unwrap();
     }
     let cable = Cable::to(world.addr).await;
-    let timeouts = PeerTimeouts {
-        dead_after,
-        resume_within: LIMIT,
-        ..TIMEOUTS
-    };
-    let session = peer::connect(cable.addr, world.tls(), timeouts, 4)
-        .await
-        .unwrap();
+    let session = cable.connect(&world, dead_after).await;
     (world, cable, session)
-}
-
-/// Waits until so much has been carried.
-async fn carried(cable: &Cable, bytes: u64) {
-    let mut carried = cable.carried.clone();
-    carried.wait_for(|all| *all > bytes).await.unwrap();
 }
 
 fn assert_little_moved_twice(cable: &Cable) {
@@ -61,11 +48,8 @@ async fn breaks_and_heals(cut: Cut, options: SyncOptions) {
     let (world, cable, session) = world(dead_after).await;
     let (volume, here) = (volume(), world.here());
     let (synced, ()) = tokio::join!(session.sync(&volume, &here, options), async {
-        carried(&cable, BREAK_BYTES).await;
-        cable.cut.send_replace(cut);
-        // Only when it is known that something is wrong does the link come back.
-        session.lost().await;
-        cable.cut.send_replace(Cut::Whole);
+        cable.has_carried(BREAK_BYTES).await;
+        cable.breaks(cut, &session).await;
     });
     synced.unwrap();
     assert_eq!(picture(&world.here()), picture(&world.there()));
@@ -87,9 +71,7 @@ async fn a_tree_that_was_sealed_is_left_alone_when_only_the_answer_was_lost() {
     world.sync(&session).await.unwrap();
     // What a container does that is built on it: CRIU puts files there that were open and deleted.
     fs::write(world.there().join("ghost"), "restored").unwrap();
-    cable.cut.send_replace(Cut::Closed);
-    session.lost().await;
-    cable.cut.send_replace(Cut::Whole);
+    cable.breaks(Cut::Closed, &session).await;
     let again = world.sync(&session).await.unwrap();
     assert_eq!(again.bytes_data, 0);
     assert!(world.there().join("ghost").exists());
@@ -133,10 +115,8 @@ async fn a_round_of_files_that_are_written_anew_goes_on_as_well() {
     let before = *cable.carried.borrow();
     let options = SyncOptions::live(LIMIT);
     let (synced, ()) = tokio::join!(session.sync(&volume, &here, options), async {
-        carried(&cable, before + 40 * MIB).await;
-        cable.cut.send_replace(Cut::Closed);
-        session.lost().await;
-        cable.cut.send_replace(Cut::Whole);
+        cable.has_carried(before + 40 * MIB).await;
+        cable.breaks(Cut::Closed, &session).await;
     });
     synced.unwrap();
     assert_eq!(picture(&world.here()), picture(&world.there()));
@@ -167,10 +147,8 @@ async fn a_round_of_rows_that_changed_goes_on_as_well() {
     let before = *cable.carried.borrow();
     let options = SyncOptions::frozen(LIMIT, HashSet::new());
     let (synced, ()) = tokio::join!(session.sync(&volume, &here, options), async {
-        carried(&cable, before + 20 * MIB).await;
-        cable.cut.send_replace(Cut::Closed);
-        session.lost().await;
-        cable.cut.send_replace(Cut::Whole);
+        cable.has_carried(before + 20 * MIB).await;
+        cable.breaks(Cut::Closed, &session).await;
     });
     synced.unwrap();
     assert_eq!(picture(&world.here()), picture(&world.there()));
@@ -186,7 +164,7 @@ async fn a_flipped_bit_is_found_and_its_bytes_are_fetched_again() {
     let options = SyncOptions::live(LIMIT);
     let (synced, ()) = tokio::join!(session.sync(&volume, &here, options), async {
         for part in 1..=3 {
-            carried(&cable, part * BREAK_BYTES / 2).await;
+            cable.has_carried(part * BREAK_BYTES / 2).await;
             cable.cut.send_replace(Cut::Flip);
             let mut cut = cable.cut.subscribe();
             cut.wait_for(|cut| *cut == Cut::Whole).await.unwrap();
@@ -202,7 +180,7 @@ async fn a_round_goes_on_with_a_target_that_was_restarted_in_the_middle() {
     let (volume, here) = (volume(), world.here());
     let syncing = session.sync(&volume, &here, SyncOptions::live(LIMIT));
     let (synced, ()) = tokio::join!(syncing, async {
-        carried(&cable, BREAK_BYTES).await;
+        cable.has_carried(BREAK_BYTES).await;
         world.restart().await;
     });
     synced.unwrap();

@@ -4,12 +4,12 @@ use std::fs;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
-use cutover_agent::peer::{self, PeerTimeouts, Session};
+use cutover_agent::peer::Session;
 use cutover_agent::transfer::{SyncOptions, SyncReport, TransferError, TreeName};
 
 use crate::cable::{Cable, Cut};
 use crate::transfer::pattern;
-use crate::world::{LIMIT, TIMEOUTS, World, picture};
+use crate::world::{LIMIT, World, picture};
 
 const LARGE_BYTES: usize = 3_000_001;
 const SMALL_BYTES: usize = 5_000;
@@ -44,17 +44,6 @@ impl World {
     fn assert_equal(&self, tree: &str) {
         assert_eq!(picture(&self.source(tree)), picture(&self.target(tree)));
     }
-}
-
-/// A session that is taken up again when its connections break.
-async fn connect(world: &World, cable: &Cable) -> Session {
-    let timeouts = PeerTimeouts {
-        dead_after: LIMIT,
-        resume_within: LIMIT,
-        ..TIMEOUTS
-    };
-    let session = peer::connect(cable.addr, world.tls(), timeouts, 4).await;
-    session.unwrap()
 }
 
 /// Waits until frames of a round were handed to the streams.
@@ -257,11 +246,9 @@ async fn what_was_sealed_before_connections_broke_is_used_after_it() {
     install(&world.source("one/data"), 1);
     install(&world.source("two/data"), 1);
     let cable = Cable::to(world.addr).await;
-    let session = connect(&world, &cable).await;
+    let session = cable.connect(&world, LIMIT).await;
     world.sync_tree(&session, "one/data").await.unwrap();
-    cable.cut.send_replace(Cut::Closed);
-    session.lost().await;
-    cable.cut.send_replace(Cut::Whole);
+    cable.breaks(Cut::Closed, &session).await;
     let report = world.sync_tree(&session, "two/data").await.unwrap();
     assert_eq!(report.bytes_data, 0);
     world.assert_equal("two/data");
@@ -281,17 +268,14 @@ async fn trees_that_wait_for_one_go_on_doing_so_when_connections_break() {
         }
     }
     let cable = Cable::to(world.addr).await;
-    let session = connect(&world, &cable).await;
+    let session = cable.connect(&world, LIMIT).await;
     let (one, two, three, ()) = tokio::join!(
         world.sync_tree(&session, trees[0]),
         world.sync_tree(&session, trees[1]),
         world.sync_tree(&session, trees[2]),
         async {
-            let mut carried = cable.carried.clone();
-            carried.wait_for(|all| *all > 20 * MIB).await.unwrap();
-            cable.cut.send_replace(Cut::Closed);
-            session.lost().await;
-            cable.cut.send_replace(Cut::Whole);
+            cable.has_carried(20 * MIB).await;
+            cable.breaks(Cut::Closed, &session).await;
         },
     );
     for report in [one, two, three] {
