@@ -98,9 +98,11 @@ async fn files_that_are_written_in_place_and_those_with_further_names_go_by_bloc
     fs::write(&table, &content).unwrap();
     let report = synced(&world, &session, SyncOptions::live(LIMIT)).await;
     assert_eq!(report.bytes_data, FILE_BYTES as u64 + 1);
+    // Moved about otherwise: with blocks of the table, which may be looked at once more, some would not have to cross.
+    content.insert(0, 2);
     fs::write(&linked, &content).unwrap();
     let report = synced(&world, &session, SyncOptions::live(LIMIT)).await;
-    assert_eq!(report.bytes_data, FILE_BYTES as u64 + 1);
+    assert_eq!(report.bytes_data, FILE_BYTES as u64 + 2);
     // A log that grows, and is patched here and there, stays the file it is.
     let inode = || fs::metadata(world.there().join("log")).unwrap().ino();
     let before = inode();
