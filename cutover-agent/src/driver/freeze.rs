@@ -22,7 +22,7 @@ use crate::criu::remaps;
 use crate::engine::{Begun, Dump, Host};
 use crate::memory::{
     DumpServer, GiveUp, Lanes, Layout, MemoryError, PAGE_BYTES, PageSource, Parent, Shipper, Tally,
-    spread_percent,
+    Turns, spread_percent,
 };
 use crate::peer::Part;
 
@@ -194,7 +194,7 @@ impl Driver {
         } else {
             Schedule::Parallel
         };
-        let lanes = Lanes::new(schedule, self.resident.clone());
+        let lanes = Lanes::new((schedule, Turns::Always), self.resident.clone());
         let begun = std::mem::take(&mut self.begun);
         let (containers, frozen) = (begun.len(), watch::Sender::new(0));
         let (written, is_written) = mpsc::channel(containers.max(1));

@@ -17,7 +17,7 @@ use crate::cgroup::Cgroup;
 use crate::engine::{EngineError, Host, pre_dump};
 use crate::memory::{
     Draft, DumpServer, GiveUp, Lanes, Layout, MemoryError, Moved, OwnLane, PageSource, Parent,
-    Part, Shipper, Tally, read_container, resident_bytes, spread_percent,
+    Part, Shipper, Tally, Turns, read_container, resident_bytes, spread_percent,
 };
 use crate::report::{Moving, eta_seconds};
 
@@ -37,7 +37,7 @@ impl Driver {
         self.until_drafted().await?;
         let cancel = Cancel::default();
         let pids = self.look_at_memory().await?;
-        let lanes = Lanes::new(self.schedule(), self.resident.clone());
+        let lanes = self.lanes_of_round();
         let mut dumps = tokio::task::JoinSet::new();
         for (index, (name, pids)) in self.containers().into_iter().zip(pids).enumerate() {
             let (host, parent) = (self.host.clone(), self.parent(&name));
@@ -101,7 +101,7 @@ impl Driver {
         let tally = Arc::<Tally>::default();
         let cancel = Cancel::default();
         let pids = self.look_at_memory().await?;
-        let lanes = Lanes::new(self.schedule(), self.resident.clone());
+        let lanes = self.lanes_of_round();
         let mut readers = tokio::task::JoinSet::new();
         for (index, pids) in pids.into_iter().enumerate() {
             let shipper = Shipper::new(Arc::clone(&pages), Arc::clone(&tally), lanes.enter(index));
@@ -123,6 +123,15 @@ impl Driver {
         self.note_round(&lanes);
         let bytes = tally.bytes_wire.load(Ordering::Relaxed);
         Ok((tally.pages_new.load(Ordering::Relaxed), bytes))
+    }
+
+    fn lanes_of_round(&self) -> Arc<Lanes> {
+        let turns = if self.hop.rounds().is_empty() {
+            Turns::Always
+        } else {
+            Turns::WhileBusy
+        };
+        Lanes::new((self.schedule(), turns), self.resident.clone())
     }
 
     /// Remembers how the first round went, in which everything moves, now that all has arrived.

@@ -14,6 +14,18 @@ use super::wire::FRAME_DATA_MAX;
 const READY_FOR: Duration = Duration::from_millis(100);
 /// One whose last frame took longer may take twice as long for the next one, up to this long in all.
 const READY_FOR_MAX: Duration = Duration::from_secs(1);
+/// Lanes turn idle, and streams too, without a word: who waits for a turn looks so often.
+const LOOK_EVERY: Duration = Duration::from_millis(10);
+
+/// When turns are kept to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Turns {
+    /// Always: where everything moves, whoever ran ahead would be done early, however fast the link.
+    Always,
+    /// While every stream is busy: where little of what is read has to move, a turn that leaves a stream idle only costs
+    /// time.
+    WhileBusy,
+}
 
 /// What one container moves, as somebody watching sees it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -34,6 +46,7 @@ pub(crate) struct Moved {
 #[derive(Debug)]
 pub(crate) struct Lanes {
     schedule: Schedule,
+    turns: Turns,
     began: Instant,
     state: Mutex<Vec<State>>,
     moved: Condvar,
@@ -71,7 +84,10 @@ impl State {
 
 impl Lanes {
     /// One lane for each container, with the bytes it will look at.
-    pub(crate) fn new(schedule: Schedule, containers: Vec<(String, u64)>) -> Arc<Self> {
+    pub(crate) fn new(
+        (schedule, turns): (Schedule, Turns),
+        containers: Vec<(String, u64)>,
+    ) -> Arc<Self> {
         let now = Instant::now();
         let state = containers
             .into_iter()
@@ -88,6 +104,7 @@ impl Lanes {
             .collect();
         Arc::new(Self {
             schedule,
+            turns,
             began: now,
             state: Mutex::new(state),
             moved: Condvar::new(),
@@ -140,8 +157,9 @@ impl OwnLane {
         self.lanes.moved.notify_all();
     }
 
-    /// Waits for a turn and keeps it while `send` runs.
-    pub(crate) fn send<T>(&self, send: impl FnOnce() -> T) -> T {
+    /// Waits for a turn, and has something to send until `send` is over. Others may have theirs meanwhile, but none of a
+    /// gang goes ahead of one that waits for the link. `is_idle` says whether a stream has nothing to send.
+    pub(crate) fn send<T>(&self, is_idle: impl Fn() -> bool, send: impl FnOnce() -> T) -> T {
         let began = Instant::now();
         let took = self.begin_waiting(began);
         let mut states = self.lanes.lock();
@@ -149,14 +167,14 @@ impl OwnLane {
             let now = Instant::now();
             let lanes: Vec<Lane> = states.iter().map(|state| state.lane(now)).collect();
             let frame = FRAME_DATA_MAX as u64;
-            if self.lanes.schedule.may_send(&lanes, self.index, frame) {
+            let is_free = self.lanes.turns == Turns::WhileBusy && is_idle();
+            if is_free || self.lanes.schedule.may_send(&lanes, self.index, frame) {
                 break;
             }
-            // Lanes turn idle without a word.
             states = self
                 .lanes
                 .moved
-                .wait_timeout(states, READY_FOR)
+                .wait_timeout(states, LOOK_EVERY)
                 .unwrap_or_else(PoisonError::into_inner)
                 .0;
         }
@@ -165,14 +183,6 @@ impl OwnLane {
         self.end_waiting(took);
         self.add_waited(began);
         sent
-    }
-
-    /// Waits for the link without a turn.
-    pub(crate) fn wait<T>(&self, wait: impl FnOnce() -> T) -> T {
-        let began = Instant::now();
-        let waited = wait();
-        self.add_waited(began);
-        waited
     }
 
     fn add_waited(&self, began: Instant) {
@@ -236,15 +246,17 @@ pub(crate) fn spread_percent(moved: &[Moved]) -> f64 {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
     use super::*;
 
     #[test]
     fn a_lane_that_is_over_keeps_nobody_waiting() {
         let totals = vec![("a".to_owned(), 100), ("b".to_owned(), 100)];
-        let lanes = Lanes::new(Schedule::Sequential, totals);
+        let lanes = Lanes::new((Schedule::Sequential, Turns::Always), totals);
         let (first, second) = (lanes.enter(0), lanes.enter(1));
-        let waiting = std::thread::spawn(move || second.send(|| 7));
-        first.send(|| ());
+        let waiting = std::thread::spawn(move || second.send(|| true, || 7));
+        first.send(|| true, || ());
         drop(first);
         assert_eq!(waiting.join().unwrap(), 7);
         assert!(lanes.moved().iter().all(|one| one.took.is_some()));
@@ -253,17 +265,59 @@ mod tests {
     #[test]
     fn who_is_behind_goes_first() {
         let totals = vec![("a".to_owned(), 100), ("b".to_owned(), 100)];
-        let lanes = Lanes::new(Schedule::Gang, totals);
+        let lanes = Lanes::new((Schedule::Gang, Turns::Always), totals);
         let (ahead, behind) = (lanes.enter(0), lanes.enter(1));
         ahead.count(50);
         let order = Arc::new(Mutex::new(Vec::new()));
         let seen = Arc::clone(&order);
         behind.begin_waiting(Instant::now());
-        let waiting = std::thread::spawn(move || ahead.send(|| seen.lock().unwrap().push("ahead")));
-        behind.send(|| order.lock().unwrap().push("behind"));
+        let waiting =
+            std::thread::spawn(move || ahead.send(|| true, || seen.lock().unwrap().push("ahead")));
+        behind.send(|| true, || order.lock().unwrap().push("behind"));
         drop(behind);
         waiting.join().unwrap();
         assert_eq!(*order.lock().unwrap(), ["behind", "ahead"]);
+    }
+
+    #[test]
+    fn who_is_ahead_uses_a_stream_that_would_be_idle_where_turns_need_not_be_kept() {
+        let totals = vec![("a".to_owned(), 100), ("b".to_owned(), 100)];
+        let lanes = Lanes::new((Schedule::Gang, Turns::WhileBusy), totals);
+        let (ahead, behind) = (lanes.enter(0), lanes.enter(1));
+        ahead.count(50);
+        behind.begin_waiting(Instant::now());
+        // The one behind waits for the link all the time.
+        assert_eq!(ahead.send(|| true, || 7), 7);
+        let looks = AtomicUsize::new(0);
+        let is_idle = || looks.fetch_add(1, Ordering::Relaxed) == 3;
+        ahead.send(is_idle, || ());
+        assert_eq!(looks.into_inner(), 4);
+    }
+
+    #[test]
+    fn nobody_goes_ahead_of_one_that_waits_for_the_link() {
+        let totals = vec![("a".to_owned(), 100), ("b".to_owned(), 100)];
+        let lanes = Lanes::new((Schedule::Gang, Turns::Always), totals);
+        let (ahead, behind) = (lanes.enter(0), lanes.enter(1));
+        ahead.count(50);
+        let is_sent = Arc::new(AtomicUsize::new(0));
+        let sent = Arc::clone(&is_sent);
+        let waiting = behind.send(
+            || false,
+            || {
+                let send = move || ahead.send(|| true, || sent.store(1, Ordering::Relaxed));
+                let waiting = std::thread::spawn(send);
+                // Longer than the other counts as ready by its last frame.
+                while lanes.lock()[1].ready_until >= Instant::now() {
+                    std::thread::yield_now();
+                }
+                assert_eq!(is_sent.load(Ordering::Relaxed), 0);
+                waiting
+            },
+        );
+        drop(behind);
+        waiting.join().unwrap();
+        assert_eq!(is_sent.load(Ordering::Relaxed), 1);
     }
 
     #[test]

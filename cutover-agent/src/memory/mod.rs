@@ -45,7 +45,7 @@ use crate::peer::PeerError;
 pub use digest::{DigestKey, PAGE_BYTES, PageDigest};
 #[cfg(any(test, feature = "fuzzing"))]
 pub(crate) use fuzz::{FuzzedSink, fuzz_dump, fuzz_peer_words};
-pub(crate) use lanes::{Lanes, Moved, OwnLane, spread_percent};
+pub(crate) use lanes::{Lanes, Moved, OwnLane, Turns, spread_percent};
 pub(crate) use layout::Layout;
 pub(crate) use live::{Part, read_container, resident_bytes};
 pub(crate) use parent::Parent;

@@ -236,10 +236,13 @@ impl Shipper {
             .bytes_wire
             .fetch_add(frame.len() as u64, Ordering::Relaxed);
         let (carrier, runtime) = (&self.source.carrier, &self.source.runtime);
-        self.lane
-            .send(|| runtime.block_on(carrier.send(runs, frame)))?;
-        // Others may send meanwhile.
-        self.lane.wait(|| runtime.block_on(carrier.narrow()))
+        let is_idle = || carrier.link().look().idle > 0;
+        self.lane.send(is_idle, || {
+            runtime.block_on(async {
+                carrier.send(runs, frame).await?;
+                carrier.narrow().await
+            })
+        })
     }
 
     fn tell(&self, piece: Option<Piece>) -> Result<(), MemoryError> {

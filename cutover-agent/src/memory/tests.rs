@@ -15,7 +15,7 @@ use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
-use super::lanes::Lanes;
+use super::lanes::{Lanes, Turns};
 use super::server::frames::HEADER_BYTES;
 use super::ship::DumpServer;
 use super::wire::Seal;
@@ -153,7 +153,7 @@ impl World {
 
     /// Ships pages of one container that is alone on the link.
     fn shipper(&self, tally: &Arc<Tally>) -> Shipper {
-        let lanes = Lanes::new(Schedule::Gang, vec![("db".to_owned(), 1)]);
+        let lanes = Lanes::new((Schedule::Gang, Turns::Always), vec![("db".to_owned(), 1)]);
         Shipper::new(Arc::clone(&self.source), Arc::clone(tally), lanes.enter(0))
     }
 
