@@ -229,9 +229,12 @@ pub(crate) enum Bench {
         /// How changed memory is found; repeat for several. Soft-dirty needs a kernel that tracks it: a guest has one.
         #[arg(long = "mode", value_enum, default_values = ["content", "none"])]
         modes: Vec<bench::freeze::case::Mode>,
-        /// The link between the sites.
-        #[arg(long, default_value = "800mbit,20ms,0.1%")]
-        link: Link,
+        /// How often all cases run; schedules are compared by the median.
+        #[arg(long, value_name = "N", default_value = "1", value_parser = clap::value_parser!(u32).range(1..=100))]
+        times: u32,
+        /// The link between the sites. By itself one counter moves over 800mbit,20ms,0.1% and four over 100mbit,80ms,1%.
+        #[arg(long)]
+        link: Option<Link>,
         /// Where: on this machine, or each case in a virtual machine of its own.
         #[arg(long = "where", default_value = "host")]
         place: Place,

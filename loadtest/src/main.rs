@@ -111,12 +111,18 @@ fn bench(what: Bench, progress: &Progress) -> anyhow::Result<ExitCode> {
         Bench::Freeze {
             filter,
             modes,
+            times,
             link,
             place,
             json,
         } => {
             let cases = bench::freeze::case::chosen(&modes, &filter);
-            let options = bench::freeze::Options { cases, link, place };
+            let options = bench::freeze::Options {
+                cases,
+                times,
+                link,
+                place,
+            };
             bench_freeze(&options, json.as_deref(), progress)
         }
         Bench::Bytes(options) => bench_bytes(options, progress),

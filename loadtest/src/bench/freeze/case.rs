@@ -1,8 +1,10 @@
 //! What the freeze benchmark runs.
 
 use std::fmt;
+use std::time::Duration;
 
 use crate::lab::app::App;
+use crate::lab::link::Link;
 
 /// How changed memory is found; the words of plans.
 #[derive(
@@ -74,6 +76,22 @@ impl Case {
         }
     }
 
+    /// The link it runs over where none is asked for. Schedules differ by what is sent again, so theirs is one that is the
+    /// limit in every round; over a faster one reading takes longer than sending.
+    #[must_use]
+    pub const fn link(&self) -> Link {
+        let (rate_mbit, round_trip_ms, loss_percent) = if self.counters.len() == 1 {
+            (800.0, 20, 0.1)
+        } else {
+            (100.0, 80, 1.0)
+        };
+        Link::Shaped {
+            rate_mbit,
+            round_trip: Duration::from_millis(round_trip_ms),
+            loss_percent,
+        }
+    }
+
     /// Memory of all counters, in MiB.
     #[must_use]
     pub fn memory_mb(&self) -> u32 {
@@ -107,6 +125,8 @@ impl fmt::Display for Case {
 
 /// Sizes of the four counters that move together, in MiB.
 const FOUR: [u32; 4] = [400, 200, 100, 50];
+/// What each of them writes, in MiB a second.
+const EACH_WRITES_MB_S: u32 = 1;
 /// Size and writes of one counter alone, in MiB and MiB a second.
 const ALONE: [(u32, u32); 3] = [(128, 1), (256, 8), (512, 32)];
 /// The words of plans.
@@ -132,7 +152,7 @@ pub fn all(modes: &[Mode]) -> Vec<Case> {
             counters: FOUR
                 .map(|memory_mb| Counter {
                     memory_mb,
-                    write_mb_s: 1,
+                    write_mb_s: EACH_WRITES_MB_S,
                 })
                 .to_vec(),
         })

@@ -37,8 +37,10 @@ const WRITES: Duration = Duration::from_secs(2);
 pub struct Options {
     /// The cases.
     pub cases: Vec<Case>,
-    /// The link between the sites.
-    pub link: Link,
+    /// How often all of them run, one after the other.
+    pub times: u32,
+    /// The link between the sites, in place of each case's own.
+    pub link: Option<Link>,
     /// Where they run; wherever a guest is not asked for it is this machine.
     pub place: Place,
 }
@@ -56,11 +58,12 @@ pub fn run(
     setup::root()?;
     programs::build(folders, progress)?;
     let mut rows = Vec::new();
-    for case in &options.cases {
-        progress.say(format!("{case} over {}", options.link));
+    for case in (0..options.times).flat_map(|_| &options.cases) {
+        let link = options.link.unwrap_or_else(|| case.link());
+        progress.say(format!("{case} over {link}"));
         let row = match options.place {
-            Place::Guest => in_guest(case, options.link, folders, progress)?,
-            Place::Host | Place::Auto => one(case, options.link, folders, progress)?,
+            Place::Guest => in_guest(case, link, folders, progress)?,
+            Place::Host | Place::Auto => one(case, link, folders, progress)?,
         };
         each(&row);
         rows.push(row);

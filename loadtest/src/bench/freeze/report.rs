@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::case::{Case, Mode};
+use crate::bench::figures::median;
 
 /// Bytes beyond pages that a freeze may cost: CRIU's other images, heads and seals.
 const FREEZE_SPARE_BYTES: f64 = 65_536.0;
@@ -107,6 +108,8 @@ pub struct Row {
     pub finish_spread_percent: f64,
     /// How long that took.
     pub transfer_ms: f64,
+    /// All rounds, the dump and the last transfer: until the target had everything.
+    pub total_ms: f64,
     /// The most memory the agents of source and target ever had.
     pub agent_peak_bytes: [u64; 2],
 }
@@ -147,6 +150,7 @@ impl Row {
                 Some(_) => memory.round_ms as f64,
                 None => of("Checkpoint") + of("Transfer"),
             },
+            total_ms: of("PreCopy") + of("Checkpoint") + of("Transfer"),
             agent_peak_bytes: [0; 2],
         }
     }
@@ -201,7 +205,7 @@ impl Row {
     #[must_use]
     pub fn lines(&self) -> String {
         let mut lines = format!(
-            "{:<10} {:<10} {:>4} MiB {:>3} MiB/s {} rounds  {:>10} B frozen of {:>10} dumped  {:>6.0} ms frozen  spread {:>5.1} % in {:.0} ms\n",
+            "{:<10} {:<10} {:>4} MiB {:>3} MiB/s {} rounds  {:>10} B frozen of {:>10} dumped  {:>6.0} ms frozen  spread {:>5.1} % in {:.0} ms  {:.0} ms in all\n",
             self.mode.to_string(),
             self.schedule,
             self.memory_mb,
@@ -212,6 +216,7 @@ impl Row {
             self.frozen_ms,
             self.finish_spread_percent,
             self.transfer_ms,
+            self.total_ms,
         );
         for (is_met, demand) in self.bars() {
             let word = if is_met { "met   " } else { "MISSED" };
@@ -221,23 +226,23 @@ impl Row {
     }
 }
 
-/// Whether the gang took no longer than the unscheduled run of the same containers, for each mode that has both.
+/// Whether the gang took no longer in all than the unscheduled runs of the same containers, by the medians of each, for
+/// each mode that has both.
 #[must_use]
 pub fn totals(rows: &[Row]) -> Vec<(bool, String)> {
-    let find = |mode: Mode, schedule: &str| {
-        rows.iter()
-            .find(|row| row.containers > 1 && row.mode == mode && row.schedule == schedule)
+    let total_ms = |mode: Mode, schedule: &str| {
+        let alike = rows
+            .iter()
+            .filter(|row| row.containers > 1 && row.mode == mode && row.schedule == schedule);
+        median(alike.map(|row| row.total_ms))
     };
     [Mode::SoftDirty, Mode::Content, Mode::None]
         .into_iter()
         .filter_map(|mode| {
-            let (gang, parallel) = (find(mode, "gang")?, find(mode, "parallel")?);
+            let (gang, parallel) = (total_ms(mode, "gang")?, total_ms(mode, "parallel")?);
             Some((
-                gang.transfer_ms <= parallel.transfer_ms,
-                format!(
-                    "{mode}: gang in {:.0} ms <= parallel in {:.0} ms",
-                    gang.transfer_ms, parallel.transfer_ms
-                ),
+                gang <= parallel,
+                format!("{mode}: gang in {gang:.0} ms in all <= parallel in {parallel:.0} ms"),
             ))
         })
         .collect()
@@ -284,15 +289,30 @@ mod tests {
     }
 
     #[test]
-    fn a_gang_that_is_later_than_parallel_is_missed() {
-        let took = |schedule: &str, transfer_ms| Row {
+    fn all_of_it_is_rounds_dump_and_transfer() {
+        let report = serde_json::json!({"phases": [
+            {"name": "Tunnel", "seconds": 1.0}, {"name": "PreCopy", "seconds": 9.0}, {"name": "Hold", "seconds": 1.0},
+            {"name": "Checkpoint", "seconds": 0.5}, {"name": "Transfer", "seconds": 0.25}, {"name": "Restore", "seconds": 1.0},
+        ]});
+        let case = &super::super::case::all(&[Mode::Content])[0];
+        let row = Row::of(case, &serde_json::from_value(report).unwrap());
+        assert!((row.total_ms - 9750.0).abs() < 1e-6);
+    }
+
+    #[test]
+    fn a_gang_that_is_later_than_parallel_by_the_medians_is_missed() {
+        let took = |schedule: &str, total_ms| Row {
             containers: 4,
             schedule: schedule.to_owned(),
-            transfer_ms,
+            total_ms,
             ..row(0, 0.0)
         };
-        let is_met = |gang| totals(&[took("gang", gang), took("parallel", 8000.0)])[0].0;
-        assert!(is_met(7000.0) && is_met(8000.0) && !is_met(8001.0));
+        let is_met = |gangs: &[f64]| {
+            let gangs = gangs.iter().map(|total_ms| took("gang", *total_ms));
+            totals(&gangs.chain([took("parallel", 8000.0)]).collect::<Vec<_>>())[0].0
+        };
+        assert!(is_met(&[7000.0]) && is_met(&[8000.0]) && !is_met(&[8001.0]));
+        assert!(is_met(&[7000.0, 9000.0, 8000.0]) && !is_met(&[7000.0, 8001.0, 8001.0]));
         assert_eq!(totals(&[took("gang", 1.0), took("staircase", 1.0)]), []);
     }
 
