@@ -232,7 +232,7 @@ pub(crate) enum Bench {
         /// How often all cases run; schedules are compared by the median.
         #[arg(long, value_name = "N", default_value = "1", value_parser = clap::value_parser!(u32).range(1..=100))]
         times: u32,
-        /// The link between the sites. By itself one counter moves over 800mbit,20ms,0.1% and four over 100mbit,80ms,1%.
+        /// The link between the sites. Otherwise 800mbit,20ms,0.1%, and 100mbit,80ms,1% for rounds of four counters.
         #[arg(long)]
         link: Option<Link>,
         /// Where: on this machine, or each case in a virtual machine of its own.

@@ -77,10 +77,12 @@ impl Case {
     }
 
     /// The link it runs over where none is asked for. Schedules differ by what is sent again, so theirs is one that is the
-    /// limit in every round; over a faster one reading takes longer than sending.
+    /// limit in every round; over a faster one reading takes longer than sending. Without rounds nothing is sent again, and
+    /// all of it is waited for.
     #[must_use]
     pub const fn link(&self) -> Link {
-        let (rate_mbit, round_trip_ms, loss_percent) = if self.counters.len() == 1 {
+        let is_quick = self.counters.len() == 1 || matches!(self.mode, Mode::None);
+        let (rate_mbit, round_trip_ms, loss_percent) = if is_quick {
             (800.0, 20, 0.1)
         } else {
             (100.0, 80, 1.0)
@@ -178,5 +180,17 @@ mod tests {
         assert_eq!(cases.len(), 1);
         assert_eq!((cases[0].memory_mb(), cases[0].app()), (750, App::Counters));
         assert_eq!(all(&[Mode::Content]).len(), 7);
+    }
+
+    #[test]
+    fn four_move_over_a_slow_link_but_not_where_all_of_it_is_waited_for() {
+        let links = |mode| {
+            let cases = all(&[mode]);
+            [&cases[0], &cases[6]].map(|case| case.link().to_string())
+        };
+        let (quick, slow) = ("800mbit,20ms,0.1%", "100mbit,80ms,1%");
+        assert_eq!(links(Mode::Content), [quick, slow]);
+        assert_eq!(links(Mode::SoftDirty), [quick, slow]);
+        assert_eq!(links(Mode::None), [quick, quick]);
     }
 }
