@@ -189,12 +189,7 @@ impl Driver {
         }
         // After rounds little is left to send, all of it is waited for, and nothing is written meanwhile: turns would only
         // leave processors idle.
-        let schedule = if self.hop.rounds().is_empty() {
-            self.schedule()
-        } else {
-            Schedule::Parallel
-        };
-        let lanes = Lanes::new((schedule, Turns::Always), self.resident.clone());
+        let lanes = self.lanes((Schedule::Parallel, Turns::Always));
         let begun = std::mem::take(&mut self.begun);
         let (containers, frozen) = (begun.len(), watch::Sender::new(0));
         let (written, is_written) = mpsc::channel(containers.max(1));

@@ -37,7 +37,7 @@ impl Driver {
         self.until_drafted().await?;
         let cancel = Cancel::default();
         let pids = self.look_at_memory().await?;
-        let lanes = self.lanes_of_round();
+        let lanes = self.lanes((self.schedule(), Turns::WhileBusy));
         let mut dumps = tokio::task::JoinSet::new();
         for (index, (name, pids)) in self.containers().into_iter().zip(pids).enumerate() {
             let (host, parent) = (self.host.clone(), self.parent(&name));
@@ -101,7 +101,7 @@ impl Driver {
         let tally = Arc::<Tally>::default();
         let cancel = Cancel::default();
         let pids = self.look_at_memory().await?;
-        let lanes = self.lanes_of_round();
+        let lanes = self.lanes((self.schedule(), Turns::WhileBusy));
         let mut readers = tokio::task::JoinSet::new();
         for (index, pids) in pids.into_iter().enumerate() {
             let shipper = Shipper::new(Arc::clone(&pages), Arc::clone(&tally), lanes.enter(index));
@@ -125,13 +125,14 @@ impl Driver {
         Ok((tally.pages_new.load(Ordering::Relaxed), bytes))
     }
 
-    fn lanes_of_round(&self) -> Arc<Lanes> {
-        let turns = if self.hop.rounds().is_empty() {
-            Turns::Always
+    /// Lanes for what comes next: in the plan's order where everything moves, and as `later` says after a round.
+    pub(super) fn lanes(&self, later: (Schedule, Turns)) -> Arc<Lanes> {
+        let order = if self.hop.rounds().is_empty() {
+            (self.schedule(), Turns::Always)
         } else {
-            Turns::WhileBusy
+            later
         };
-        Lanes::new((self.schedule(), turns), self.resident.clone())
+        Lanes::new(order, self.resident.clone())
     }
 
     /// Remembers how the first round went, in which everything moves, now that all has arrived.
@@ -144,7 +145,7 @@ impl Driver {
         }
     }
 
-    pub(super) const fn schedule(&self) -> Schedule {
+    const fn schedule(&self) -> Schedule {
         self.header.plan.settings().schedule
     }
 

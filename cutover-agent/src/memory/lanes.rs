@@ -167,8 +167,8 @@ impl OwnLane {
             let now = Instant::now();
             let lanes: Vec<Lane> = states.iter().map(|state| state.lane(now)).collect();
             let frame = FRAME_DATA_MAX as u64;
-            let is_free = self.lanes.turns == Turns::WhileBusy && is_idle();
-            if is_free || self.lanes.schedule.may_send(&lanes, self.index, frame) {
+            let is_free = || self.lanes.turns == Turns::WhileBusy && is_idle();
+            if self.lanes.schedule.may_send(&lanes, self.index, frame) || is_free() {
                 break;
             }
             states = self
@@ -180,15 +180,8 @@ impl OwnLane {
         }
         drop(states);
         let sent = send();
-        self.end_waiting(took);
-        self.add_waited(began);
+        self.end_waiting(began, took);
         sent
-    }
-
-    fn add_waited(&self, began: Instant) {
-        if let Some(state) = self.lanes.lock().get_mut(self.index) {
-            state.waited += began.elapsed();
-        }
     }
 
     /// It has something to send; gives how long that took.
@@ -202,11 +195,12 @@ impl OwnLane {
         took
     }
 
-    /// It has sent what took so long.
-    fn end_waiting(&self, took: Duration) {
+    /// It has sent what took so long, and waited for it since `began`.
+    fn end_waiting(&self, began: Instant, took: Duration) {
         if let Some(state) = self.lanes.lock().get_mut(self.index) {
             state.is_waiting = false;
             state.sent = Instant::now();
+            state.waited += state.sent.duration_since(began);
             state.ready_until = state.sent + ready_for(took);
         }
         self.lanes.moved.notify_all();
@@ -250,11 +244,17 @@ mod tests {
 
     use super::*;
 
+    /// Lanes of two containers of one size.
+    fn two(order: (Schedule, Turns)) -> (Arc<Lanes>, OwnLane, OwnLane) {
+        let totals = vec![("a".to_owned(), 100), ("b".to_owned(), 100)];
+        let lanes = Lanes::new(order, totals);
+        let (first, second) = (lanes.enter(0), lanes.enter(1));
+        (lanes, first, second)
+    }
+
     #[test]
     fn a_lane_that_is_over_keeps_nobody_waiting() {
-        let totals = vec![("a".to_owned(), 100), ("b".to_owned(), 100)];
-        let lanes = Lanes::new((Schedule::Sequential, Turns::Always), totals);
-        let (first, second) = (lanes.enter(0), lanes.enter(1));
+        let (lanes, first, second) = two((Schedule::Sequential, Turns::Always));
         let waiting = std::thread::spawn(move || second.send(|| true, || 7));
         first.send(|| true, || ());
         drop(first);
@@ -264,9 +264,7 @@ mod tests {
 
     #[test]
     fn who_is_behind_goes_first() {
-        let totals = vec![("a".to_owned(), 100), ("b".to_owned(), 100)];
-        let lanes = Lanes::new((Schedule::Gang, Turns::Always), totals);
-        let (ahead, behind) = (lanes.enter(0), lanes.enter(1));
+        let (_, ahead, behind) = two((Schedule::Gang, Turns::Always));
         ahead.count(50);
         let order = Arc::new(Mutex::new(Vec::new()));
         let seen = Arc::clone(&order);
@@ -281,9 +279,7 @@ mod tests {
 
     #[test]
     fn who_is_ahead_uses_a_stream_that_would_be_idle_where_turns_need_not_be_kept() {
-        let totals = vec![("a".to_owned(), 100), ("b".to_owned(), 100)];
-        let lanes = Lanes::new((Schedule::Gang, Turns::WhileBusy), totals);
-        let (ahead, behind) = (lanes.enter(0), lanes.enter(1));
+        let (_, ahead, behind) = two((Schedule::Gang, Turns::WhileBusy));
         ahead.count(50);
         behind.begin_waiting(Instant::now());
         // The one behind waits for the link all the time.
@@ -296,9 +292,7 @@ mod tests {
 
     #[test]
     fn nobody_goes_ahead_of_one_that_waits_for_the_link() {
-        let totals = vec![("a".to_owned(), 100), ("b".to_owned(), 100)];
-        let lanes = Lanes::new((Schedule::Gang, Turns::Always), totals);
-        let (ahead, behind) = (lanes.enter(0), lanes.enter(1));
+        let (lanes, ahead, behind) = two((Schedule::Gang, Turns::Always));
         ahead.count(50);
         let is_sent = Arc::new(AtomicUsize::new(0));
         let sent = Arc::clone(&is_sent);
