@@ -47,6 +47,18 @@ pub enum Link {
     },
 }
 
+impl Link {
+    /// An emulated one; rate in Mbit/s, round trip in milliseconds, loss in percent.
+    #[must_use]
+    pub const fn shaped(rate_mbit: f64, round_trip_ms: u64, loss_percent: f64) -> Self {
+        Self::Shaped {
+            rate_mbit,
+            round_trip: Duration::from_millis(round_trip_ms),
+            loss_percent,
+        }
+    }
+}
+
 impl FromStr for Link {
     type Err = LabError;
 

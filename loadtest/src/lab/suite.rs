@@ -42,11 +42,7 @@ struct Case {
 }
 
 fn wish(app: App, clients: usize) -> Wish {
-    let link = Link::Shaped {
-        rate_mbit: 800.0,
-        round_trip: Duration::from_millis(20),
-        loss_percent: 0.1,
-    };
+    let link = Link::shaped(800.0, 20, 0.1);
     Wish {
         app,
         clients,
@@ -182,11 +178,7 @@ fn cases(is_full: bool) -> Vec<Case> {
 
 /// A hop whose clients write more than its link carries.
 fn outrunning(counter: &Wish) -> Case {
-    let link = Link::Shaped {
-        rate_mbit: 200.0,
-        round_trip: Duration::from_millis(20),
-        loss_percent: 0.0,
-    };
+    let link = Link::shaped(200.0, 20, 0.0);
     Case {
         name: "writes that outrun the link are slowed down, and free again after the hop",
         wish: Wish {

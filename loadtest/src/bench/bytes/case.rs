@@ -1,7 +1,5 @@
 //! What there is to measure: every data set over every link, and how large a set is there.
 
-use std::time::Duration;
-
 use crate::bench::bytes::set::{Set, Size};
 use crate::lab::link::Link;
 
@@ -39,11 +37,7 @@ const fn link(
 ) -> LinkCase {
     LinkCase {
         name,
-        link: Link::Shaped {
-            rate_mbit,
-            round_trip: Duration::from_millis(round_trip_ms),
-            loss_percent,
-        },
+        link: Link::shaped(rate_mbit, round_trip_ms, loss_percent),
         divisor,
     }
 }

@@ -1,7 +1,6 @@
 //! What the freeze benchmark runs.
 
 use std::fmt;
-use std::time::Duration;
 
 use crate::lab::app::App;
 use crate::lab::link::Link;
@@ -82,15 +81,10 @@ impl Case {
     #[must_use]
     pub const fn link(&self) -> Link {
         let is_quick = self.counters.len() == 1 || matches!(self.mode, Mode::None);
-        let (rate_mbit, round_trip_ms, loss_percent) = if is_quick {
-            (800.0, 20, 0.1)
+        if is_quick {
+            Link::shaped(800.0, 20, 0.1)
         } else {
-            (100.0, 80, 1.0)
-        };
-        Link::Shaped {
-            rate_mbit,
-            round_trip: Duration::from_millis(round_trip_ms),
-            loss_percent,
+            Link::shaped(100.0, 80, 1.0)
         }
     }
 
